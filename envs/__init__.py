@@ -1,1 +1,9 @@
+"""What is decided: the Markov decision processes.
 
+exact/      problems whose optimum is known exactly, and their solvers
+text/       token-MDPs        denoising/  denoising MDPs        control/  vectorisation and normalisation of any Gymnasium id
+"""
+
+from markovia.envs.registry import register_all
+
+__all__ = ["register_all"]

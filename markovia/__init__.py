@@ -27,3 +27,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
+
+
+from markovia.envs.registry import register_all as _register_all  # noqa: E402
+
+_register_all()
