@@ -1,0 +1,115 @@
+"""The one record: rows of decisions with named columns, plus index views (design of every method's data).
+
+A `Rollout` holds B rows of up to T decisions. A row is an environment's stretch of time (control), one response (tokens) or one denoising chain.
+`valid` says that the step exists, `mask` that it counts in losses and statistics. No merged `done`: `continuation` (1 - terminated, or softer)
+stops the value recursion's target, `truncated` cuts the recursion while `boot_value` still carries V(final observation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Obs = Tensor | dict[str, Tensor]
+
+
+def map_obs(obs: Obs, fn: Callable[[Tensor], Tensor]) -> Obs:
+    """Apply `fn` to the tensor, or to every tensor of the dictionary."""
+    return {k: fn(v) for k, v in obs.items()} if isinstance(obs, dict) else fn(obs)
+
+
+@dataclass
+class Rollout:
+    """Rows of decisions, leading shape (B, T) unless said otherwise. Rewards in the task's unit, log-probs in nats."""
+
+    obs: Obs  # what the network saw; (B, T, ...), or (B, ...) per key when `per_row` (tokens: the prompt once, never a prefix per step)
+    action: Tensor  # (B, T, ...) policy coordinates
+    logp_old: Tensor  # (B, T) of the distribution actually sampled
+    reward: Tensor  # (B, T)
+    valid: Tensor  # (B, T) bool: the step exists
+    mask: Tensor  # (B, T) bool, a subset of valid: counts in losses and statistics
+    continuation: Tensor  # (B, T) in [0, 1]
+    truncated: Tensor  # (B, T) bool: outside interruption after this step
+    boot_value: Tensor | None = None  # (B, T, 1 + m), read where truncated or at the end of a cut row
+    value: Tensor | None = None  # (B, T, 1 + m)
+    cost: Tensor | None = None  # (B, T, m)
+    discount: Tensor | None = None  # (B, T), where it differs from the method's gamma
+    dist_old: dict[str, Tensor] | None = None  # parameters of the sampling distribution, only for methods that need KL
+    logp_ref: dict[str, Tensor] = field(default_factory=dict)  # (B, T) per named reference
+    group: Tensor | None = None  # (B,) rows of one start share a number
+    columns: dict[str, Tensor] = field(default_factory=dict)  # (B, T) extras of a driver: adv, ret, weight
+    outcome: dict[str, Any] = field(default_factory=dict)  # what the task scores: final samples or texts; a list or tensor per row
+    per_row: bool = False  # obs is stored once per row
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return int(self.valid.shape[0]), int(self.valid.shape[1])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Rollout:
+        """A record with `fn` applied to every tensor column; `outcome` is dropped, it belongs to whole rollouts."""
+        out: dict[str, Any] = {"outcome": {}}
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if f.name == "obs":
+                out["obs"] = map_obs(v, fn)
+            elif isinstance(v, Tensor):
+                out[f.name] = fn(v)
+            elif isinstance(v, dict) and f.name != "outcome":
+                out[f.name] = {k: fn(x) for k, x in v.items()}
+        return replace(self, **out)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The rows `index` (b,), in that order."""
+        return self.map(lambda t: t[index])
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The record on another device (`outcome` is kept)."""
+        return replace(self.map(lambda t: t.to(device)), outcome=self.outcome)
+
+    def decisions(self) -> Rollout:
+        """Every decision as its own row, (B * T, 1), row-major. Raises ValueError for records whose obs is stored per row."""
+        if self.per_row:
+            raise ValueError(
+                "this rollout keeps its observations once per row (tokens), so it can't be cut into single decisions; use unit='row'"
+            )
+        B, T = self.shape
+        group = None if self.group is None else self.group.repeat_interleave(T)
+        flat = replace(self, group=None).map(lambda t: t.reshape(B * T, 1, *t.shape[2:]))
+        return replace(flat, group=group)
+
+    def minibatches(
+        self, unit: Literal["decision", "row"], size: int, generator: torch.Generator | None = None, shuffle: bool = True
+    ) -> Iterator[Rollout]:
+        """One pass over the record in equal parts of `size` units; a short remainder joins as a last, smaller part.
+
+        unit "decision" gives (b, 1) rows of decisions that count (mask), unit "row" gives (b, T).
+        """
+        base = self.decisions() if unit == "decision" else self
+        index = torch.nonzero(base.mask.any(dim=1)).squeeze(1)
+        if size < 1:
+            raise ValueError(f"minibatch size must be >= 1, got {size}")
+        if shuffle:
+            index = index[torch.randperm(len(index), generator=generator).to(index.device)]
+        for start in range(0, len(index), size):
+            yield base.rows(index[start : start + size])
+
+    def returns(self) -> Tensor:
+        """(B,) undiscounted sum of the rewards of the valid steps of each row."""
+        return (self.reward * self.valid).sum(dim=1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (B, T) over mask (B, T); 0 where nothing is masked in."""
+    m = mask.to(x.dtype)
+    return (x * m).sum() / m.sum().clamp(min=1.0)
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (divisor n) of x over mask."""
+    mean = masked_mean(x, mask)
+    return mean, masked_mean((x - mean).square(), mask).sqrt()
