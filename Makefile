@@ -1,0 +1,56 @@
+# Two commands do everything, set-up included: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.markovia-setup-done
+WORKERS ?= 2
+# One thread per test worker: two workers on two cores are slower with more.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help setup demo test test-slow lint types claims bench clean
+
+help:
+	@echo "make demo       train on control, text and digits, check the results, write demo/index.html (about 6 minutes)"
+	@echo "make test       the fast tests        make test-slow  all tests"
+	@echo "make lint       ruff and mypy         make claims     every method's executable claim"
+	@echo "make bench      throughput against Stable-Baselines3"
+	@echo "make setup      only make $(VENV)"
+
+setup: $(STAMP)
+
+# torch goes first, alone and pinned, so that no later requirement pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "markovia needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/markovia demo
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP) types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# mypy finds markovia.envs and its sisters through a tree of links, because they stand beside markovia/ and not in it.
+types:
+	@rm -rf .types && mkdir -p .types/markovia
+	@for f in markovia/*.py markovia/py.typed; do ln -s "$(CURDIR)/$$f" .types/markovia/; done
+	@for d in envs agents algos; do ln -s "$(CURDIR)/$$d" ".types/markovia/$$d"; done
+	@ln -s "$(CURDIR)/benchmarks/claims" .types/markovia/claims
+
+claims: $(STAMP)
+	$(BIN)/markovia claims
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/throughput.py
+
+clean:
+	rm -rf build dist .types .mypy_cache .ruff_cache .pytest_cache *.egg-info
