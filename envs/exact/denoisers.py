@@ -140,7 +140,10 @@ class LinearGaussianDenoising:
     def gap_fraction(self, G: Tensor, h: Tensor) -> float:
         """(J* - J)/(J* - J_ref): 1 at the reference, 0 at the optimum."""
         best = self.objective(*self.optimal())
-        return float((best - self.objective(G.detach().double(), h.detach().double())) / (best - self.objective(*self.reference())))
+        return float(
+            (best - self.objective(G.detach().double(), h.detach().double()))
+            / (best - self.objective(*self.reference()))
+        )
 
     def sample(self, G: Tensor, h: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n chains x_0..x_K under a policy: (n, K + 1, d)."""
