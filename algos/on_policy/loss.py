@@ -1,0 +1,117 @@
+"""The loss of one (micro-)minibatch: a pure function of the agent's evaluation, with detached statistics. Nothing here loops or logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from markovia.agents.distributions import Categorical, Distribution, kl, with_params
+from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout, masked_mean
+from markovia.algos.on_policy.divergence import k3
+from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.on_policy.surrogates import KLDrift, tsallis_bregman
+
+
+def weights(mask: Tensor, how: str) -> Tensor:
+    """Omega (B, T), the weight of each decision in the batch's loss; names as in verl.
+
+    token-mean: 1 / sum_j L_j (DAPO, PPO); seq-mean: 1 / (B L_i) (GRPO); seq-sum: 1 / B (RLOO, REINFORCE). L_i counts row i's masked decisions.
+    Raises ValueError for another name.
+    """
+    m = mask.to(torch.get_default_dtype())
+    if how == "token-mean":
+        return m / m.sum().clamp(min=1.0)
+    if how == "seq-mean":
+        return m / (m.shape[0] * m.sum(1, keepdim=True).clamp(min=1.0))
+    if how == "seq-sum":
+        return m / m.shape[0]
+    raise ValueError(f"aggregation must be token-mean, seq-mean or seq-sum, got {how!r}")
+
+
+def value_error(value: Tensor, ret: Tensor, value_old: Tensor, *, clip: float | None) -> Tensor:
+    """0.5 (V - ret)^2, or 0.5 max((V - ret)^2, (V_old + clip(V - V_old, -c, c) - ret)^2); (b, t), squared reward units."""
+    error = (value - ret).square()
+    if clip is not None:
+        error = torch.maximum(error, (value_old + (value - value_old).clamp(-clip, clip) - ret).square())
+    return 0.5 * error
+
+
+def drift_kl(method: OnPolicy, dist: Distribution, dist_old: dict[str, Tensor]) -> Tensor:
+    """The divergence that the surrogate asks for, (b, t) nats."""
+    surrogate, old = method.surrogate, with_params(dist, dist_old)
+    if surrogate.needs_kl == "new_old":
+        return kl(dist, old)
+    if surrogate.needs_kl == "tsallis":
+        if not (isinstance(dist, Categorical) and isinstance(old, Categorical) and isinstance(surrogate, KLDrift)):
+            raise ValueError(f"the Tsallis divergence is written for categorical policies, this one is {type(dist).__name__}; use new_old")
+        return tsallis_bregman(dist.logits, old.logits, q=surrogate.q)
+    return kl(old, dist)
+
+
+def wanted(method: OnPolicy, joint_value: bool) -> tuple[str, ...]:
+    """What one forward pass must give."""
+    want = ["logp"]
+    want += ["dist"] if method.surrogate.needs_kl != "none" else []
+    want += ["entropy"] if method.entropy_coef else []
+    want += ["value"] if joint_value else []
+    return tuple(want)
+
+
+def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The row's summed log-ratio at every decision, its gradient spread so that a row counts once: (b, t)."""
+    m = mask.to(log_ratio.dtype)
+    return (log_ratio * m).sum(1, keepdim=True).expand_as(log_ratio)
+
+
+def policy_loss(
+    method: OnPolicy, agent: Agent, part: Rollout, omega: Tensor, coef: Tensor, joint_value: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_bt Omega [ -surrogate + beta k(d) - c_H entropy + c_V value error ], and detached statistics summed with the same weights.
+
+    omega (b, t) holds the weights over the whole minibatch of which `part` may be a piece, so pieces add up exactly.
+    """
+    ev = agent.evaluate(part, wanted(method, joint_value))
+    assert ev.logp is not None
+    m = part.mask
+    # Steps that don't count may hold infinite log-probs (zero-std or padding): keep them out before exp.
+    log_ratio = torch.where(m, ev.logp - part.logp_old, 0.0)
+    ratio_log = sequence_ratio(log_ratio, m) if method.ratio_level == "sequence" else log_ratio
+    kl_value = None
+    if method.surrogate.needs_kl != "none":
+        assert ev.dist is not None and part.dist_old is not None
+        kl_value = torch.where(m, drift_kl(method, ev.dist, part.dist_old), 0.0)
+    per_step = -method.surrogate(ratio_log, part.columns["adv"], kl_value, coef)
+    with torch.no_grad():
+        stats: dict[str, Tensor] = {
+            "approx_kl": (omega * k3(-log_ratio)).sum() / omega.sum().clamp(min=1e-12),
+            "clip_fraction": (((log_ratio.exp() - 1.0).abs() > 0.2).float() * m).sum() / m.sum().clamp(min=1),
+        }
+        stats["policy_loss"] = (omega * per_step).sum().detach()
+    if method.divergence is not None and method.divergence.place == "loss":
+        d = torch.where(m, ev.logp - part.logp_ref["ref"], 0.0)
+        per_step = per_step + method.divergence.penalty(d)
+    if method.entropy_coef:
+        assert ev.entropy is not None
+        per_step = per_step - method.entropy_coef * ev.entropy
+        stats["entropy"] = masked_mean(ev.entropy.detach(), m)
+    loss = (omega * per_step).sum()
+    if joint_value:
+        assert ev.value is not None and part.value is not None
+        v_loss = (omega * value_error(ev.value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)).sum()
+        loss = loss + method.value.coef * v_loss
+        stats["value_loss"] = v_loss.detach()
+    if kl_value is not None:
+        stats["kl_max"] = kl_value.detach().max()
+        stats["kl_mean"] = masked_mean(kl_value.detach(), m)
+    return loss, stats
+
+
+def critic_loss(method: OnPolicy, agent: Agent, part: Rollout, omega: Tensor, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_bt Omega value error, for critics that are fitted apart from the policy."""
+    ev = agent.evaluate(part, ("value",))
+    assert ev.value is not None and part.value is not None
+    loss = (omega * value_error(ev.value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)).sum()
+    return loss, {"value_loss": loss.detach()}

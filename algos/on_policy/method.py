@@ -1,0 +1,140 @@
+"""The slots of the on-policy proximal loop, as one nested frozen value; a method is a setting of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from markovia.algos.advantages import GAE, Advantage
+from markovia.algos.on_policy.divergence import KL, Fixed, Refresh
+from markovia.algos.on_policy.surrogates import Clip, Surrogate
+
+Aggregation = Literal["token-mean", "seq-mean", "seq-sum"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The drift's coefficient stays."""
+
+    coef: float = 1.0
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """PPO's adaptive penalty: coef x 2 when the measured KL exceeds 1.5 target, / 2 when below target / 1.5.        [arXiv 1707.06347, eq. 8]"""
+
+    coef: float = 1.0
+    kl_target_nats: float = 0.01
+
+
+@dataclass(frozen=True)
+class MirrorStep:
+    """coef = 1 / t_k, t_k = 1 - k / K: mirror descent's step size falls linearly, so the penalty grows from 1.      [arXiv 2005.09814]"""
+
+    coef: float = 1.0  # at the first iteration
+    floor: float = 0.01  # smallest t_k, for the last iteration
+
+
+@dataclass(frozen=True)
+class DualAscent:
+    """FixPO: Adam on coef for L = coef (limit - safety max KL), and a fix-up phase until every state obeys the limit.  [arXiv 2312.05405]"""
+
+    coef: float = 1.0
+    kl_limit_nats: float = 0.5  # bound on the largest KL(old || new) over the batch's states
+    safety: float = 3.0  # C_beta > 1: aim below the limit, so that the fix-up is seldom needed
+    lr: float = 0.01  # of the dual variable
+    fixup: bool = True  # enforce the limit after every epoch
+    chunk: int = 1024  # decisions per fix-up sweep step
+    max_sweeps: int = 50  # after that the policy goes back to the old one (KL 0)
+
+
+Controller = Constant | Doubling | MirrorStep | DualAscent
+
+
+@dataclass(frozen=True)
+class Descent:
+    """First-order solver: epochs over shuffled minibatches."""
+
+    optimizer: Literal["adam", "rmsprop", "sgd"] = "adam"
+    lr: float = 3e-4
+    value_lr: float | None = None  # learning rate of the critic, None: the same
+    anneal: bool = True  # learning rate falls linearly to 0 over num_env_steps
+    eps: float = 1e-5  # of Adam / RMSprop
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's averages
+    weight_decay: float = 0.0
+    epochs: int = 10  # passes over the batch
+    minibatch: int | None = 64  # decisions or rows, None: the whole batch
+    unit: Literal["decision", "row"] = "decision"  # what a minibatch counts; tokens need "row"
+    micro: int | None = None  # units per forward pass; gradients are accumulated, the result equals the large batch
+    max_grad_norm: float = 0.5  # global norm, policy and critic together
+    kl_stop_nats: float | None = None  # stop the epochs when the mean k3 KL of a minibatch exceeds 1.5 times this
+    recompute_advantage: bool = False  # values, advantages and targets anew before each epoch
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or (self.minibatch is not None and self.minibatch < 1) or (self.micro is not None and self.micro < 1):
+            raise ValueError(f"epochs, minibatch and micro must be >= 1, got {self.epochs}, {self.minibatch}, {self.micro}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be > 0, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class NaturalGradient:
+    """Second-order solver: conjugate gradient on F x = g, step length from the trust region, optional line search."""
+
+    kl_limit_nats: float = 0.01  # delta
+    damping: float = 0.1  # added to the Fisher matrix
+    cg_iterations: int = 15
+    cg_tolerance: float = 1e-10  # squared residual at which conjugate gradient stops
+    line_search: bool = True  # False: natural policy gradient
+    backtrack: float = 0.8
+    max_backtracks: int = 10
+
+
+Solver = Descent | NaturalGradient
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """0.5 (V - ret)^2 on the reward column, optionally clipped around the old value; jointly with the policy or in passes of its own."""
+
+    coef: float = 0.5
+    clip: float | None = None  # V may move by this much per batch
+    separate: Descent | None = None  # fit the critic apart, after the policy's step
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Settings of the on-policy proximal loop; see docs/interface.md for the order in which data flows through the slots."""
+
+    num_env_steps: int = 1_000_000  # decisions in total (control: environment steps; text: tokens are not counted, rows are)
+    num_envs: int = 1  # rows collected side by side; for sequences the rows (responses, chains) of one batch
+    num_steps: int = 2048  # decisions per row and batch; ignored where a row is a whole sequence
+    group_size: int = 1  # responses per prompt (sequences)
+    scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    normalize_obs: bool = False  # running mean and variance of observations (control), saved with the agent
+    advantage: Advantage = field(default_factory=GAE)
+    normalize_advantage: Literal["none", "minibatch", "batch"] = "minibatch"
+    surrogate: Surrogate = field(default_factory=Clip)
+    controller: Controller = field(default_factory=Constant)
+    ratio_level: Literal["token", "sequence"] = "token"
+    aggregation: Aggregation = "token-mean"
+    divergence: KL | None = None
+    refresh: Refresh = field(default_factory=Fixed)
+    entropy_coef: float = 0.0
+    value: ValueLoss = field(default_factory=ValueLoss)
+    solver: Solver = field(default_factory=Descent)
+
+    def __post_init__(self) -> None:
+        for name in ("num_env_steps", "num_envs", "num_steps", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_envs % self.group_size:
+            raise ValueError(f"num_envs={self.num_envs} must be a multiple of group_size={self.group_size}")
+        if isinstance(self.solver, NaturalGradient) and self.surrogate.needs_kl != "none":
+            raise ValueError("a natural-gradient step already bounds the KL; use a surrogate without a KL penalty (PolicyGradient)")
+        if isinstance(self.solver, NaturalGradient) and self.advantage.needs_critic and self.value.separate is None:
+            raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
+        if isinstance(self.solver, NaturalGradient) and self.normalize_advantage == "minibatch":
+            raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
+        if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
+            raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")

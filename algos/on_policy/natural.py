@@ -1,0 +1,147 @@
+"""Natural-gradient steps: conjugate gradient on exact Fisher products and a backtracking line search (TRPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from markovia.agents.distributions import kl, with_params
+from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout, masked_mean
+from markovia.algos.on_policy.method import NaturalGradient, OnPolicy
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, *, iterations: int, tolerance: float = 1e-10) -> Tensor:
+    """x with product(x) = b for a symmetric positive definite product, from x = 0; stops at |r|^2 < tolerance.       [Hestenes & Stiefel 1952]"""
+    x = torch.zeros_like(b)
+    r, p = b.clone(), b.clone()
+    rr = r.dot(r)
+    for _ in range(iterations):
+        if rr < tolerance:
+            break
+        hp = product(p)
+        alpha = rr / p.dot(hp)
+        x = x + alpha * p
+        r = r - alpha * hp
+        new = r.dot(r)
+        p = r + (new / rr) * p
+        rr = new
+    return x
+
+
+class _Head(nn.Module):
+    """Distribution parameters as a function of the agent's weights, for torch.func."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.net = agent.net
+        self.agent = agent
+
+    def forward(self, rollout: Rollout) -> dict[str, Tensor]:
+        dist = self.agent.evaluate(rollout, ("dist",)).dist
+        assert dist is not None
+        return dist.params()
+
+
+def flatten(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([t.numel() for t in like])
+    return [p.view_as(t) for p, t in zip(parts, like, strict=True)]
+
+
+def fisher_product(agent: Agent, rollout: Rollout, *, damping: float) -> Callable[[Tensor], Tensor]:
+    """v -> (J^T M J + damping I) v with J = d(distribution parameters)/d(policy weights) and M the distribution's closed-form metric.
+
+    Equals the Hessian at theta_old of the mean KL over the record's masked decisions, in either direction, plus damping.   [arXiv 1502.05477]
+    """
+    head = _Head(agent)
+    wanted_ids = {id(p) for p in agent.parameters("policy")}
+    named = [(n, p) for n, p in head.named_parameters() if id(p) in wanted_ids]
+    names, tensors = [n for n, _ in named], [p.detach() for _, p in named]
+    order = {id(p): i for i, p in enumerate(agent.parameters("policy"))}
+    back = sorted(range(len(named)), key=lambda i: order[id(named[i][1])])
+    mask = rollout.mask
+    count = mask.sum().clamp(min=1)
+
+    def outputs(values: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = functional_call(head, dict(zip(names, values, strict=True)), (rollout,))
+        return result
+
+    with torch.no_grad():
+        dist = agent.evaluate(rollout, ("dist",)).dist
+    assert dist is not None
+    primal = tuple(tensors)
+    _, pull = vjp(outputs, primal)
+
+    def product(v: Tensor) -> Tensor:
+        ordered = unflatten(v, agent.parameters("policy"))
+        tangent = [torch.empty(0)] * len(ordered)
+        for position, i in enumerate(back):
+            tangent[i] = ordered[position]
+        _, out = jvp(outputs, (primal,), (tuple(tangent),))
+        scaled = dist.fisher(out)
+        masked = {
+            k: torch.where(mask.reshape(*mask.shape, *([1] * (t.dim() - mask.dim()))), t, 0.0) / count for k, t in scaled.items()
+        }
+        (grads,) = pull(masked)
+        return flatten([grads[i] for i in back]) + damping * v
+
+    return product
+
+
+def natural_step(method: OnPolicy, solver: NaturalGradient, agent: Agent, rollout: Rollout) -> dict[str, float]:
+    """One trust-region step on the whole batch; the policy is left untouched when no candidate is accepted.
+
+    s = sqrt(2 delta / x^T F x) x, F x = g; accept theta + 0.8^j s for the first j with mean KL(old||new) <= delta and a better surrogate.
+    Schulman 2015 (arXiv 1502.05477), appendix C. Without line search: the natural policy gradient step itself.
+    """
+    params = agent.parameters("policy")
+    adv, mask = rollout.columns["adv"], rollout.mask
+
+    def surrogate() -> Tensor:
+        logp = agent.evaluate(rollout, ("logp",)).logp
+        assert logp is not None
+        log_ratio = torch.where(mask, logp - rollout.logp_old, 0.0)
+        return masked_mean(method.surrogate(log_ratio, adv, None, torch.ones(())), mask)
+
+    value = surrogate()
+    g = flatten(list(torch.autograd.grad(value, params)))
+    with torch.no_grad():
+        product = fisher_product(agent, rollout, damping=solver.damping)
+        x = conjugate_gradient(product, g, iterations=solver.cg_iterations, tolerance=solver.cg_tolerance)
+        curvature = x.dot(product(x))
+        stats: dict[str, Any] = {"policy_loss": -float(value), "line_search_steps": 0.0, "accepted": 0.0, "approx_kl": 0.0}
+        if not torch.isfinite(curvature) or curvature <= 0:
+            return stats  # no gradient (or a broken one): stay
+        step = torch.sqrt(2.0 * solver.kl_limit_nats / curvature) * x
+        start = flatten([p.detach() for p in params]).clone()
+        old = agent.evaluate(rollout, ("dist",)).dist
+        assert old is not None
+        old_params = {k: v.clone() for k, v in old.params().items()}
+
+        def put(flat: Tensor) -> None:
+            for p, v in zip(params, unflatten(flat, params), strict=True):
+                p.copy_(v)
+
+        def measured_kl() -> Tensor:
+            new = agent.evaluate(rollout, ("dist",)).dist
+            assert new is not None
+            return masked_mean(torch.where(mask, kl(with_params(new, old_params), new), 0.0), mask)
+
+        if not solver.line_search:
+            put(start + step)
+            return {**stats, "accepted": 1.0, "approx_kl": float(measured_kl())}
+        for j in range(solver.max_backtracks):
+            put(start + solver.backtrack**j * step)
+            kl_new = measured_kl()
+            if kl_new <= solver.kl_limit_nats and surrogate() > value:
+                return {**stats, "accepted": 1.0, "line_search_steps": float(j), "approx_kl": float(kl_new)}
+        put(start)
+        return {**stats, "line_search_steps": float(solver.max_backtracks)}

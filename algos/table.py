@@ -1,0 +1,40 @@
+"""A method is a row: an id, the value that fills a driver's slots, and where it comes from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. `value` fills a driver's slots; everything else is what `markovia show` and the tests read."""
+
+    id: str
+    value: Any
+    parent: str | None
+    paper: str
+    new: str
+    kinds: tuple[str, ...]
+    functions: tuple[str, ...]  # "module:function" of the equations that make it, main one first
+    claim: str  # id in markovia.claims
+    checks: tuple[str, ...] = ("value", "gradient", "limit", "invariance", "resume", "bad_input")
+    not_checked: str = ""  # why a check of the six does not apply
+
+
+def table(rows: Iterable[Row]) -> dict[str, Row]:
+    """Rows by id; a second row of one id raises ValueError."""
+    out: dict[str, Row] = {}
+    for row in rows:
+        if row.id in out:
+            raise ValueError(f"method id {row.id!r} appears twice in the table")
+        out[row.id] = row
+    return out
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" did you mean ...?" for an unknown name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
