@@ -1,0 +1,364 @@
+"""The on-policy proximal loop, once for control, tokens and denoising.
+
+An iteration: collect -> reference log-probs -> penalised reward -> advantage -> solver's inner steps -> controller -> reference refresh.
+This is the only place with loops, optimisers and side effects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from markovia.agents.distributions import kl, with_params
+from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout, masked_mean
+from markovia.algos.advantages import normalise
+from markovia.algos.on_policy.divergence import EMA, k3
+from markovia.algos.on_policy.loss import critic_loss, policy_loss, weights
+from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
+from markovia.algos.on_policy.natural import natural_step
+from markovia.algos.streams import stream, stream_seed
+
+LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+class Collector(Protocol):
+    """What the driver needs of its source of records; `StepCollector` and `SequenceCollector` are the two."""
+
+    episodes: list[float]
+
+    def collect(self, agent: Any, generator: torch.Generator) -> Rollout: ...
+    def reset(self, seed: int) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Statistics:
+    """Means of detached scalars, kept as tensors until the iteration ends, so that no step waits for `.item()`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        for k, v in stats.items():
+            if k.endswith("_max"):
+                self.sums[k] = torch.maximum(self.sums[k], v) if k in self.sums else v
+                self.counts[k] = 1
+            else:
+                self.sums[k] = self.sums[k] + v if k in self.sums else v
+                self.counts[k] = self.counts.get(k, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
+
+
+def make_optimizer(solver: Descent, agent: Agent, roles: tuple[str, ...]) -> torch.optim.Optimizer:
+    """One optimiser with a parameter group per role ("policy", "value")."""
+    groups: list[dict[str, Any]] = []
+    for role in roles:
+        params = agent.parameters("policy" if role == "policy" else "value")
+        lr = solver.value_lr if role == "value" and solver.value_lr is not None else solver.lr
+        if params:
+            groups.append({"params": params, "lr": lr, "base_lr": lr})
+    if solver.optimizer == "adam":
+        return torch.optim.AdamW(groups, eps=solver.eps, betas=solver.betas, weight_decay=solver.weight_decay)
+    if solver.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, alpha=0.99, eps=solver.eps)
+    return torch.optim.SGD(groups)
+
+
+class OnPolicyDriver:
+    """Trains `agent` with `method` on what `collector` brings. Raises ValueError at construction when the three do not fit."""
+
+    def __init__(self, method: OnPolicy, agent: Agent, collector: Collector, seed: int = 0) -> None:
+        self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
+        self.iteration = 0
+        self.num_env_steps = 0
+        self.coef = float(method.controller.coef)
+        self.advantage_state: dict[str, Any] = {}
+        self._check()
+        self.references: dict[str, Agent] = {"ref": agent.reference()} if method.divergence is not None else {}
+        self.joint_value = method.advantage.needs_critic and method.value.separate is None
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if isinstance(method.solver, Descent):
+            self.optimizers["main"] = make_optimizer(method.solver, agent, ("policy", "value") if self.joint_value else ("policy",))
+        if method.advantage.needs_critic and method.value.separate is not None:
+            self.optimizers["value"] = make_optimizer(method.value.separate, agent, ("value",))
+        if isinstance(method.controller, DualAscent):
+            self.dual = torch.tensor(self.coef, dtype=torch.float64, requires_grad=True)
+            self.optimizers["dual"] = torch.optim.Adam([self.dual], lr=method.controller.lr)
+        self.collector.reset(stream_seed(seed, "env", 0))
+
+    def _check(self) -> None:
+        m, agent = self.method, self.agent
+        if m.advantage.needs_critic and agent.critic is None:
+            raise ValueError(
+                f"{type(m.advantage).__name__} needs values, but this {agent.kind} agent has no critic; "
+                "build it with a value head, or choose LeaveOneOut / BatchReturn"
+            )
+        if agent.kind == "language":
+            if isinstance(m.solver, NaturalGradient):
+                raise ValueError("natural-gradient steps are not offered for language models; use ppo, rloo or ppo-rlhf")
+            for s in (m.solver, m.value.separate):
+                if isinstance(s, Descent) and s.unit != "row":
+                    raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
+        if isinstance(m.refresh, EMA) and agent.kind == "language" and getattr(agent, "lora", None):
+            raise ValueError("an EMA reference needs a copy of its own, but a LoRA agent's reference is its base model; use full weights or Fixed()")
+
+    @property
+    def finished(self) -> bool:
+        return self.num_env_steps >= self.method.num_env_steps
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the budget that is spent, in [0, 1]."""
+        return min(1.0, self.num_env_steps / self.method.num_env_steps)
+
+    def generator(self, name: str) -> torch.Generator:
+        device = self.agent.device if name == "action" else "cpu"
+        return stream(self.seed, name, self.iteration, device)
+
+    # -- one iteration ------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """Collect a batch, improve the policy on it, and return the iteration's statistics."""
+        rollout = self.collector.collect(self.agent, self.generator("action"))
+        reward = self.prepare(rollout)
+        self.advantages(rollout, reward)
+        self._set_lr()
+        stats = self.improve(rollout, reward)
+        self._after_iteration(stats)
+        self.iteration += 1
+        # A sequence is one decision of the outer problem; a step task counts its valid steps.
+        self.num_env_steps += rollout.shape[0] if self.counts_rows(rollout) else int(rollout.valid.sum())
+        return {**self.describe(rollout), **stats, "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
+
+    def counts_rows(self, rollout: Rollout) -> bool:
+        return rollout.per_row or self.agent.kind == "denoising"
+
+    @torch.no_grad()
+    def prepare(self, rollout: Rollout) -> Tensor:
+        """Fill what the method reads (dist_old, logp_ref) and return the penalised reward (B, T)."""
+        m = self.method
+        if m.surrogate.needs_kl != "none" and rollout.dist_old is None:
+            dist = self.agent.evaluate(rollout, ("dist",)).dist
+            assert dist is not None
+            rollout.dist_old = {k: v.clone() for k, v in dist.params().items()}
+        reward = rollout.reward
+        if m.divergence is not None:
+            logp = self.references["ref"].evaluate(rollout, ("logp",)).logp
+            assert logp is not None
+            rollout.logp_ref["ref"] = logp
+            if m.divergence.place == "reward":
+                d = torch.where(rollout.mask, rollout.logp_old - logp, 0.0)
+                reward = reward - m.divergence.penalty(d)
+        return reward
+
+    @torch.no_grad()
+    def advantages(self, rollout: Rollout, reward: Tensor) -> None:
+        """Put `adv` and `ret` into the record."""
+        adv, ret = self.method.advantage(reward, rollout, self.advantage_state)
+        if self.method.normalize_advantage == "batch":
+            adv = normalise(adv, rollout.mask)
+        rollout.columns["adv"], rollout.columns["ret"] = adv, ret
+
+    def improve(self, rollout: Rollout, reward: Tensor) -> dict[str, float]:
+        """The solver's inner steps."""
+        m, stats = self.method, Statistics()
+        out: dict[str, float] = {}
+        if isinstance(m.solver, NaturalGradient):
+            out.update(natural_step(m, m.solver, self.agent, rollout))
+        else:
+            self._descend(m.solver, rollout, reward, policy_loss, "main", stats)
+        if m.advantage.needs_critic and m.value.separate is not None:
+            self._descend(m.value.separate, rollout, reward, critic_loss, "value", stats)
+        return {**stats.means(), **out}
+
+    def _descend(self, solver: Descent, rollout: Rollout, reward: Tensor, loss_fn: LossFn, name: str, stats: Statistics) -> None:
+        """Epochs of minibatch steps; gradients of micro-batches add up to the minibatch's exactly."""
+        m, generator = self.method, self.generator(f"minibatch-{name}")
+        old = [p.detach().clone() for p in self.agent.parameters("policy")] if isinstance(m.controller, DualAscent) else []
+        for epoch in range(solver.epochs):
+            if epoch and solver.recompute_advantage:
+                self._refresh_values(rollout, reward)
+            whole = solver.minibatch is None
+            size = max(rollout.shape[0] * rollout.shape[1], 1) if whole else solver.minibatch or 1
+            for batch in rollout.minibatches(solver.unit, size, generator, shuffle=not whole):
+                if m.normalize_advantage == "minibatch":
+                    batch.columns["adv"] = normalise(batch.columns["adv"], batch.mask)
+                step_stats = self._gradient_step(solver, batch, loss_fn, name)
+                stats.add(step_stats)
+                if name == "main" and isinstance(m.controller, DualAscent):
+                    self._dual_step(m.controller, step_stats["kl_max"])
+                if solver.kl_stop_nats is not None and "approx_kl" in step_stats and float(step_stats["approx_kl"]) > 1.5 * solver.kl_stop_nats:
+                    return
+            if name == "main" and isinstance(m.controller, DualAscent) and m.controller.fixup:
+                self._fixup(m.controller, solver, rollout, old, stats)
+
+    def _gradient_step(self, solver: Descent, batch: Rollout, loss_fn: LossFn, name: str) -> dict[str, Tensor]:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        omega = weights(batch.mask, self.method.aggregation).to(batch.columns["adv"].dtype)
+        coef = torch.tensor(self.coef, device=omega.device)
+        n = batch.shape[0]
+        pieces = Statistics()
+        for start in range(0, n, solver.micro or n):
+            index = torch.arange(start, min(start + (solver.micro or n), n), device=omega.device)
+            part = batch.rows(index) if solver.micro and solver.micro < n else batch
+            loss, stats = loss_fn(self.method, self.agent, part, omega[index], coef, self.joint_value)
+            loss.backward()
+            pieces.add(stats)
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(params, solver.max_grad_norm)
+        optimizer.step()
+        sums = {k: v / pieces.counts[k] if k in ("approx_kl", "clip_fraction", "entropy", "kl_mean") else v for k, v in pieces.sums.items()}
+        return {**sums, f"grad_norm/{name}": norm.detach()}
+
+    @torch.no_grad()
+    def _refresh_values(self, rollout: Rollout, reward: Tensor) -> None:
+        """Recompute V and the advantages with the current critic (boot values keep those of the collection)."""
+        if self.method.advantage.needs_critic:
+            rollout.value = self.agent.evaluate(rollout, ("value",)).value
+        state = dict(self.advantage_state)
+        self.advantages(rollout, reward)
+        self.advantage_state = state
+
+    # -- trust region by penalty (FixPO) ---------------------------------------------------------------------------------------------
+
+    def _dual_step(self, controller: DualAscent, kl_max: Tensor) -> None:
+        """One Adam step on coef (limit - safety max KL), coef kept >= 0."""
+        self.optimizers["dual"].zero_grad()
+        self.dual.grad = (controller.kl_limit_nats - controller.safety * kl_max).to(self.dual)
+        self.optimizers["dual"].step()
+        with torch.no_grad():
+            self.dual.clamp_(min=0.0)
+        self.coef = float(self.dual)
+
+    def _old_new_kl(self, part: Rollout) -> Tensor:
+        dist = self.agent.evaluate(part, ("dist",)).dist
+        assert dist is not None and part.dist_old is not None
+        return torch.where(part.mask, kl(with_params(dist, part.dist_old), dist), 0.0)
+
+    def _fixup(self, controller: DualAscent, solver: Descent, rollout: Rollout, old: list[Tensor], stats: Statistics) -> None:
+        """Steps on coef KL alone, over the chunks that violate the limit, until one sweep is clean; otherwise back to the old policy."""
+        optimizer = self.optimizers["main"]
+        steps = 0
+        for _ in range(controller.max_sweeps):
+            clean = True
+            for part in rollout.minibatches(solver.unit, controller.chunk, shuffle=False):
+                value = self._old_new_kl(part)
+                worst = value.detach().max()
+                if worst <= controller.kl_limit_nats:
+                    continue
+                clean, steps = False, steps + 1
+                optimizer.zero_grad(set_to_none=True)
+                (max(self.coef, 1e-3) * masked_mean(value, part.mask)).backward()
+                torch.nn.utils.clip_grad_norm_([p for p in self.agent.parameters("policy") if p.grad is not None], solver.max_grad_norm)
+                optimizer.step()
+                self._dual_step(controller, worst)
+            if clean:
+                break
+        else:
+            with torch.no_grad():
+                for p, start in zip(self.agent.parameters("policy"), old, strict=True):
+                    p.copy_(start)
+        stats.add({"fixup_steps": torch.tensor(float(steps))})
+
+    # -- between iterations ------------------------------------------------------------------------------------------------------------
+
+    def _set_lr(self) -> None:
+        for name, solver in (("main", self.method.solver), ("value", self.method.value.separate)):
+            if name in self.optimizers and isinstance(solver, Descent):
+                for group in self.optimizers[name].param_groups:
+                    group["lr"] = group["base_lr"] * (1.0 - self.progress if solver.anneal else 1.0)
+        if isinstance(self.method.controller, MirrorStep):
+            self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - self.progress)
+
+    def _after_iteration(self, stats: dict[str, float]) -> None:
+        controller = self.method.controller
+        if isinstance(controller, Doubling):
+            if stats.get("kl_mean", 0.0) > 1.5 * controller.kl_target_nats:
+                self.coef *= 2.0
+            elif stats.get("kl_mean", 0.0) < controller.kl_target_nats / 1.5:
+                self.coef /= 2.0
+        if isinstance(self.method.refresh, EMA) and "ref" in self.references:
+            with torch.no_grad():
+                for p, q in zip(self.references["ref"].net.parameters(), self.agent.net.parameters(), strict=True):
+                    p.lerp_(q.to(p), self.method.refresh.rate)
+
+    @torch.no_grad()
+    def describe(self, rollout: Rollout) -> dict[str, float]:
+        """What is logged about the batch: returns of finished episodes, length, KL to the reference, explained variance, coefficient."""
+        out: dict[str, float] = {"coef": self.coef}
+        if self.collector.episodes:
+            out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
+            self.collector.episodes.clear()
+        if "ref" in rollout.logp_ref:
+            d = torch.where(rollout.mask, rollout.logp_old - rollout.logp_ref["ref"], 0.0)
+            out["kl_ref"] = float(d.sum(1).mean())
+            out["kl_ref_k3"] = float((k3(d) * rollout.mask).sum(1).mean())
+            out["logp_ref_mean"] = float(masked_mean(torch.where(rollout.mask, rollout.logp_ref["ref"], 0.0), rollout.mask))
+        if rollout.value is not None:
+            error = torch.where(rollout.mask, rollout.columns["ret"] - rollout.value[..., 0], 0.0)
+            ret = torch.where(rollout.mask, rollout.columns["ret"], 0.0)
+            variance = masked_mean((ret - masked_mean(ret, rollout.mask)).square(), rollout.mask)
+            out["explained_variance"] = float(1.0 - masked_mean(error.square(), rollout.mask) / variance) if variance > 1e-12 else math.nan
+        if rollout.per_row:
+            out["length"] = float(rollout.mask.sum(1).float().mean())
+        return out
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------------------------
+
+    def boundary(self) -> None:
+        """Reseed and reset the environments; called at every checkpoint, so that resuming needs no simulator state."""
+        self.collector.reset(stream_seed(self.seed, "env", self.iteration))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a resumed run needs, as tensors and JSON."""
+        tensors = {f"agent.{k}": v for k, v in self.agent.state().items()}
+        for name, ref in self.references.items():
+            if ref.net is not self.agent.net:
+                tensors |= {f"reference.{name}.{k}": v for k, v in ref.net.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{name}.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+        tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
+        if "dual" in self.optimizers:
+            tensors["dual"] = self.dual.detach()
+        meta = {
+            "iteration": self.iteration,
+            "num_env_steps": self.num_env_steps,
+            "coef": self.coef,
+            "advantage_state": self.advantage_state,
+            "episodes": list(self.collector.episodes),
+        }
+        return tensors, meta
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Put `state()` back into a driver that was built with the same method, task and seed."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.agent.load_state(part("agent."))
+        for name, ref in self.references.items():
+            if ref.net is not self.agent.net:
+                ref.net.load_state_dict(part(f"reference.{name}."))
+        for name, optimizer in self.optimizers.items():
+            saved: dict[int, dict[str, Tensor]] = {}
+            for key, value in part(f"optimizer.{name}.").items():
+                index, field = key.split(".", 1)
+                saved.setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if "dual" in self.optimizers:
+            with torch.no_grad():
+                self.dual.copy_(tensors["dual"])
+        self.collector.load_state(part("collector."))
+        self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
+        self.coef, self.advantage_state = meta["coef"], meta["advantage_state"]
+        self.collector.episodes[:] = meta["episodes"]
