@@ -7,7 +7,38 @@ from typing import Any
 import gymnasium as gym
 
 # One row per id: gymnasium.register's arguments. Entry points are strings and kwargs plain data, so that Minari can store the spec.
-ENVS: list[dict[str, Any]] = []
+ENVS: list[dict[str, Any]] = [
+    {
+        "id": "markovia/Tabular-v0",
+        "entry_point": "markovia.envs.exact.gym_envs:TabularMDPEnv",
+        "max_episode_steps": 100,
+    },
+    {
+        "id": "markovia/TabularCMDP-v0",
+        "entry_point": "markovia.envs.exact.gym_envs:CMDPEnv",
+        "max_episode_steps": 100,
+    },
+    {
+        "id": "markovia/TokenTree-v0",
+        "entry_point": "markovia.envs.exact.gym_envs:TokenTreeEnv",
+        "vector_entry_point": "markovia.envs.exact.gym_envs:TokenTreeVectorEnv",
+    },
+]
+
+_DENOISING = "markovia.envs.denoising.tasks:"
+ENVS += [
+    {
+        "id": f"markovia/{name}-v0",
+        "entry_point": f"{_DENOISING}make_env",
+        "vector_entry_point": f"{_DENOISING}make_vector_env",
+        "kwargs": {"task": task, **kwargs},
+    }
+    for name, task, kwargs in (
+        ("Mixture2D", "mixture2d", {"wanted": 0}),
+        ("Digits", "digits", {"wanted": 3}),
+        ("LinearGaussian", "linear_gaussian", {}),
+    )
+]
 
 
 def register_all() -> None:
