@@ -40,6 +40,34 @@ ENVS += [
     )
 ]
 
+ENVS += [
+    {
+        "id": f"markovia/{name}-v0",
+        "entry_point": "markovia.envs.text.env:TokenEnv",
+        "vector_entry_point": "markovia.envs.text.env:TokenVectorEnv",
+        "kwargs": {"task": task, **kwargs},
+    }
+    for name, task, kwargs in (("Arithmetic", "arithmetic", {"digits": 2}), ("Sentiment", "sentiment", {}))
+]
+
+# What kind of MDP an id is, for our own agents; ids that are not listed are control tasks. Sequence kinds name the function that builds
+# the task (its keyword arguments are the id's kwargs and the user's).
+KINDS: dict[str, str] = {
+    "markovia/Tabular-v0": "tabular",
+    "markovia/TabularCMDP-v0": "tabular",
+    "markovia/TokenTree-v0": "tabular",
+    "markovia/Mixture2D-v0": "denoising",
+    "markovia/Digits-v0": "denoising",
+    "markovia/LinearGaussian-v0": "denoising",
+    "markovia/Arithmetic-v0": "language",
+    "markovia/Sentiment-v0": "language",
+}
+
+
+def kind_of(env_id: str) -> str:
+    """control, tabular, language or denoising."""
+    return KINDS.get(env_id.rpartition(":")[2], "control")
+
 
 def register_all() -> None:
     """Register each row once; calling it again does nothing (Gymnasium warns about a second registration)."""

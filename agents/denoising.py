@@ -1,0 +1,170 @@
+"""Denoising policies: a network predicts the model output, the kernel turns it into the mean and standard deviation of the next sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from markovia.agents.distributions import FixedStdGaussian
+from markovia.agents.interface import Agent, Evaluation
+from markovia.agents.records import Obs, Rollout
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.denoising.networks import NETWORKS, build_network, network_config
+
+
+class ChainCritic(nn.Module):
+    """V(x, k, cond): an MLP on the flat sample, the step as a one-hot vector and the condition; (N, 1)."""
+
+    def __init__(self, size: int, num_steps: int, cond_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.num_steps = num_steps
+        layers = [nn.Linear(size + num_steps + cond_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)]
+        for layer, gain in zip(layers, (2**0.5, 2**0.5, 1.0), strict=True):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+    def forward(self, x: Tensor, step: Tensor, cond: Tensor | None) -> Tensor:
+        parts = [x.flatten(1), nn.functional.one_hot(step, self.num_steps).to(x.dtype)]
+        result: Tensor = self.layers(torch.cat(parts if cond is None else [*parts, cond], -1))
+        return result
+
+
+class DenoisingAgent(Agent):
+    """pi(x'|x, k, c) = N(mu(x, k, c), s_k^2 I): only the mean is learned, s_k comes from the kernel.        [arXiv 2305.13301, section 4]
+
+    network  (x (N, *shape), timestep (N,), cond (N, C) or None) -> model output (N, *shape); eps, x0, v or flow as the kernel was told
+    reduce   "sum": exact log-probs; "mean": divided by the number of entries D (published image settings)
+    """
+
+    kind = "denoising"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        kernel: GaussianKernel,
+        sample_shape: Iterable[int],
+        cond_dim: int = 0,
+        critic_hidden: int | None = 128,
+        reduce: Literal["sum", "mean"] = "sum",
+    ) -> None:
+        if reduce not in ("sum", "mean"):
+            raise ValueError(f"reduce must be 'sum' or 'mean', got {reduce!r}")
+        self.kernel, self.sample_shape, self.cond_dim = kernel, tuple(int(n) for n in sample_shape), cond_dim
+        self.critic_hidden, self.reduce = critic_hidden, reduce
+        self.net = nn.ModuleDict({"policy": network})
+        size = math.prod(self.sample_shape)
+        self.scale = 1.0 if reduce == "sum" else 1.0 / size
+        if critic_hidden is not None:
+            self.net["critic"] = ChainCritic(size, kernel.num_steps, cond_dim, critic_hidden)
+
+    @classmethod
+    def from_task(cls, task: Any, **options: Any) -> DenoisingAgent:
+        """An agent that starts at the task's own network (a copy of it) and uses the task's kernel."""
+        if not isinstance(task.network, nn.Module):
+            raise ValueError(
+                f"the task's network is a {type(task.network).__name__}, not a torch Module, so it has no parameters to train; "
+                "build DenoisingAgent(network=...) with a Module of your own"
+            )
+        cond_dim = 0 if task.conditions is None else int(task.conditions.shape[1])
+        network = copy.deepcopy(task.network).float()
+        for p in network.parameters():
+            p.requires_grad_(True)
+        return cls(network, task.kernel, task.sample_shape, cond_dim, **options)
+
+    def _dist(self, x: Tensor, step: Tensor, cond: Tensor | None) -> FixedStdGaussian:
+        """Distribution of the next sample for a flat batch (N, *shape)."""
+        output = self.net["policy"](x, self.kernel.timestep(step), cond)
+        mean, std = self.kernel.mean_std(output, x, step)
+        return FixedStdGaussian(mean, std.reshape(len(x)), self.scale)
+
+    def act(self, obs: Obs, deterministic: bool = False, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Next samples x' (n, *shape) and log-probs (n,) for obs = {"x": (n, *shape), "step": (n,) int64, "cond": (n, C) or absent}."""
+        assert isinstance(obs, dict)
+        with torch.no_grad():
+            dist = self._dist(obs["x"], obs["step"], obs.get("cond"))
+            action = dist.mode() if deterministic else dist.sample(generator)
+            return action, dist.log_prob(action)
+
+    @torch.no_grad()
+    def generate(self, starts: dict[str, Any], generator: torch.Generator | None = None, deterministic: bool = False) -> Rollout:
+        """Whole chains from starts = {"x": (n, *shape), "cond": (n, C) or None}; rewards are zero until a task scores `outcome["x"]`."""
+        x, cond = starts["x"].to(self.device), starts.get("cond")
+        n, steps = len(x), self.kernel.num_steps
+        xs = x.new_empty((n, steps, *self.sample_shape))
+        actions, logps = torch.empty_like(xs), x.new_empty((n, steps))
+        for k in range(steps):
+            obs = {"x": x, "step": torch.full((n,), k, dtype=torch.long, device=x.device)} | ({} if cond is None else {"cond": cond})
+            xs[:, k] = x
+            x, logps[:, k] = self.act(obs, deterministic, generator)
+            actions[:, k] = x
+        step = torch.arange(steps, device=x.device).expand(n, steps)
+        obs = {"x": xs, "step": step}
+        if cond is not None:
+            obs["cond"] = cond[:, None].expand(n, steps, -1)
+        valid = torch.ones((n, steps), dtype=torch.bool, device=x.device)
+        counts = torch.as_tensor(self.kernel.in_likelihood, dtype=torch.bool, device=x.device)
+        continuation = torch.ones((n, steps), device=x.device)
+        continuation[:, -1] = 0.0
+        return Rollout(
+            obs=obs, action=actions, logp_old=logps, reward=torch.zeros_like(logps), valid=valid, mask=counts.expand(n, steps).clone(),
+            continuation=continuation, truncated=torch.zeros_like(valid), outcome={"x": x, "cond": cond},
+        )  # fmt: skip
+
+    def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
+        """logp, entropy, dist (B, T) and value (B, T, 1) of every step of every chain, in one batched network call."""
+        assert isinstance(rollout.obs, dict)
+        B, T = rollout.shape
+        x = rollout.obs["x"].reshape(B * T, *self.sample_shape)
+        step = rollout.obs["step"].reshape(B * T)
+        cond = rollout.obs["cond"].reshape(B * T, -1) if "cond" in rollout.obs else None
+        want, ev = set(want), Evaluation()
+        if want & {"logp", "entropy", "dist"}:
+            flat = self._dist(x, step, cond)
+            ev.dist = FixedStdGaussian(flat.mean.reshape(B, T, *self.sample_shape), flat.std.reshape(B, T), self.scale)
+            ev.logp = ev.dist.log_prob(rollout.action) if "logp" in want else None
+            ev.entropy = ev.dist.entropy() if "entropy" in want else None
+        if "value" in want:
+            if self.critic is None:
+                raise ValueError("this agent was built without a critic (critic_hidden=None), so it has no values")
+            ev.value = self.critic(x, step, cond).reshape(B, T, 1)
+        return ev
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Next sample for the observation of a `DenoisingEnv` in action mode "next_sample" (single or batched)."""
+        sample = torch.as_tensor(np.asarray(observation["sample"]), dtype=torch.float32, device=self.device)
+        obs: dict[str, Tensor] = {
+            "x": sample.reshape(-1, *self.sample_shape),
+            "step": torch.as_tensor(np.asarray(observation["step"]), device=self.device).reshape(-1).long(),
+        }
+        if "cond" in observation:
+            obs["cond"] = torch.as_tensor(np.asarray(observation["cond"]), dtype=torch.float32, device=self.device).reshape(len(obs["x"]), -1)
+        action, _ = self.act(obs, deterministic)
+        return action.reshape(sample.shape).cpu().numpy(), state
+
+    def config(self) -> dict[str, Any]:
+        network = self.net["policy"]
+        return {
+            "network": network_config(network) if type(network).__name__ in NETWORKS else {"network": "custom"},
+            "kernel": self.kernel.to_config(),
+            "sample_shape": list(self.sample_shape),
+            "cond_dim": self.cond_dim,
+            "critic_hidden": self.critic_hidden,
+            "reduce": self.reduce,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> DenoisingAgent:
+        options = dict(config)
+        spec, kernel = options.pop("network"), GaussianKernel.from_config(options.pop("kernel"))
+        if network is None and spec["network"] == "custom":
+            raise ValueError("this checkpoint's network is a class of its author's own; pass it: DenoisingAgent.load(folder, network=...)")
+        return cls(network if network is not None else build_network(spec), kernel, **options)

@@ -1,0 +1,74 @@
+"""Settings as data: preset files per kind of MDP and per environment on top of a method's row; flags come on top of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from markovia.algos.on_policy import divergence, method, surrogates
+from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.systems import find
+from markovia.algos.table import nearest
+from markovia.envs.registry import kind_of
+
+FOLDER = Path(__file__).parent / "presets"
+_CLASSES = {c.__name__: c for m in (divergence, method, surrogates) for c in vars(m).values() if dataclasses.is_dataclass(c)}
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return {f.stem: json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))}
+
+
+def override(value: Any, changes: dict[str, Any]) -> Any:
+    """`value` (a nested frozen dataclass) with changes; a nested dictionary changes a part, with "type" it replaces it by another class.
+
+    Raises ValueError for a field that the class does not have.
+    """
+    names = {f.name for f in dataclasses.fields(value)}
+    out: dict[str, Any] = {}
+    for key, change in changes.items():
+        if key not in names:
+            raise ValueError(f"{type(value).__name__} has no field {key!r}{nearest(key, names)}")
+        current = getattr(value, key)
+        if isinstance(change, dict):
+            change = dict(change)
+            base = _CLASSES[change.pop("type")]() if "type" in change else current
+            if not dataclasses.is_dataclass(base):
+                raise ValueError(f"{type(value).__name__}.{key} is {base!r}; name the class to put there with \"type\"")
+            change = override(base, change)
+        elif isinstance(change, list) and isinstance(current, tuple):
+            change = tuple(change)
+        out[key] = change
+    return dataclasses.replace(value, **out)
+
+
+def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
+    """The presets that apply, weakest first: (where, changes). A method without a preset of its own takes its family's ("*")."""
+    kind = kind_of(env_id)
+    found = []
+    for file, key in (("kinds", kind), ("environments", env_id)):
+        entry = _data().get(file, {}).get(key, {})
+        for who in ("*", method_id):
+            if who in entry:
+                found.append((f"{file}:{key}:{who}", entry[who]))
+    return found
+
+
+def configure(method_id: str, env_id: str) -> OnPolicy:
+    """The method's settings for an environment: row < preset (kind) < preset (environment).
+
+    Raises ValueError for an unknown method and for a kind of MDP that the method does not serve.
+    """
+    row, kind = find(method_id), kind_of(env_id)
+    if kind not in row.kinds:
+        raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
+    value: OnPolicy = row.value
+    for _, changes in preset_sources(method_id, env_id):
+        value = override(value, changes)
+    return value
+
+
