@@ -1,0 +1,175 @@
+"""Agents and tensors on disk: safetensors and JSON, written whole or not at all; loading runs no code from the file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from markovia.agents.interface import Agent
+
+SCHEMA = 1
+WEIGHTS, HEADER = "agent.safetensors", "agent.json"
+META_KEY = "markovia"
+
+# The only classes that a checkpoint can name; a file never chooses what is imported.
+CLASSES: dict[str, str] = {
+    "ControlAgent": "markovia.agents.control:ControlAgent",
+    "TabularAgent": "markovia.agents.tabular:TabularAgent",
+    "LanguageAgent": "markovia.agents.language:LanguageAgent",
+    "DenoisingAgent": "markovia.agents.denoising:DenoisingAgent",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another schema, or no checkpoint at all."""
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write and flush to disk, so that a full disk is noticed here and not by the next reader."""
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    # Shared and non-contiguous tensors are refused by safetensors, hence the copies.
+    packed = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return safetensors.torch.save(packed, metadata={META_KEY: json.dumps({"schema": SCHEMA, "meta": dict(meta)})})
+
+
+def _disk_error(error: OSError, target: Path) -> OSError:
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"could not save to {target}: {reason}. Nothing half-written was left; free some space or choose another folder")
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Path:
+    """One safetensors file with named tensors and plain JSON `meta`, written beside its name and then renamed.
+
+    Raises OSError when the disk refuses (the old file, if any, stays), TypeError when `meta` is not JSON.
+    """
+    path = Path(path)
+    data = _pack(tensors, meta or {})
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(tmp, data)
+        os.replace(tmp, path)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise _disk_error(error, path) from error
+    return path
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote, on the CPU. Raises CheckpointError for anything else; a pickle is never opened as one."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint file at {path}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get(META_KEY, "null"))
+            # Files are 4-byte aligned only, and small CPU matrix products differ in the last bit with alignment: clone into fresh memory.
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); nothing in it was run. Pickled .pt or .zip checkpoints can't be loaded"
+        ) from error
+    if not isinstance(header, dict) or "schema" not in header:
+        raise CheckpointError(f"{path} was not written by markovia: its header lacks {META_KEY!r}")
+    _check_schema(header["schema"], path)
+    return tensors, header["meta"]
+
+
+def _check_schema(schema: Any, path: Path) -> None:
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; load it with the markovia that wrote it")
+
+
+def save_agent(agent: Agent, folder: str | Path) -> Path:
+    """Write `agent.safetensors` and `agent.json` to `folder`; a new folder appears whole or not at all.
+
+    In a folder that exists the two files are replaced one after the other; the hash in agent.json tells a pair that does not belong together.
+    Raises OSError when the disk refuses, ValueError for agent classes that can't be rebuilt from JSON.
+    """
+    name, folder = type(agent).__name__, Path(folder)
+    if name not in CLASSES:
+        raise ValueError(f"{name} can't be rebuilt from JSON; markovia saves {', '.join(CLASSES)}. Keep its state() with save_tensors instead")
+    data = _pack(agent.state(), {"class": name})
+    header = {
+        "schema": SCHEMA,
+        "class": name,
+        "kind": agent.kind,
+        "config": agent.config(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "versions": {"torch": torch.__version__, "gymnasium": version("gymnasium"), "safetensors": version("safetensors")},
+    }
+    text = json.dumps(header, indent=1).encode()
+    tmp: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        tmp.chmod(0o755)
+        _write(tmp / WEIGHTS, data)
+        _write(tmp / HEADER, text)
+        if folder.exists():
+            os.replace(tmp / WEIGHTS, folder / WEIGHTS)
+            os.replace(tmp / HEADER, folder / HEADER)
+        else:
+            os.replace(tmp, folder)
+    except OSError as error:
+        raise _disk_error(error, folder) from error
+    finally:
+        if tmp is not None:
+            shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"no agent in {path.parent}: {HEADER} is missing; give the folder that agent.save(folder) wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or not JSON ({error}); nothing in it was run") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} holds a {type(header).__name__}, expected an object with schema, class, config")
+    _check_schema(header.get("schema"), path)
+    if header.get("class") not in CLASSES or not isinstance(header.get("config"), dict):
+        raise CheckpointError(f"{path} names the agent class {header.get('class')!r}; expected one of {', '.join(CLASSES)} and its config")
+    return header
+
+
+def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
+    """Rebuild the agent that `save_agent` wrote; `network` is the user's own policy network, when it had one.
+
+    Raises CheckpointError for a folder that is missing, damaged, foreign or of another schema, ValueError when the network is missing.
+    """
+    folder = Path(folder)
+    header = _read_header(folder / HEADER)
+    weights = folder / WEIGHTS
+    tensors, _ = load_tensors(weights)
+    with open(weights, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != header.get("sha256"):
+            raise CheckpointError(f"{weights} does not match the hash in {HEADER}: damaged, or the two are from different saves")
+    module, name = CLASSES[header["class"]].split(":")
+    cls = getattr(importlib.import_module(module), name)
+    try:
+        agent: Agent = cls.from_config(header["config"], network=network)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / HEADER} has a configuration that {name} can't read ({error!r})") from error
+    agent.load_state(tensors)
+    return agent

@@ -1,0 +1,266 @@
+"""The agent for control: Gaussian, squashed Gaussian, categorical and multi-categorical policies on any Gymnasium observation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical, SquashedGaussian
+from markovia.agents.interface import WANT, Agent, Evaluation, Kind
+from markovia.agents.networks import PolicyNet, Trunk, ValueNet, is_image, network_name
+from markovia.agents.normalizer import ObsNorm
+from markovia.agents.records import Obs, Rollout, map_obs
+from markovia.agents.spaces import space_from_json, space_to_json
+
+
+def check_action_space(space: gym.Space, squash: bool = False) -> None:
+    """Refuse action spaces that a control agent can't serve, and Boxes without finite bounds, with a ValueError."""
+    if isinstance(space, spaces.Box):
+        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise ValueError(
+                f"the action space {space} has infinite bounds, so actions can be neither clipped nor squashed into it; give it finite bounds, "
+                "e.g. gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1.0, 1.0, shape))"
+            )
+        if not np.issubdtype(space.dtype, np.floating):
+            raise ValueError(f"the action space {space} is a Box of {space.dtype}; expected a float Box, or Discrete / MultiDiscrete for integers")
+        return
+    if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise ValueError(
+            f"the action space {space} is of type {type(space).__name__}; a control agent serves Box, Discrete, MultiDiscrete and MultiBinary"
+        )
+    if squash:
+        raise ValueError(f"squash=True needs a Box action space, got {space}; leave squash out")
+
+
+def check_want(want: Iterable[str], has_critic: bool) -> set[str]:
+    """The columns asked for as a set; unknown names, and a value without a critic, raise ValueError."""
+    wanted = set(want)
+    if unknown := wanted - set(WANT):
+        raise ValueError(f"evaluate() can't give {sorted(unknown)}; choose from {', '.join(WANT)}")
+    if "value" in wanted and not has_critic:
+        raise ValueError("this agent has no critic, so there is no value; build it with critic=True or ask for other columns")
+    return wanted
+
+
+def batch_obs(observation: Any, space: gym.Space) -> tuple[Any, bool]:
+    """The observation with a leading batch axis, and whether that axis was added."""
+    if isinstance(space, spaces.Dict):
+        key = next(iter(space.spaces))
+        single = np.ndim(observation[key]) == len(space.spaces[key].shape or ())
+        parts = {k: np.asarray(observation[k]) for k in space.spaces}
+        return ({k: v[None] for k, v in parts.items()} if single else parts), single
+    array = np.asarray(observation)
+    single = array.ndim == len(space.shape or ())
+    return (array[None] if single else array), single
+
+
+def obs_tensor(observation: Any, space: gym.Space, device: torch.device) -> Obs:
+    """Batched numpy observation(s) as tensors: bytes for images, int64 from 0 for discrete spaces, float32 for the rest."""
+    if isinstance(space, spaces.Dict):
+        return {k: obs_tensor(observation[k], s, device) for k, s in space.spaces.items()}  # type: ignore[misc]
+    array = np.asarray(observation)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        array = array.astype(np.int64) - space.start
+    elif not is_image(space) and array.dtype != np.float32:
+        array = array.astype(np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # Environments may reuse their buffers, so a tensor that still shares memory with the observation is copied.
+    return tensor.clone() if device.type == "cpu" else tensor.to(device)
+
+
+def _param_count(space: gym.Space) -> int:
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    size = int(np.prod(space.shape or (1,)))
+    return 2 * size if isinstance(space, spaces.MultiBinary) else size
+
+
+class ControlAgent(Agent):
+    """Policy and critic with separate trunks, an observation normaliser, and the action distribution of the action space.
+
+    Actions are kept in policy coordinates: unclipped for a Gaussian, before the tanh when squashed, from 0 for discrete spaces.
+    """
+
+    kind: Kind = "control"
+
+    def __init__(self, config: dict[str, Any], network: nn.Module | None = None) -> None:
+        self.observation_space = space_from_json(config["observation_space"])
+        self.action_space = space_from_json(config["action_space"])
+        self._config = copy.deepcopy(config)
+        self.num_costs: int = config["num_costs"]
+        self.squash: bool = config["squash"]
+        check_action_space(self.action_space, self.squash)
+        own = config["network"]
+        if own is not None and network is None:
+            raise ValueError(
+                f"this agent's policy network is the foreign class {own['class']}; build one and pass it: load(folder, network=that_module)"
+            )
+        n_params = _param_count(self.action_space)
+        is_params = own is not None and own["output"] == "params"
+        hidden, activation = tuple(config["hidden"]), config["activation"]
+        width = own["width"] if own is not None else 0
+
+        def trunk(module: nn.Module | None) -> Trunk:
+            return Trunk(self.observation_space, hidden, activation, module, width)
+
+        log_std = torch.full((n_params,), float(config["log_std_init"])) if isinstance(self.action_space, spaces.Box) else None
+        self.net = nn.ModuleDict({"policy": PolicyNet(trunk(network), None if is_params else n_params, log_std)})
+        if config["critic"]:
+            # The critic has a trunk of its own; a module that gives distribution parameters is no use to it.
+            body = None if network is None or is_params else copy.deepcopy(network)
+            self.net["critic"] = ValueNet(trunk(body), self.num_costs)
+        if config["normalize_obs"]:
+            self.net["normalizer"] = ObsNorm(self.observation_space)
+
+    @classmethod
+    def from_spaces(
+        cls,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        log_std_init: float = 0.0,
+        normalize_obs: bool = True,
+        squash: bool = False,
+        num_costs: int = 0,
+        network: nn.Module | None = None,
+        network_output: Literal["features", "params"] = "features",
+        critic: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> ControlAgent:
+        """An agent for one environment's spaces.
+
+        `network` is the user's own module, observation (n, ...) -> features (n, k) under a linear head (the critic gets a copy of it), or with
+        network_output="params" -> the distribution's parameters: means, or logits one after the other.
+        Raises ValueError for spaces that the agent can't serve, infinite action Boxes included.
+        """
+        check_action_space(action_space, squash)
+        own = None
+        if network is not None:
+            if network_output not in ("features", "params"):
+                raise ValueError(f"network_output must be 'features' or 'params', got {network_output!r}")
+            width = cls._probe(network, observation_space)
+            if network_output == "params" and width != _param_count(action_space):
+                raise ValueError(
+                    f"the network gives {width} numbers, but {action_space} needs {_param_count(action_space)} distribution parameters; "
+                    "change its last layer, or pass network_output='features' to put a head on it"
+                )
+            own = {**network_name(network), "output": network_output, "width": width}
+        config = {
+            "observation_space": space_to_json(observation_space),
+            "action_space": space_to_json(action_space),
+            "hidden": list(hidden),
+            "activation": activation,
+            "log_std_init": float(log_std_init),
+            "normalize_obs": bool(normalize_obs),
+            "squash": bool(squash),
+            "num_costs": int(num_costs),
+            "critic": bool(critic),
+            "network": own,
+        }
+        agent = cls(config, network)
+        agent.to(device)
+        return agent
+
+    @staticmethod
+    def _probe(network: nn.Module, space: gym.Space) -> int:
+        """Width of the user's network on one zero observation; anything but a (1, k) tensor raises ValueError."""
+        parameter = next(network.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        if isinstance(space, spaces.Dict):
+            zero: Any = {k: np.zeros((1, *(s.shape or ())), s.dtype) for k, s in space.spaces.items()}
+        else:
+            zero = np.zeros((1, *(space.shape or ())), space.dtype)
+        with torch.no_grad():
+            out = network(map_obs(obs_tensor(zero, space, device), torch.zeros_like))
+        if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[0] != 1:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"the network must turn a batch of n observations into a (n, k) tensor; for n = 1 it gave {got}")
+        return int(out.shape[1])
+
+    def config(self) -> dict[str, Any]:
+        return copy.deepcopy(self._config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], network: nn.Module | None = None) -> ControlAgent:
+        return cls(config, network)
+
+    def distribution(self, params: Tensor) -> Distribution:
+        """The action distribution of network outputs (..., n_params)."""
+        if isinstance(self.action_space, spaces.Box):
+            log_std: Tensor = self.net["policy"].log_std  # type: ignore[assignment]
+            return (SquashedGaussian if self.squash else Gaussian)(params, log_std.expand_as(params))
+        if isinstance(self.action_space, spaces.Discrete):
+            return Categorical(params)
+        if isinstance(self.action_space, spaces.MultiDiscrete):
+            return MultiCategorical(params, tuple(int(n) for n in self.action_space.nvec.reshape(-1)))
+        return MultiCategorical(params, (2,) * (params.shape[-1] // 2))
+
+    def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs:
+        """Batched raw observations (n, ...) as the networks see them; `update` (all rows, or a (n,) mask of them) feeds the normaliser."""
+        obs = obs_tensor(observation, self.observation_space, self.device)
+        if "normalizer" not in self.net:
+            return obs
+        norm: ObsNorm = self.net["normalizer"]  # type: ignore[assignment]
+        if isinstance(update, np.ndarray):
+            if update.all():
+                norm.update(obs)
+            elif update.any():
+                rows = torch.from_numpy(update).to(self.device)
+                norm.update(map_obs(obs, lambda x: x[rows]))
+        elif update:
+            norm.update(obs)
+        return norm(obs)
+
+    @torch.no_grad()
+    def act(
+        self, obs: Obs, deterministic: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dist = self.distribution(self.net["policy"](obs)[0])
+        action = dist.mode() if deterministic else dist.sample(generator)
+        return action, dist.log_prob(action)
+
+    def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
+        wanted = check_want(want, self.critic is not None)
+        lead = rollout.shape
+        # Flat rows: (B, T) and (B T, 1) views of one record then run the very same matrix products.
+        obs = map_obs(rollout.obs, lambda x: x.flatten(0, 1))
+        out = Evaluation()
+        if wanted - {"value"}:
+            params, hidden = self.net["policy"](obs)
+            dist = self.distribution(params.unflatten(0, lead))
+            out.logp = dist.log_prob(rollout.action) if "logp" in wanted else None
+            out.entropy = dist.entropy() if "entropy" in wanted else None
+            out.dist = dist if "dist" in wanted else None
+            out.hidden = hidden.unflatten(0, lead) if "hidden" in wanted else None
+        if "value" in wanted:
+            out.value = self.net["critic"](obs).unflatten(0, lead)
+        return out
+
+    def env_action(self, action: Tensor) -> np.ndarray:
+        """Clipped, or unsquashed and rescaled, to the Box; shifted to the discrete space's start; (n, *action shape)."""
+        space = self.action_space
+        raw = action.detach().cpu().numpy().reshape(-1, *(space.shape or ()))
+        if isinstance(space, spaces.Box):
+            if self.squash:
+                raw = space.low + 0.5 * (np.tanh(raw) + 1.0) * (space.high - space.low)
+            return np.clip(raw, space.low, space.high).astype(space.dtype)
+        if isinstance(space, spaces.MultiBinary):
+            return raw.astype(space.dtype)
+        return (raw + space.start).astype(space.dtype)  # type: ignore[attr-defined]
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        batch, single = batch_obs(observation, self.observation_space)
+        action = self.env_action(self.act(self.observe(batch), deterministic)[0])
+        return (action[0] if single else action), state
