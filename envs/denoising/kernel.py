@@ -260,7 +260,9 @@ class GaussianKernel:
         elif clip_x0 is not None and (isinstance(clip_x0, str) or not clip_x0 > 0):
             raise ValueError(f"clip_x0={clip_x0!r}; expected a positive half-width, None for no clip, or 'scheduler'.")
         prediction = choose(
-            "prediction_type", prediction_type or ("flow" if flow else config.get("prediction_type", "epsilon")), PREDICTIONS
+            "prediction_type",
+            prediction_type or ("flow" if flow else config.get("prediction_type", "epsilon")),
+            PREDICTIONS,
         )
         if eta is None:
             eta = 0.7 if kind == "flow_sde" else 1.0
@@ -313,7 +315,9 @@ class GaussianKernel:
         try:
             return cls(Tables(**rest.pop("tables")), **rest)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a kernel config: {error}; expected what GaussianKernel.to_config() returns.") from error
+            raise ValueError(
+                f"not a kernel config: {error}; expected what GaussianKernel.to_config() returns."
+            ) from error
 
     # --------------------------------------------------------------------------------------------------------------- facts
     @property
@@ -441,7 +445,9 @@ def _row(kind: str, prediction: str, level: _Level, eta: float, scheduler: Any) 
     if kind == "ddpm":
         variance = scheduler.config.get("variance_type", "fixed_small")
         if variance.startswith("learned"):
-            raise ValueError(f"variance_type={variance!r}: the std must come from the sampler; use fixed_small or fixed_large.")
+            raise ValueError(
+                f"variance_type={variance!r}: the std must come from the sampler; use fixed_small or fixed_large."
+            )
         # fixed_large_log gives NaN in diffusers' step(); its variance is that of fixed_large.
         mean = _ddpm(now, after, variance.startswith("fixed_large"), noisy_end=level.timestep > 0)
     elif kind == "ddim":

@@ -1,0 +1,155 @@
+"""Small networks of the ready denoising tasks, each rebuilt from a JSON config.
+
+Denoiser signature: network(x (*batch, *sample_shape), timestep (*batch), cond (*batch, C) or None) -> model output, shaped as x.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class MLPDenoiser(nn.Module):
+    """A residual MLP on the flat sample with a sinusoidal time embedding; predicts eps, x0 or v as it was trained.
+
+    time_scale is the number of training timesteps; cond_dim > 0 adds a condition vector to the input.
+    """
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        hidden: int = 128,
+        depth: int = 3,
+        time_features: int = 32,
+        time_scale: float = 1000.0,
+        cond_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sample_shape = tuple(int(n) for n in sample_shape)
+        self._config = {
+            "sample_shape": list(self.sample_shape),
+            "hidden": hidden,
+            "depth": depth,
+            "time_features": time_features,
+            "time_scale": time_scale,
+            "cond_dim": cond_dim,
+        }
+        self.time_scale, self.cond_dim = time_scale, cond_dim
+        size = math.prod(self.sample_shape)
+        half = time_features // 2
+        self.register_buffer("frequencies", 2 * math.pi * 2.0 ** torch.linspace(-2, 6, half), persistent=False)
+        self.time = nn.Linear(2 * half, hidden)
+        self.inp = nn.Linear(size + cond_dim, hidden)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.out = nn.Linear(hidden, size)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values."""
+        return dict(self._config)
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Model output, shaped as x (*batch, *sample_shape)."""
+        if (cond is None) != (self.cond_dim == 0):
+            raise ValueError(
+                f"cond is {'missing' if cond is None else 'given'}, but this network has cond_dim={self.cond_dim}."
+            )
+        flat = x.flatten(x.ndim - len(self.sample_shape))
+        angle = (timestep.to(x.dtype) / self.time_scale)[..., None] * self.frequencies
+        time = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], -1)))
+        hidden = self.inp(flat if cond is None else torch.cat([flat, cond.to(x.dtype)], -1)) + time
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            hidden = hidden + F.silu(block(norm(hidden) + time))
+        return self.out(hidden).reshape(x.shape)
+
+
+class LinearDenoiser(nn.Module):
+    """A per-step linear mean m = G_k x + h_k, with the step index as its time: every policy of LinearGaussianDenoising."""
+
+    def __init__(self, G: Sequence[Sequence[Sequence[float]]], h: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.G = nn.Parameter(torch.as_tensor(G, dtype=torch.float32).clone())
+        self.h = nn.Parameter(torch.as_tensor(h, dtype=torch.float32).clone())
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values: zeros of the right shape, the parameters travel apart."""
+        return {"G": torch.zeros_like(self.G).tolist(), "h": torch.zeros_like(self.h).tolist()}
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor | None = None) -> Tensor:
+        """G_k x + h_k for x (*batch, d) and integer step k (*batch)."""
+        return torch.einsum("...ij,...j->...i", self.G[timestep], x) + self.h[timestep]
+
+
+class MLPClassifier(nn.Module):
+    """Class logits of a sample by a two-layer MLP."""
+
+    def __init__(self, sample_shape: Sequence[int], num_classes: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.sample_shape = tuple(int(n) for n in sample_shape)
+        self._config = {"sample_shape": list(self.sample_shape), "num_classes": num_classes, "hidden": hidden}
+        size = math.prod(self.sample_shape)
+        self.layers = nn.Sequential(
+            nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_classes)
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values."""
+        return dict(self._config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (*batch, num_classes)."""
+        return self.layers(x.flatten(x.ndim - len(self.sample_shape)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (MLPDenoiser, LinearDenoiser, MLPClassifier)}
+
+
+def network_config(network: nn.Module) -> dict[str, Any]:
+    """{"network": class name, **constructor arguments}: what `build_network` takes."""
+    return {"network": type(network).__name__, **network.config()}
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """The network of a config with fresh parameters; ValueError for an unknown class."""
+    arguments = dict(config)
+    name = arguments.pop("network", None)
+    if name not in NETWORKS:
+        raise ValueError(f"network={name!r} is unknown; expected one of {', '.join(NETWORKS)}.")
+    return NETWORKS[name](**arguments)
+
+
+def save_network(path: Path, network: nn.Module) -> None:
+    """Write parameters (as float16, half the size) and config to one safetensors file."""
+    from safetensors.torch import save_file
+
+    state = {name: value.half().contiguous() for name, value in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata={"config": json.dumps(network_config(network))})
+    path.chmod(0o644)  # safetensors writes it for the owner only; package data is for everyone
+
+
+def load_pretrained(name: str) -> nn.Module:
+    """A shipped network in float32 and eval mode: mixture2d, digits, digits_classifier or digits_judge.
+
+    Raises ValueError for a name that is not shipped.
+    """
+    from safetensors import safe_open
+
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors")))
+        raise ValueError(f"no shipped weights named {name!r}; expected one of: {known}.")
+    with safe_open(path, "pt") as file:
+        network = build_network(json.loads(file.metadata()["config"]))
+        # cloned: tensors from safetensors may be unaligned, which changes results in the last bit
+        network.load_state_dict({key: file.get_tensor(key).float().clone() for key in file.keys()})  # noqa: SIM118
+    return network.eval()

@@ -1,0 +1,133 @@
+"""Ready denoising tasks and the entry points of their Gymnasium ids.
+
+mixture2d         a ring of eight Gaussian blobs in the plane; reward: closeness to a wanted blob
+digits            the 8x8 digits of scikit-learn; reward: a classifier's probability of a wanted class
+linear_gaussian   the fixture of LinearGaussianDenoising, whose optimum is known
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from markovia.envs.denoising.env import DenoisingEnv, DenoisingTask, DenoisingVectorEnv
+from markovia.envs.denoising.kernel import GaussianKernel, choose
+from markovia.envs.denoising.networks import LinearDenoiser, load_pretrained
+from markovia.envs.exact.denoisers import GMMDenoiser, LinearGaussianDenoising
+
+NUM_BLOBS, BLOB_STD = 8, 0.1
+
+
+def scheduler() -> Any:
+    """The DDIM scheduler that the shipped networks were trained with (1,000 linear betas, no clipping, trailing spacing)."""
+    try:
+        from diffusers import DDIMScheduler
+    except ImportError as error:
+        raise ImportError("Digits and Mixture2D need diffusers: pip install markovia[diffusion]") from error
+    return DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+
+
+def digit_images() -> tuple[Tensor, Tensor]:
+    """The 1,797 real digits: images (1797, 8, 8) in [-1, 1] and labels (1797,) int64."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digit images need scikit-learn: pip install markovia[diffusion]") from error
+    data = load_digits()
+    return torch.tensor(data.images / 8.0 - 1.0, dtype=torch.float32), torch.tensor(data.target, dtype=torch.int64)
+
+
+def mixture() -> GMMDenoiser:
+    """The data of Mixture2D: eight equal blobs on the unit circle."""
+    angle = 2 * math.pi * torch.arange(NUM_BLOBS, dtype=torch.float64) / NUM_BLOBS
+    return GMMDenoiser(torch.stack([angle.cos(), angle.sin()], -1), BLOB_STD)
+
+
+class ClosenessReward:
+    """exp(-|x - centre|^2/(2 width^2)) in (0, 1]."""
+
+    def __init__(self, centre: Tensor, width: float) -> None:
+        self.centre, self.width = centre, width
+
+    def __call__(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return torch.exp(-(x - self.centre.to(x)).square().sum(-1) / (2 * self.width**2))
+
+
+class ClassProbabilityReward:
+    """Probability that a shipped classifier gives to the wanted class, in [0, 1]."""
+
+    def __init__(self, wanted: int, classifier: str = "digits_classifier") -> None:
+        self.wanted = wanted
+        self.classifier = load_pretrained(classifier)
+
+    def __call__(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.classifier.to(x.device)(x).softmax(-1)[..., self.wanted]
+
+
+def mixture2d(
+    wanted: int = 0, num_steps: int = 20, eta: float = 1.0, final: str = "drop", width: float = 0.5
+) -> DenoisingTask:
+    """Denoise points of a ring of eight blobs; reward exp(-|x - blob_wanted|^2/(2 width^2)), 0.2 on average over the data."""
+    if not 0 <= wanted < NUM_BLOBS:
+        raise ValueError(f"wanted={wanted}; expected the number of a blob, 0 to {NUM_BLOBS - 1}.")
+    return DenoisingTask(
+        network=load_pretrained("mixture2d"),
+        kernel=GaussianKernel.from_scheduler(scheduler(), num_steps, eta=eta, final=final),
+        reward=ClosenessReward(mixture().means[wanted], width),
+        sample_shape=(2,),
+        name="mixture2d",
+    )
+
+
+def digits(wanted: int = 3, num_steps: int = 20, eta: float = 1.0, final: str = "drop") -> DenoisingTask:
+    """Denoise 8x8 digits; reward = probability of the wanted class by a classifier that saw one half of the data.
+
+    `task.judged(x)`, the same by a classifier trained on the other half, tells digits from images that only fool the reward.
+    """
+    if not 0 <= wanted <= 9:
+        raise ValueError(f"wanted={wanted}; expected a digit, 0 to 9.")
+    return DenoisingTask(
+        network=load_pretrained("digits"),
+        kernel=GaussianKernel.from_scheduler(scheduler(), num_steps, eta=eta, final=final),
+        reward=ClassProbabilityReward(wanted),
+        sample_shape=(8, 8),
+        name="digits",
+        judge=ClassProbabilityReward(wanted, "digits_judge"),
+    )
+
+
+def linear_gaussian(**kwargs: Any) -> DenoisingTask:
+    """The chain of LinearGaussianDenoising (keyword arguments are its own); the network predicts the mean itself."""
+    problem = LinearGaussianDenoising(**kwargs)
+    return DenoisingTask(
+        network=LinearDenoiser(problem.A.tolist(), problem.b.tolist()),
+        kernel=GaussianKernel.direct(problem.s.tolist()),
+        reward=lambda x, cond=None: problem.reward(x),
+        sample_shape=(problem.dim,),
+        name="linear_gaussian",
+    )
+
+
+TASKS = {"mixture2d": mixture2d, "digits": digits, "linear_gaussian": linear_gaussian}
+
+_ENV_ARGUMENTS = ("action_mode", "bound", "flatten", "render_mode")
+
+
+def make_task(task: str, **kwargs: Any) -> DenoisingTask:
+    """A ready task by name; ValueError with the nearest name when it is unknown."""
+    return TASKS[choose("task", task, tuple(TASKS))](**kwargs)
+
+
+def make_env(task: str, **kwargs: Any) -> DenoisingEnv:
+    """Gymnasium entry point: environment arguments go to DenoisingEnv, the others to the task."""
+    env = {name: kwargs.pop(name) for name in _ENV_ARGUMENTS if name in kwargs}
+    return DenoisingEnv(make_task(task, **kwargs), **env)
+
+
+def make_vector_env(num_envs: int, task: str, **kwargs: Any) -> DenoisingVectorEnv:
+    """Gymnasium vector entry point; takes `autoreset_mode` besides the arguments of `make_env`."""
+    env = {name: kwargs.pop(name) for name in (*_ENV_ARGUMENTS, "autoreset_mode") if name in kwargs}
+    return DenoisingVectorEnv(make_task(task, **kwargs), num_envs, **env)

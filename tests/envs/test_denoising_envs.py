@@ -1,0 +1,317 @@
+"""The denoising environments: Gymnasium's and SB3's contract, batched = scalar, autoreset, scoring and taught errors."""
+
+import subprocess
+import sys
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import markovia
+from markovia.envs.denoising.env import DenoisingEnv, DenoisingTask, DenoisingVectorEnv
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.denoising.networks import (
+    LinearDenoiser,
+    MLPClassifier,
+    MLPDenoiser,
+    build_network,
+    load_pretrained,
+    network_config,
+)
+from markovia.envs.denoising.tasks import digit_images, make_task, make_vector_env
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+IDS = ("markovia/Mixture2D-v0", "markovia/Digits-v0", "markovia/LinearGaussian-v0")
+TASKS = ("mixture2d", "digits", "linear_gaussian")
+
+
+def small_task(reward=lambda x, cond: -x.square().sum(-1), conditions=None, num_steps=4):
+    """Two numbers pulled towards 0 (towards the condition, when there is one) in a few steps."""
+
+    def network(x, t, cond):
+        return 0.8 * x + (0.0 if cond is None else 0.2 * cond)
+
+    return DenoisingTask(network, GaussianKernel.direct([0.3] * num_steps), reward, (2,), conditions, name="small")
+
+
+# -------------------------------------------------------------------------------------------------- Gymnasium and SB3
+@pytest.mark.parametrize("env_id", IDS)
+def test_both_checkers_accept_every_id(env_id):
+    sb3 = pytest.importorskip("stable_baselines3.common.env_checker")
+    env = gym.make(env_id).unwrapped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # the one expected warning: the action is a number of standard deviations, so its range is [-4, 4], not [-1, 1]
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")
+        check_env(env)
+        sb3.check_env(env)
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_sb3_ppo_trains_512_steps(env_id):
+    sb3 = pytest.importorskip("stable_baselines3")
+    model = sb3.PPO("MultiInputPolicy", gym.make(env_id), n_steps=256, n_epochs=1, device="cpu", seed=0)
+    assert model.learn(512).num_timesteps == 512
+
+
+def test_ids_work_without_an_import_and_specs_are_plain_data():
+    code = "import gymnasium as g; print(g.make('markovia:markovia/LinearGaussian-v0').reset(seed=0)[0]['step'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "0"
+    assert markovia.__version__ and gym.spec("markovia/Digits-v0").to_json()
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_an_episode_has_exactly_k_steps_and_pays_at_the_end(env_id):
+    env = gym.make(env_id)
+    obs, _ = env.reset(seed=1)
+    K = env.unwrapped.task.num_steps
+    for k in range(K):
+        assert obs["step"] == k
+        obs, reward, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+        assert type(reward) is float and terminated is (k == K - 1) and truncated is False
+        assert k == K - 1 or reward == 0.0
+    assert obs["step"] == K
+    task = env.unwrapped.task
+    clean = torch.from_numpy(obs["sample"]).reshape(1, *task.sample_shape)
+    assert reward == pytest.approx(float(task.score(clean)[0]), rel=1e-6)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.unwrapped.step(np.zeros(env.action_space.shape, np.float32))
+
+
+# --------------------------------------------------------------------------------------------------- batched = scalar
+def episode_pair(batched, scalars, steps, seed=0):
+    """Both environments under the same seed and actions; yields the returns of each step."""
+    assert batched.single_action_space == scalars.single_action_space
+    first, second = batched.reset(seed=seed)[0], scalars.reset(seed=seed)[0]
+    yield (first,), (second,)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        action = rng.standard_normal(batched.action_space.shape).astype(np.float32)
+        yield batched.step(action), scalars.step(action)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+@pytest.mark.parametrize("action_mode", ["residual", "next_sample", "model_output"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_batched_equals_scalar(mode, action_mode, conditional):
+    conditions = [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]] if conditional else None
+    task = small_task(conditions=conditions)
+    batched = DenoisingVectorEnv(task, 3, action_mode, autoreset_mode=mode.value)
+    scalars = SyncVectorEnv([lambda: DenoisingEnv(task, action_mode)] * 3, autoreset_mode=mode)
+    assert batched.metadata["autoreset_mode"] is mode
+    ends = 0
+    for ours, theirs in episode_pair(batched, scalars, steps=11):
+        for name, space in batched.single_observation_space.items():
+            np.testing.assert_allclose(ours[0][name], theirs[0][name], rtol=1e-6, atol=1e-6)
+            assert ours[0][name].dtype == theirs[0][name].dtype == space.dtype
+        for a, b in zip(ours[1:4], theirs[1:4], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+            assert a.dtype == b.dtype
+        if len(ours) > 1:
+            assert ours[4].keys() == theirs[4].keys()
+            ends += bool(ours[2].all())
+            for mine, other in zip(ours[4].get("final_obs", ()), theirs[4].get("final_obs", ()), strict=True):
+                assert mine["step"] == other["step"] == task.num_steps
+                np.testing.assert_allclose(mine["sample"], other["sample"], rtol=1e-6, atol=1e-6)
+    assert ends == 2
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_ready_tasks_batched_equal_scalar(name):
+    batched = make_vector_env(2, name)
+    env_id = IDS[TASKS.index(name)]
+    scalars = SyncVectorEnv([lambda: gym.make(env_id)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    for ours, theirs in episode_pair(batched, scalars, steps=21):
+        np.testing.assert_allclose(ours[0]["sample"], theirs[0]["sample"], rtol=1e-3, atol=1e-4)
+        if len(ours) > 1:
+            np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3, atol=1e-4)
+
+
+def test_make_vec_uses_the_batched_environment_with_one_network_call_a_step():
+    env = gym.make_vec("markovia/Mixture2D-v0", num_envs=5, wanted=2, autoreset_mode="NextStep")
+    assert isinstance(env, DenoisingVectorEnv) and env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    calls = []
+    network = env.task.network
+    env.task.network = lambda x, t, cond: calls.append(len(x)) or network(x, t, cond)
+    env.reset(seed=0)
+    for _ in range(env.task.num_steps):
+        _, reward, terminated, *_ = env.step(np.zeros((5, 2), np.float32))
+    assert calls == [5] * env.task.num_steps and terminated.all() and (reward > 0).all()
+    obs, reward, terminated, *_ = env.step(np.zeros((5, 2), np.float32))
+    assert (obs["step"] == 0).all() and not terminated.any() and len(calls) == env.task.num_steps
+
+
+def test_residual_noise_of_zero_mean_is_the_reference_chain():
+    task = small_task()
+    env = DenoisingEnv(task)
+    obs, _ = env.reset(seed=3)
+    z = np.array([0.5, -1.0], np.float32)
+    after, *_ = env.step(z)
+    np.testing.assert_allclose(after["sample"], 0.8 * obs["sample"] + 0.3 * z, rtol=1e-6)
+
+
+def test_model_output_of_the_reference_network_draws_from_the_reference():
+    task = small_task(num_steps=1)
+    env = DenoisingVectorEnv(task, 4000, "model_output")
+    obs, _ = env.reset(seed=0)
+    *_, infos = env.step(0.8 * obs["sample"])
+    final = np.stack([o["sample"] for o in infos["final_obs"]])
+    residual = (final - 0.8 * obs["sample"]) / 0.3
+    assert abs(residual.mean()) < 0.04 and abs(residual.std() - 1) < 0.04
+
+
+def test_image_shaped_observations_and_rendering():
+    env = gym.make("markovia/Digits-v0", flatten=False, render_mode="rgb_array")
+    obs, _ = env.reset(seed=0)
+    assert obs["sample"].shape == env.action_space.shape == (8, 8)
+    assert env.render().shape == (128, 128, 3) and env.render().dtype == np.uint8
+    env = gym.make("markovia/Mixture2D-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    assert (env.render() != 255).any()
+
+
+# -------------------------------------------------------------------------------------------------- tasks and networks
+def rollout(task, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = task.starts(n, generator)["x"]
+    for k in range(task.num_steps):
+        mean, std = task.mean_std(x, k)
+        x = mean + std * torch.randn(x.shape, generator=generator)
+    return x
+
+
+def test_sampled_digits_are_digits_of_every_class():
+    x = rollout(make_task("digits"), 1000)
+    with torch.no_grad():
+        probability = load_pretrained("digits_judge")(x).softmax(-1)
+    shares = torch.bincount(probability.argmax(-1), minlength=10) / 1000
+    assert float(shares.min()) > 0.04 and float(shares.max()) < 0.22
+    assert float(probability.max(-1).values.mean()) > 0.75
+    # samples are as far from the nearest real digit as real digits are from each other: neither blur nor copies
+    real = digit_images()[0].flatten(1)
+    between = torch.cdist(real, real).fill_diagonal_(torch.inf).min(-1).values.mean()
+    ratio = float(torch.cdist(x.flatten(1), real).min(-1).values.mean() / between)
+    assert 0.6 < ratio < 1.4
+
+
+def test_classifier_and_judge_read_real_digits():
+    images, labels = digit_images()
+    for name, half in (("digits_classifier", slice(1, None, 2)), ("digits_judge", slice(0, None, 2))):
+        with torch.no_grad():
+            right = load_pretrained(name)(images[half]).argmax(-1) == labels[half]
+        assert float(right.float().mean()) > 0.95
+
+
+def test_mixture_samples_lie_on_the_ring_with_equal_shares():
+    x = rollout(make_task("mixture2d"), 2000)
+    assert float(x.norm(dim=-1).mean()) == pytest.approx(1.0, abs=0.06)
+    angle = torch.atan2(x[:, 1], x[:, 0]) / (2 * torch.pi) * 8
+    shares = torch.bincount(angle.round().long() % 8, minlength=8) / 2000
+    assert float((shares - 1 / 8).abs().max()) < 0.04
+
+
+def test_linear_gaussian_task_has_the_fixture_return():
+    task = make_task("linear_gaussian")
+    x = rollout(task, 20_000)
+    assert float(task.score(x).mean()) == pytest.approx(-0.434, abs=0.03)
+
+
+def test_judge_and_reward_agree_on_real_digits():
+    task = make_task("digits", wanted=7)
+    images, labels = digit_images()
+    wanted = images[labels == 7]
+    assert float(task.score(wanted).mean()) > 0.85 and float(task.judged(wanted).mean()) > 0.85
+    assert float(task.score(images[labels == 0]).mean()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        MLPDenoiser((2, 3), 16, 2, cond_dim=4),
+        LinearDenoiser(torch.ones(3, 2, 2), torch.ones(3, 2)),
+        MLPClassifier((4,), 3),
+    ],
+    ids=lambda n: type(n).__name__,
+)
+def test_networks_rebuild_from_their_config(network):
+    again = build_network(network_config(network))
+    again.load_state_dict(network.state_dict())
+    assert network_config(again) == network_config(network)
+
+
+def test_a_denoiser_takes_any_leading_shape():
+    network = load_pretrained("digits")
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([[9, 99, 999], [9, 99, 999]])
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, t).flatten(0, 1), network(x.flatten(0, 1), t.flatten()))
+
+
+def test_starts_are_reproducible_and_draw_conditions():
+    task = small_task(conditions=[[1.0, 0.0], [0.0, 1.0]])
+    one, two = (task.starts(64, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one["x"], two["x"]) and torch.equal(one["cond"], two["cond"])
+    assert one["cond"].unique(dim=0).shape == (2, 2) and one["x"].shape == (64, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda x, c: torch.full((len(x),), float("nan")), "returned nan for sample 0"),
+        (lambda x, c: torch.tensor([1.0, float("inf"), 0.0]), "returned inf for sample 1"),
+        (lambda x, c: x, r"shape \(3, 2\) for 3 samples; expected \(3,\)"),
+        (lambda x, c: [1.0, 2.0], r"shape \(2,\) for 3 samples"),
+        (lambda x, c: 1.0, r"shape \(\) for 3 samples"),
+    ],
+)
+def test_bad_rewards_are_explained(reward, message):
+    with pytest.raises(ValueError, match=message):
+        small_task(reward).score(torch.zeros(3, 2))
+    env = DenoisingVectorEnv(small_task(reward, num_steps=1), 3)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(np.zeros((3, 2), np.float32))
+
+
+def test_rewards_may_be_lists_or_arrays():
+    for reward in (lambda x, c: [1, 2, 3], lambda x, c: np.array([1.0, 2.0, 3.0])):
+        assert small_task(reward).score(torch.zeros(3, 2)).tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: DenoisingEnv(small_task(), "residuals"), "Did you mean 'residual'"),
+        (lambda: DenoisingEnv(small_task(), bound=float("inf")), "positive finite"),
+        (lambda: DenoisingEnv(small_task(), render_mode="human"), "rgb_array"),
+        (lambda: DenoisingVectorEnv(small_task(), 0), "at least 1"),
+        (lambda: DenoisingVectorEnv(small_task(), 2, autoreset_mode=AutoresetMode.DISABLED), "SameStep"),
+        (lambda: DenoisingVectorEnv(small_task(), 2).reset(seed=[1]), "1 seeds for 2"),
+        (lambda: small_task(conditions=[1.0, 2.0]), "one row per condition"),
+        (lambda: small_task().judged(torch.zeros(1, 2)), "no judge"),
+        (lambda: make_task("digit"), "Did you mean 'digits'"),
+        (lambda: make_task("digits", wanted=10), "a digit, 0 to 9"),
+        (lambda: make_task("mixture2d", wanted=8), "0 to 7"),
+        (lambda: make_task("digits", final="flor"), "Did you mean 'floor'"),
+        (lambda: load_pretrained("digit"), "digits_judge"),
+        (lambda: build_network({"network": "UNet"}), "'UNet' is unknown"),
+        (lambda: MLPDenoiser((2,), 8, 1)(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), "cond_dim=0"),
+    ],
+)
+def test_bad_arguments_are_explained(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_wrong_action_shape_is_explained():
+    env = DenoisingEnv(small_task())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action has shape \(3,\); expected \(2,\)"):
+        env.step(np.zeros(3, np.float32))
