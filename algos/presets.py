@@ -68,7 +68,15 @@ def configure(method_id: str, env_id: str) -> OnPolicy:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
     value: OnPolicy = row.value
     for _, changes in preset_sources(method_id, env_id):
-        value = override(value, changes)
+        value = override(value, {k: v for k, v in changes.items() if k != "agent"})
     return value
+
+
+def agent_options(method_id: str, env_id: str) -> dict[str, Any]:
+    """How the presets want the agent built (hidden sizes, LoRA, ...): the "agent" entries, the environment's over the kind's."""
+    out: dict[str, Any] = {}
+    for _, changes in preset_sources(method_id, env_id):
+        out.update(changes.get("agent", {}))
+    return out
 
 

@@ -1,0 +1,150 @@
+"""From an environment id and a method's settings to an agent, a collector and an evaluation: the only code that knows all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from markovia.agents.interface import Agent
+from markovia.algos.collect import SequenceCollector, StepCollector
+from markovia.algos.on_policy.driver import Collector
+from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.streams import stream, stream_seed
+from markovia.envs.control.vector import make_vec
+from markovia.envs.registry import kind_of
+
+Evaluate = Callable[[Agent, int, int], dict[str, Any]]
+
+
+@dataclass
+class Setup:
+    """What a run needs. `evaluate(agent, episodes, seed)` returns {"returns": [...], ...} under the greedy or sampled policy of the kind."""
+
+    kind: str
+    agent: Agent
+    collector: Collector
+    evaluate: Evaluate
+    task: Any = None  # the sequence task, None for stepped kinds
+
+
+def build(
+    env_id: str,
+    method: OnPolicy,
+    seed: int = 0,
+    env_kwargs: dict[str, Any] | None = None,
+    agent_options: dict[str, Any] | None = None,
+    vectorization: str = "auto",
+    device: str = "cpu",
+) -> Setup:
+    """Build everything for one run; network initialisation draws from the stream (seed, "init").
+
+    Raises ValueError with the mend for unknown ids and spaces that no agent serves.
+    """
+    kind, options = kind_of(env_id), dict(agent_options or {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "init"))
+        if kind in ("control", "tabular"):
+            return _stepped(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
+        return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
+
+
+def _gamma(method: OnPolicy) -> float:
+    return float(getattr(method.advantage, "gamma", 1.0))
+
+
+def _stepped(
+    kind: str, env_id: str, method: OnPolicy, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str
+) -> Setup:
+    venv = make_vec(env_id, method.num_envs, vectorization=vectorization, seed=seed, kwargs=env_kwargs)
+    spaces = venv.single_observation_space, venv.single_action_space
+    critic = method.advantage.needs_critic
+    agent: Agent
+    if kind == "tabular":
+        from markovia.agents.tabular import TabularAgent
+
+        agent = TabularAgent.from_spaces(*spaces, logits=_prior(venv), critic=critic, device=device, **options)
+    else:
+        from markovia.agents.control import ControlAgent
+
+        options = {"normalize_obs": method.normalize_obs, **options}
+        agent = ControlAgent.from_spaces(*spaces, critic=critic, device=device, **options)
+    collector = StepCollector(venv, agent, method.num_steps, seed=seed, gamma=_gamma(method), scale_reward=method.scale_reward)
+
+    def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
+        return evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
+
+    return Setup(kind, agent, collector, evaluate)
+
+
+def _prior(venv: gym.vector.VectorEnv) -> torch.Tensor | None:
+    """Start logits for problems that come with a reference policy (TokenTree's p0), one more row for the end state; else None."""
+    oracle = getattr(venv.unwrapped, "oracle", None)
+    prior = getattr(oracle, "logits_ref", None)
+    if prior is None:
+        return None
+    table = torch.as_tensor(prior, dtype=torch.float32)
+    return torch.cat([table, torch.zeros_like(table[:1])])
+
+
+def _sequences(kind: str, env_id: str, method: OnPolicy, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
+    bare = env_id.rpartition(":")[2]
+    kwargs = {**gym.spec(bare).kwargs, **env_kwargs}
+    agent: Agent
+    if kind == "denoising":
+        from markovia.agents.denoising import DenoisingAgent
+        from markovia.envs.denoising.tasks import make_task
+
+        task: Any = make_task(**kwargs)
+        hidden = options.pop("critic_hidden", 128) if method.advantage.needs_critic else None
+        agent = DenoisingAgent.from_task(task, critic_hidden=hidden, **options)
+        agent.to(device)
+    else:
+        from markovia.agents.language import LanguageAgent
+        from markovia.envs.text.tasks import make_task as make_text_task
+
+        task = make_text_task(**{**kwargs, "group_size": method.group_size})
+        options = {"model": task.model, "temperature": task.temperature, **options}
+        agent = LanguageAgent.build(tokenizer=task.tokenizer, value_head=method.advantage.needs_critic, device=device, **options)
+    collector = SequenceCollector(task, method.num_envs)
+
+    def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
+        return evaluate_sequences(agent, task, episodes, seed)
+
+    return Setup(kind, agent, collector, evaluate, task)
+
+
+def evaluate_stepped(agent: Agent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Raw returns of `episodes` greedy episodes, each of its own environment and seed (no bias towards short ones)."""
+    venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
+    obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
+    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
+    while running.any():
+        actions, _ = agent.predict(obs, deterministic=True)
+        obs, reward, terminated, truncated, _ = venv.step(actions)
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    venv.close()
+    return {"returns": returns.tolist(), "lengths": lengths.tolist()}
+
+
+@torch.no_grad()
+def evaluate_sequences(agent: Agent, task: Any, episodes: int, seed: int) -> dict[str, Any]:
+    """Rewards of `episodes` sampled sequences; text is started from held-out prompts, denoising also scored by the judge where there is one."""
+    generator = stream(seed, "evaluation", device=agent.device)
+    if agent.kind == "language" and task.held_out:
+        starts = task.starts(episodes, stream(seed, "evaluation-prompts"), split="held_out", group_size=1)
+    else:
+        starts = task.starts(episodes, generator)
+    rollout = agent.generate(starts, generator)
+    out: dict[str, Any] = {"returns": task.score(rollout).tolist(), "lengths": rollout.valid.sum(1).tolist()}
+    if agent.kind == "language":
+        out["prompts"], out["completions"] = rollout.outcome["prompt_text"], rollout.outcome["completion_text"]
+    elif getattr(task, "judge", None) is not None:
+        out["judge"] = task.judged(rollout).tolist()
+    return out
