@@ -146,5 +146,5 @@ def evaluate_sequences(agent: Agent, task: Any, episodes: int, seed: int) -> dic
     if agent.kind == "language":
         out["prompts"], out["completions"] = rollout.outcome["prompt_text"], rollout.outcome["completion_text"]
     elif getattr(task, "judge", None) is not None:
-        out["judge"] = task.judged(rollout).tolist()
+        out["judge"] = task.judged(rollout.outcome["x"], rollout.outcome.get("cond")).tolist()
     return out

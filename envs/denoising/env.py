@@ -73,7 +73,11 @@ class DenoisingTask:
         cond = None if self.conditions is None else self.conditions[int(rng.integers(len(self.conditions)))].numpy()
         return rng.standard_normal(self.sample_shape, dtype=np.float32) * self.kernel.init_noise_sigma, cond
 
-    def score(self, x_clean: Tensor, cond: Tensor | None = None) -> Tensor:
+    def score(self, rollout: Any) -> Tensor:
+        """Rewards (n,) of whole chains, from the record's `outcome` ("x" the clean samples, "cond")."""
+        return self.rewards(rollout.outcome["x"], rollout.outcome.get("cond"))
+
+    def rewards(self, x_clean: Tensor, cond: Tensor | None = None) -> Tensor:
         """Rewards (n,) float32 of clean samples (n, *sample_shape); ValueError for a wrong length or a number that is not finite."""
         return self._scored(self.reward, "reward", x_clean, cond)
 
@@ -161,7 +165,7 @@ class _Chains:
             noise = np.stack([rng.standard_normal(self.task.sample_shape, dtype=np.float32) for rng in rngs])
             self.x = mean + std * torch.from_numpy(noise)
         self.k += 1
-        return self.task.score(self.x, self.cond) if self.k == self.task.num_steps else None
+        return self.task.rewards(self.x, self.cond) if self.k == self.task.num_steps else None
 
     def observation(self) -> dict[str, Any]:
         """Fresh arrays with a batch axis: sample (N, *shape), step (N,), cond (N, C)."""

@@ -80,7 +80,7 @@ def test_an_episode_has_exactly_k_steps_and_pays_at_the_end(env_id):
     assert obs["step"] == K
     task = env.unwrapped.task
     clean = torch.from_numpy(obs["sample"]).reshape(1, *task.sample_shape)
-    assert reward == pytest.approx(float(task.score(clean)[0]), rel=1e-6)
+    assert reward == pytest.approx(float(task.rewards(clean)[0]), rel=1e-6)
     with pytest.raises(RuntimeError, match="call reset"):
         env.unwrapped.step(np.zeros(env.action_space.shape, np.float32))
 
@@ -220,15 +220,15 @@ def test_mixture_samples_lie_on_the_ring_with_equal_shares():
 def test_linear_gaussian_task_has_the_fixture_return():
     task = make_task("linear_gaussian")
     x = rollout(task, 20_000)
-    assert float(task.score(x).mean()) == pytest.approx(-0.434, abs=0.03)
+    assert float(task.rewards(x).mean()) == pytest.approx(-0.434, abs=0.03)
 
 
 def test_judge_and_reward_agree_on_real_digits():
     task = make_task("digits", wanted=7)
     images, labels = digit_images()
     wanted = images[labels == 7]
-    assert float(task.score(wanted).mean()) > 0.85 and float(task.judged(wanted).mean()) > 0.85
-    assert float(task.score(images[labels == 0]).mean()) < 0.1
+    assert float(task.rewards(wanted).mean()) > 0.85 and float(task.judged(wanted).mean()) > 0.85
+    assert float(task.rewards(images[labels == 0]).mean()) < 0.1
 
 
 @pytest.mark.parametrize(
