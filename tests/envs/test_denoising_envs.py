@@ -273,7 +273,7 @@ def test_starts_are_reproducible_and_draw_conditions():
 )
 def test_bad_rewards_are_explained(reward, message):
     with pytest.raises(ValueError, match=message):
-        small_task(reward).score(torch.zeros(3, 2))
+        small_task(reward).rewards(torch.zeros(3, 2))
     env = DenoisingVectorEnv(small_task(reward, num_steps=1), 3)
     env.reset(seed=0)
     with pytest.raises(ValueError, match=message):
@@ -282,7 +282,7 @@ def test_bad_rewards_are_explained(reward, message):
 
 def test_rewards_may_be_lists_or_arrays():
     for reward in (lambda x, c: [1, 2, 3], lambda x, c: np.array([1.0, 2.0, 3.0])):
-        assert small_task(reward).score(torch.zeros(3, 2)).tolist() == [1.0, 2.0, 3.0]
+        assert small_task(reward).rewards(torch.zeros(3, 2)).tolist() == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(
