@@ -1,0 +1,147 @@
+"""A vector environment for any Gymnasium id: sync, async, envpool, or the id's own batched form."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+Vectorization = Literal["auto", "sync", "async", "envpool"]
+
+
+@contextlib.contextmanager
+def quiet_mujoco(needed: bool = True) -> Iterator[None]:
+    """Hold MuJoCo's warnings while models are built: `settotalmass` is dropped, others follow as Python warnings.
+
+    MuJoCo 4.0 deprecates an option that Gymnasium's HalfCheetah uses; it would print that at every creation and write MUJOCO_LOG.TXT.
+    """
+    try:
+        mujoco = importlib.import_module("mujoco") if needed else None
+    except ImportError:
+        mujoco = None
+    if mujoco is None:
+        yield
+        return
+    held: list[Any] = []
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(held.append)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+        # Raised here and not in the callback, where a warning turned into an error would abort the process.
+        for message in held:
+            if "settotalmass" not in str(message):
+                warnings.warn(f"MuJoCo: {message}", RuntimeWarning, stacklevel=3)
+
+
+def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The registered spec of "Name-v0", "ns/Name-v0" or "module:ns/Name-v0"; ValueError with the nearest names when there is none."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"the module {module!r} of the environment id {env_id!r} can't be imported ({error})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return gym.spec(env_id if env_id in gym.registry else name)
+    except gym.error.Error as error:
+        ids = list(gym.registry)
+        bare = {i.rpartition("/")[2]: i for i in ids}
+        # The name alone is compared too, so that a forgotten namespace is found.
+        near = difflib.get_close_matches(name, ids, 4, 0.5) + [bare[n] for n in difflib.get_close_matches(name, list(bare), 2, 0.7)]
+        hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else "; gymnasium.pprint_registry() lists all"
+        raise ValueError(f"no environment has the id {env_id!r}{hint}") from error
+
+
+def make_env(env_id: str, **kwargs: Any) -> gym.Env:
+    """`gym.make` without MuJoCo's chatter; an id that is not registered raises ValueError."""
+    spec = env_spec(env_id)
+    with quiet_mujoco("mujoco" in str(spec.entry_point) or "mujoco" in sys.modules):
+        return gym.make(env_id if env_id in gym.registry else spec.id, **kwargs)
+
+
+def _check_autoreset(mode: Any, env_id: str) -> None:
+    if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        raise ValueError(
+            f"{env_id} has autoreset mode {getattr(mode, 'value', mode)!r}; collectors take 'SameStep' or 'NextStep', "
+            "so that no final observation is lost. Pass vector_kwargs={'autoreset_mode': 'SameStep'}"
+        )
+
+
+def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> VectorEnv:
+    try:
+        envpool = importlib.import_module("envpool")
+    except ImportError as error:
+        raise ImportError("vectorization='envpool' needs envpool: pip install markovia[fast]") from error
+    if env_id not in envpool.list_all_envs():
+        near = difflib.get_close_matches(env_id, envpool.list_all_envs(), 4, 0.5)
+        raise ValueError(f"envpool has no {env_id!r}; nearest: {', '.join(near) or 'none'}. vectorization='sync' takes any Gymnasium id")
+    venv = envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seed, **kwargs)
+    # envpool resets in the step after the end; it neither says so nor names the batched spaces as Gymnasium does.
+    venv.metadata = {**getattr(venv, "metadata", {}), "autoreset_mode": AutoresetMode.NEXT_STEP}
+    venv.num_envs = num_envs
+    venv.single_observation_space, venv.single_action_space = venv.observation_space, venv.action_space
+    return venv
+
+
+def make_vec(
+    env_id: str,
+    num_envs: int = 1,
+    vectorization: Vectorization = "auto",
+    seed: int | None = None,
+    kwargs: dict[str, Any] | None = None,
+    vector_kwargs: dict[str, Any] | None = None,
+) -> VectorEnv:
+    """`num_envs` copies of an id as one vector environment, reset once when `seed` is given.
+
+    "auto" takes the id's own batched form when it registers one, else "sync". sync and async reset in the step that ends an episode (SAME_STEP)
+    unless vector_kwargs={"autoreset_mode": "NextStep"}.
+    Raises ValueError for unknown ids (with the nearest names), for unknown vectorisations and for autoreset mode "Disabled";
+    ImportError for envpool when it is not installed.
+    """
+    kwargs, vector_kwargs = dict(kwargs or {}), dict(vector_kwargs or {})
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be >= 1, got {num_envs}")
+    if vectorization not in ("auto", "sync", "async", "envpool"):
+        raise ValueError(f"unknown vectorization {vectorization!r}; choose 'auto', 'sync', 'async' or 'envpool'")
+    if vectorization == "envpool":
+        return _envpool(env_id, num_envs, 0 if seed is None else seed, kwargs)
+    spec = env_spec(env_id)
+    if vectorization == "auto" and spec.vector_entry_point is not None and not vector_kwargs:
+        venv = gym.make_vec(spec.id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    else:
+        venv = _stacked(spec.id, env_id, num_envs, vectorization == "async", kwargs, vector_kwargs)
+    try:
+        _check_autoreset(venv.metadata.get("autoreset_mode"), env_id)
+    except ValueError:
+        venv.close()
+        raise
+    venv.spec = spec
+    if seed is not None:
+        venv.reset(seed=seed)
+    return venv
+
+
+def _stacked(
+    name: str, env_id: str, num_envs: int, workers: bool, kwargs: dict[str, Any], vector_kwargs: dict[str, Any]
+) -> VectorEnv:
+    mode = vector_kwargs.pop("autoreset_mode", "SameStep")
+    try:
+        mode = AutoresetMode(mode)
+    except ValueError:
+        raise ValueError(f"unknown autoreset_mode {mode!r}; expected 'SameStep' or 'NextStep'") from None
+    _check_autoreset(mode, env_id)
+    # A worker process imports nothing but this module, so it gets the id with the module that registers it.
+    make: Callable[[], gym.Env] = partial(make_env, env_id if ":" in env_id else name, **kwargs)
+    return (AsyncVectorEnv if workers else SyncVectorEnv)([make] * num_envs, autoreset_mode=mode, **vector_kwargs)
