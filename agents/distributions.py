@@ -47,7 +47,8 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class SquashedGaussian(Gaussian):
-    """tanh of a diagonal normal, actions kept BEFORE the squash: the Jacobian cancels in ratios and KL and is added in log-prob and entropy.
+    """tanh of a diagonal normal, actions kept BEFORE the squash: the Jacobian cancels in ratios and KL
+    and is added in log-prob; `entropy` is that before the squash (after it there is no closed form).
 
     log pi(a) = log N(u) - sum_j log(1 - tanh(u_j)^2), with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
     """
