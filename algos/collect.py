@@ -1,0 +1,298 @@
+"""Where records come from: stepping a vector environment, or generating whole sequences and scoring them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from markovia.agents.interface import Agent
+from markovia.agents.normalizer import RunningNorm
+from markovia.agents.records import Obs, Rollout, map_obs
+
+REWARD_CLIP = 10.0
+
+
+class StepAgent(Protocol):
+    """What `StepCollector` needs beyond `Agent`: raw observations in, what the network sees out."""
+
+    def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs: ...
+
+
+class StepCollector:
+    """Rows of `num_steps` decisions from each of `num_envs` environments; a row goes on where the last one of its environment was cut.
+
+    SAME_STEP: the observation after an end is already the next episode's, the final one comes from infos["final_obs"].
+    NEXT_STEP: the step after an end only resets; it is stored with valid = mask = False, and the final observation is the one of the ending step.
+    `boot_value` holds V(final observation) where an episode was truncated and V(next observation) at the row's cut, with the normaliser and
+    critic as they are at the end of the collection. `episodes` gets the raw return of every finished episode; whoever reads it empties it.
+    """
+
+    def __init__(
+        self,
+        venv: VectorEnv,
+        agent: Agent,
+        num_steps: int,
+        seed: int = 0,
+        gamma: float = 0.99,
+        scale_reward: bool = True,
+    ) -> None:
+        mode = venv.metadata.get("autoreset_mode")
+        if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+            raise ValueError(
+                f"the vector environment has autoreset mode {getattr(mode, 'value', mode)!r}; a collector takes SAME_STEP or NEXT_STEP, "
+                "e.g. make_vec(env_id, n, vector_kwargs={'autoreset_mode': 'SameStep'})"
+            )
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        if not hasattr(agent, "observe"):
+            raise ValueError(f"a {agent.kind} agent is not stepped in an environment; use SequenceCollector(task, num_rows)")
+        self.venv, self.num_steps, self.gamma, self.scale_reward = venv, num_steps, gamma, scale_reward
+        self.next_step = mode is AutoresetMode.NEXT_STEP
+        self.num_costs: int = getattr(agent, "num_costs", 0)
+        self.episodes: list[float] = []
+        self.episode_lengths: deque[int] = deque(maxlen=100)
+        self.episode_costs: deque[float] = deque(maxlen=100)
+        self.reward_norm = RunningNorm(())
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Start every environment anew from `seed`; unfinished episodes are dropped, the reward scale stays."""
+        n = self.venv.num_envs
+        self._raw, _ = self.venv.reset(seed=seed)
+        self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)
+        self._scale_return = np.zeros(n)
+        self._return, self._length, self._cost = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+
+    def state(self) -> dict[str, Tensor]:
+        """The reward scale. Environments are reset at a checkpoint, so nothing of theirs is kept."""
+        return {f"reward_norm.{k}": v.clone() for k, v in self.reward_norm.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put `state()` back."""
+        self.reward_norm.load_state_dict({k.removeprefix("reward_norm."): v for k, v in state.items()})
+
+    @torch.no_grad()
+    def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
+        """(num_envs, num_steps) decisions of `agent`. A reward or cost that is not finite raises ValueError."""
+        B, T = self.venv.num_envs, self.num_steps
+        store: dict[str, Any] = {}
+        reward, raw_reward = np.zeros((B, T)), np.zeros((B, T))
+        terminated, truncated = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
+        valid = np.zeros((B, T), dtype=bool)
+        cost: np.ndarray | None = np.zeros((B, T, self.num_costs)) if self.num_costs else None
+        finals: list[tuple[np.ndarray, int, Any]] = []  # environments, step, their raw final observations
+        for t in range(T):
+            live = ~self._starting
+            obs = agent.observe(self._raw, update=live)  # type: ignore[attr-defined]
+            action, logp = agent.act(obs, generator=generator)
+            if t == 0:
+                store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T), "logp": _room(logp, T)}
+            _put(store["obs"], obs, t)
+            store["action"][:, t], store["logp"][:, t] = action, logp
+            self._raw, r, term, trunc, infos = self.venv.step(agent.env_action(action))
+            # A resetting step returns no reward, and its flags belong to no decision.
+            r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
+            if not np.isfinite(r).all():
+                bad = int(np.flatnonzero(~np.isfinite(r))[0])
+                raise ValueError(f"environment {bad} returned the reward {r[bad]} at step {t}; rewards must be finite numbers")
+            done = term | trunc
+            valid[:, t], raw_reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
+            reward[:, t] = self._scaled(r, done, live)
+            step_cost = _cost(infos, done & (not self.next_step), B)
+            if step_cost is not None:
+                if not np.isfinite(step_cost).all():
+                    raise ValueError(f"info['cost'] is not finite at step {t}; costs must be finite numbers")
+                cost = np.zeros((B, T, step_cost.shape[1])) if cost is None else cost
+                if cost.shape[2] != step_cost.shape[1]:
+                    raise ValueError(
+                        f"info['cost'] has {step_cost.shape[1]} column(s), expected {cost.shape[2]}; "
+                        "build the agent with num_costs equal to the number of costs"
+                    )
+                cost[:, t] = np.where(live[:, None], step_cost, 0.0)
+            self._episode(r, live, done, None if cost is None else cost[:, t])
+            if trunc.any():
+                who = np.flatnonzero(trunc)
+                finals.append((who, t, _rows(self._raw, who) if self.next_step else _final(infos, who, self.venv)))
+            self._starting = done if self.next_step else np.zeros(B, dtype=bool)
+        who = np.flatnonzero(valid[:, -1] & ~terminated[:, -1] & ~truncated[:, -1])
+        if len(who):
+            finals.append((who, T - 1, _rows(self._raw, who)))
+            truncated[who, -1] = True
+        return self._record(agent, store, reward, terminated, truncated, valid, cost, finals)
+
+    def _record(
+        self,
+        agent: Agent,
+        store: dict[str, Any],
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        valid: np.ndarray,
+        cost: np.ndarray | None,
+        finals: list[tuple[np.ndarray, int, Any]],
+    ) -> Rollout:
+        """The record of a collection, with values, boot values, and log-probs of one pass over the whole of it."""
+        device = agent.device
+        mask = torch.from_numpy(valid).to(device)
+        dtype = store["logp"].dtype
+        as_float = lambda x: torch.from_numpy(x).to(device=device, dtype=dtype)  # noqa: E731
+        rollout = Rollout(
+            obs=store["obs"],
+            action=store["action"],
+            logp_old=store["logp"],
+            reward=as_float(reward),
+            valid=mask,
+            mask=mask.clone(),
+            continuation=as_float((valid & ~terminated).astype(np.float64)),
+            truncated=torch.from_numpy(truncated).to(device),
+            cost=None if cost is None else as_float(cost),
+        )
+        has_critic = agent.critic is not None
+        # The same distribution as at the step, but through the matrix products of the update: the first ratio is 1 to the last bit.
+        out = agent.evaluate(rollout, ("logp", "value") if has_critic else ("logp",))
+        return replace(rollout, logp_old=out.logp, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
+
+    def _scaled(self, r: np.ndarray, done: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """r / std(G) clipped to +-10, G <- gamma G + r the running discounted return of each environment, forgotten at an episode's end."""
+        if not self.scale_reward:
+            return r
+        self._scale_return = self._scale_return * self.gamma + r
+        self.reward_norm.update(torch.from_numpy(self._scale_return[live]))
+        self._scale_return[done] = 0.0
+        if self.reward_norm.count < 2:
+            return r  # one return has no spread yet
+        return np.clip(r / np.sqrt(self.reward_norm.var.item() + 1e-8), -REWARD_CLIP, REWARD_CLIP)
+
+    def _episode(self, r: np.ndarray, live: np.ndarray, done: np.ndarray, cost: np.ndarray | None) -> None:
+        """Add a step to the running episodes and report those that ended."""
+        self._return += r
+        self._length += live
+        if cost is not None:
+            self._cost += cost.sum(1)
+        if not done.any():
+            return
+        self.episodes += self._return[done].tolist()
+        self.episode_lengths += self._length[done].tolist()
+        if cost is not None:
+            self.episode_costs += self._cost[done].tolist()
+        self._return[done], self._length[done], self._cost[done] = 0.0, 0, 0.0
+
+
+def _room(x: Tensor, T: int) -> Tensor:
+    """Uninitialised (n, T, ...) for T tensors like x (n, ...)."""
+    return torch.empty((x.shape[0], T, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+
+def _put(store: Obs, obs: Obs, t: int) -> None:
+    if isinstance(store, dict):
+        for k, v in obs.items():  # type: ignore[union-attr]
+            store[k][:, t] = v
+    else:
+        store[:, t] = obs
+
+
+def _rows(obs: Any, who: np.ndarray) -> Any:
+    """Copies of some rows of a batched numpy observation."""
+    return {k: v[who].copy() for k, v in obs.items()} if isinstance(obs, dict) else obs[who].copy()
+
+
+def _final(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
+    """Final observations of the environments `who` (SAME_STEP); a vector environment without them raises ValueError."""
+    if "final_obs" not in infos:
+        raise ValueError(
+            f"{type(venv).__name__} says that it resets in the same step, but gives no infos['final_obs'] for a truncated episode; "
+            "add it, or declare AutoresetMode.NEXT_STEP if that is what it does"
+        )
+    final = infos["final_obs"]
+    if isinstance(final, dict):
+        return {k: np.asarray(v)[who] for k, v in final.items()}
+    rows = [final[i] for i in who]
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+
+
+def _cost(infos: dict[str, Any], ended: np.ndarray, n: int) -> np.ndarray | None:
+    """info["cost"] of every environment (n, m), that of the ending step where the environment was reset in it; None where none is told."""
+    final = infos.get("final_info")
+    last = final.get("cost") if isinstance(final, dict) and ended.any() else None
+    now = infos.get("cost")
+    if now is None and last is None:
+        return None
+    shape = np.asarray(now if now is not None else last).reshape(n, -1).shape
+    out = np.zeros(shape) if now is None else np.array(now, dtype=np.float64).reshape(shape)
+    if last is not None:
+        out[ended] = np.asarray(last, dtype=np.float64).reshape(shape)[ended]
+    return out
+
+
+def _boot(agent: Agent, finals: list[tuple[np.ndarray, int, Any]], value: Tensor | None) -> Tensor:
+    """V of every final observation in one batch, at its place of a (B, T, 1 + m) tensor of zeros."""
+    assert value is not None and agent.critic is not None
+    boot = torch.zeros_like(value)
+    if not finals:
+        return boot
+    raws = [raw for _, _, raw in finals]
+    raw = {k: np.concatenate([r[k] for r in raws]) for k in raws[0]} if isinstance(raws[0], dict) else np.concatenate(raws)
+    row = torch.from_numpy(np.concatenate([who for who, _, _ in finals])).to(value.device)
+    step = torch.from_numpy(np.concatenate([np.full(len(who), t) for who, t, _ in finals])).to(value.device)
+    boot[row, step] = agent.critic(agent.observe(raw))  # type: ignore[attr-defined]
+    return boot
+
+
+class SequenceTask(Protocol):
+    """What a token or denoising task offers to the collector."""
+
+    def starts(self, n: int, generator: torch.Generator | None) -> dict[str, Any]: ...
+    def score(self, rollout: Rollout) -> Any: ...
+
+
+class SequenceCollector:
+    """`num_rows` whole sequences: starts of the task, the agent's own `generate`, and the task's score at the last valid step of each row."""
+
+    def __init__(self, task: SequenceTask, num_rows: int) -> None:
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be >= 1, got {num_rows}")
+        self.task, self.num_rows = task, num_rows
+        self.episodes: list[float] = []
+
+    def reset(self, seed: int) -> None:
+        """Nothing is carried from one collection to the next."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to put back."""
+
+    @torch.no_grad()
+    def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
+        """(num_rows, T) generated and scored decisions. A score of another length or one that is not finite raises ValueError."""
+        rollout = agent.generate(self.task.starts(self.num_rows, generator), generator)
+        score = check_score(self.task.score(rollout), rollout.shape[0])
+        self.episodes += score.tolist()
+        steps = torch.arange(rollout.shape[1], device=rollout.valid.device)
+        last = (steps * rollout.valid).argmax(1, keepdim=True)
+        at_end = torch.zeros_like(rollout.reward).scatter_(1, last, score.to(rollout.reward)[:, None])
+        rollout = replace(rollout, reward=rollout.reward + at_end)
+        if agent.critic is not None:
+            rollout = replace(rollout, value=agent.evaluate(rollout, ("value",)).value)
+        return rollout
+
+
+def check_score(score: Any, n: int) -> Tensor:
+    """The task's rewards as (n,) float64. Raises ValueError for another length and for NaN or infinite entries."""
+    try:
+        out = torch.as_tensor(score, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the reward function must return {n} numbers, got {type(score).__name__}: {error}") from error
+    if out.shape != (n,):
+        raise ValueError(f"the reward function must return {n} numbers, one per sequence, got shape {tuple(out.shape)}")
+    if not torch.isfinite(out).all():
+        bad = int(torch.nonzero(~torch.isfinite(out))[0])
+        raise ValueError(f"the reward function returned {out[bad].item()} for sequence {bad}; rewards must be finite, return 0.0 where there is none")
+    return out
