@@ -114,7 +114,7 @@ class TokenEnv(gym.Env):
     `task`, `render_mode` ("ansi": the text so far), and the task's keywords (e.g. `digits=2`).
     """
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium's own form
+    metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
 
     def __init__(self, task: TextTask | str = "arithmetic", render_mode: str | None = None, **task_kwargs: Any) -> None:
         self.task = make_task(task, **task_kwargs)
@@ -165,7 +165,7 @@ class TokenVectorEnv(VectorEnv):
         self._mode = AutoresetMode(autoreset_mode)
         if self._mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
             raise ValueError(f"autoreset_mode {self._mode} is not served; expected SAME_STEP or NEXT_STEP")
-        self.metadata = {"render_modes": ["ansi"], "autoreset_mode": self._mode}
+        self.metadata = {"render_modes": ["ansi"], "render_fps": 4, "autoreset_mode": self._mode}
         self.single_observation_space = observation_space(self.task)
         self.single_action_space = spaces.Discrete(self.task.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
