@@ -224,10 +224,9 @@ class EnumerableTokenMDP:
     def kl_to_optimum(self, logits: Array, beta: float) -> Array:
         """KL(pi || pi*) in nats, pi* the KL optimum of E1; a scalar of the logits' library, differentiable."""
         logp = self.sequence_logp(logits)
-        optimum = like(self.kl_optimum(beta)[0], logits)
-        terms = exp(logp) * (logp - optimum)
-        # a sequence of probability 0 contributes nothing, not 0 * -inf
-        return terms.masked_fill(logp == -math.inf, 0.0).sum() if is_torch(logp) else terms[np.isfinite(logp)].sum()
+        possible = logp > -math.inf  # a sequence of probability 0 contributes nothing, not 0 * -inf
+        logp = logp[possible]
+        return (exp(logp) * (logp - like(self.kl_optimum(beta)[0], logits)[possible])).sum()
 
     def f_optimum(self, beta: float, divergence: str, alpha: float | None = None) -> np.ndarray:
         """(M,): probabilities of the maximiser of E R - beta D_f(pi || p0) over laws of whole sequences.             (E4)"""
@@ -314,7 +313,8 @@ class EnumerableTokenMDP:
                    "k3" as a loss: pi(a|s) = beta' p0(a|s) / (beta' - A^pi(s,a))
         beta' = beta, or beta G / (G - 1) for groups of G that include the sample in their mean, or beta sigma(pi) when
         advantages are divided by the standard deviation of R under pi (G -> infinity), solved self-consistently.
-        On a single step (H = 1) these are the fixed points of Dr.GRPO and GRPO.
+        On a single step (H = 1) these are the fixed points of Dr.GRPO and GRPO. Raises ValueError where no such point
+        exists: with std and k2, a small beta lets the policy collapse.
         """
         beta = fdiv.check_beta(beta)
         if estimator not in ("k1", "k2", "k3"):
@@ -333,12 +333,19 @@ class EnumerableTokenMDP:
         def excess(sigma: float) -> float:
             return self._reward_std(self._loss_fixed_point(beta * sigma, estimator)) - sigma
 
-        # sigma never exceeds half the range of R; the root below is the one reached from p0's side, by bisection
-        low, high = 1e-9 * np.ptp(self.R), np.ptp(self.R) / 2
-        for _ in range(100):
+        # sigma never exceeds half the range of R; of several roots the largest is the one next to p0
+        grid = np.ptp(self.R) / 2 * np.geomspace(1.0, 1e-6, 40)
+        below = next((i for i, sigma in enumerate(grid) if excess(sigma) > 0), None)
+        if below is None:
+            raise ValueError(
+                f"with beta={beta} the penalty cannot hold the policy: dividing by the standard deviation collapses it on "
+                "the best sequences, and no fixed point with spread exists; raise beta"
+            )
+        low, high = grid[below], grid[max(below - 1, 0)]
+        for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-        return self._loss_fixed_point(beta * high, estimator)
+        return self._loss_fixed_point(beta * low, estimator)
 
     def _loss_fixed_point(self, beta: float, estimator: str) -> np.ndarray:
         """Per prefix, the k2 condition is KL(pi || p0)'s optimum and the k3 condition KL(p0 || pi)'s, for Q^pi."""
