@@ -82,9 +82,9 @@ class DenoisingTask:
         return self._scored(self.reward, "reward", x_clean, cond)
 
     def judged(self, x_clean: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The judge's scores (n,), checked as `score` is; ValueError when the task has no judge."""
+        """The judge's scores (n,), checked as `rewards` are; ValueError when the task has no judge."""
         if self.judge is None:
-            raise ValueError(f"task {self.name!r} has no judge; pass judge= when building it, or use score().")
+            raise ValueError(f"task {self.name!r} has no judge; pass judge= when building it, or use rewards().")
         return self._scored(self.judge, "judge", x_clean, cond)
 
     def _scored(self, function: Callable[..., Any], role: str, x: Tensor, cond: Tensor | None) -> Tensor:

@@ -46,6 +46,7 @@ class MLPDenoiser(nn.Module):
         self.time_scale, self.cond_dim = time_scale, cond_dim
         size = math.prod(self.sample_shape)
         half = time_features // 2
+        self.frequencies: Tensor
         self.register_buffer("frequencies", 2 * math.pi * 2.0 ** torch.linspace(-2, 6, half), persistent=False)
         self.time = nn.Linear(2 * half, hidden)
         self.inp = nn.Linear(size + cond_dim, hidden)
@@ -77,8 +78,8 @@ class LinearDenoiser(nn.Module):
 
     def __init__(self, G: Sequence[Sequence[Sequence[float]]], h: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        self.G = nn.Parameter(torch.as_tensor(G, dtype=torch.float32).clone())
-        self.h = nn.Parameter(torch.as_tensor(h, dtype=torch.float32).clone())
+        self.G: Tensor = nn.Parameter(torch.as_tensor(G, dtype=torch.float32).clone())
+        self.h: Tensor = nn.Parameter(torch.as_tensor(h, dtype=torch.float32).clone())
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments as JSON values: zeros of the right shape, the parameters travel apart."""
@@ -114,7 +115,12 @@ NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (MLPDenoiser, Lin
 
 
 def network_config(network: nn.Module) -> dict[str, Any]:
-    """{"network": class name, **constructor arguments}: what `build_network` takes."""
+    """{"network": class name, **constructor arguments}: what `build_network` takes; ValueError for a foreign module."""
+    if not isinstance(network, MLPDenoiser | LinearDenoiser | MLPClassifier):
+        raise ValueError(
+            f"{type(network).__name__} has no JSON config; expected one of {', '.join(NETWORKS)}. "
+            "Save its parameters yourself and pass the module when loading."
+        )
     return {"network": type(network).__name__, **network.config()}
 
 

@@ -8,6 +8,7 @@ linear_gaussian   the fixture of LinearGaussianDenoising, whose optimum is known
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,7 +112,11 @@ def linear_gaussian(**kwargs: Any) -> DenoisingTask:
     )
 
 
-TASKS = {"mixture2d": mixture2d, "digits": digits, "linear_gaussian": linear_gaussian}
+TASKS: dict[str, Callable[..., DenoisingTask]] = {
+    "mixture2d": mixture2d,
+    "digits": digits,
+    "linear_gaussian": linear_gaussian,
+}
 
 _ENV_ARGUMENTS = ("action_mode", "bound", "flatten", "render_mode")
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -280,6 +281,13 @@ def test_bad_rewards_are_explained(reward, message):
         env.step(np.zeros((3, 2), np.float32))
 
 
+def test_score_reads_the_record_and_rewards_bare_samples():
+    task = small_task(reward=lambda x, c: x.sum(-1) + c.sum(-1), conditions=[[1.0, 0.0]])
+    x, cond = torch.ones(3, 2), torch.full((3, 1), 0.5)
+    record = SimpleNamespace(outcome={"x": x, "cond": cond})
+    assert task.score(record).tolist() == task.rewards(x, cond).tolist() == [2.5] * 3
+
+
 def test_rewards_may_be_lists_or_arrays():
     for reward in (lambda x, c: [1, 2, 3], lambda x, c: np.array([1.0, 2.0, 3.0])):
         assert small_task(reward).rewards(torch.zeros(3, 2)).tolist() == [1.0, 2.0, 3.0]
@@ -302,6 +310,7 @@ def test_rewards_may_be_lists_or_arrays():
         (lambda: make_task("digits", final="flor"), "Did you mean 'floor'"),
         (lambda: load_pretrained("digit"), "digits_judge"),
         (lambda: build_network({"network": "UNet"}), "'UNet' is unknown"),
+        (lambda: network_config(torch.nn.Linear(1, 1)), "Linear has no JSON config"),
         (lambda: MLPDenoiser((2,), 8, 1)(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), "cond_dim=0"),
     ],
 )
