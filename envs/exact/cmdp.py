@@ -38,10 +38,7 @@ class CMDP:
         C = C[None] if C.ndim == 2 else C
         budgets = np.atleast_1d(np.asarray(self.budgets, dtype=np.float64))
         if C.ndim != 3 or C.shape[1:] != self.mdp.R.shape or budgets.shape != C.shape[:1]:
-            raise ValueError(
-                f"C must have shape (m, S, A) with (S, A) = {self.mdp.R.shape}, and budgets (m,); "
-                f"got {C.shape} and {budgets.shape}"
-            )
+            raise ValueError(f"C must have shape (m, S, A) with (S, A) = {self.mdp.R.shape}, and budgets (m,); got {C.shape} and {budgets.shape}")
         if not (np.isfinite(C).all() and np.isfinite(budgets).all()):
             raise ValueError("C or budgets hold NaN or infinity; leave a constraint without a limit out")
         object.__setattr__(self, "C", C)
@@ -77,9 +74,7 @@ class CMDP:
         mdp = self.mdp
         S, A = mdp.R.shape
         flow = np.repeat(np.eye(S), A, axis=1) - mdp.gamma * mdp.P.reshape(S * A, S).T
-        result = linprog(
-            -mdp.R.ravel(), A_ub=self.C.reshape(-1, S * A), b_ub=self.budgets, A_eq=flow, b_eq=mdp.rho, method="highs"
-        )
+        result = linprog(-mdp.R.ravel(), A_ub=self.C.reshape(-1, S * A), b_ub=self.budgets, A_eq=flow, b_eq=mdp.rho, method="highs")
         if result.status == 2:
             least = [-float(mdp.rho @ replace(mdp, R=-c).policy_iteration()[1]) for c in self.C]
             raise ValueError(

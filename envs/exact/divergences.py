@@ -53,9 +53,7 @@ def _alpha(alpha: float) -> FDivergence:
     if a == 0.0:
         return FDivergence("alpha", lambda u: xlogy(u, u) - u + 1, log, exp, lambda u: 1 / u)
     if a == 1.0:
-        return FDivergence(
-            "alpha", lambda u: u - 1 - log(u), lambda u: 1 - 1 / u, lambda s: 1 / (1 - s), lambda u: u**-2.0, 1.0
-        )
+        return FDivergence("alpha", lambda u: u - 1 - log(u), lambda u: 1 - 1 / u, lambda s: 1 / (1 - s), lambda u: u**-2.0, 1.0)
     return FDivergence(
         "alpha",
         lambda u: ((1 - a) * u - u ** (1 - a) + a) / (a * (1 - a)),
@@ -68,12 +66,8 @@ def _alpha(alpha: float) -> FDivergence:
 
 
 _TABLE = {
-    "kl_pi_ref": FDivergence(
-        "kl_pi_ref", lambda u: xlogy(u, u), lambda u: 1 + log(u), lambda s: exp(s - 1), lambda u: 1 / u
-    ),
-    "kl_ref_pi": FDivergence(
-        "kl_ref_pi", lambda u: -log(u), lambda u: -1 / u, lambda s: -1 / s, lambda u: u**-2.0, 0.0
-    ),
+    "kl_pi_ref": FDivergence("kl_pi_ref", lambda u: xlogy(u, u), lambda u: 1 + log(u), lambda s: exp(s - 1), lambda u: 1 / u),
+    "kl_ref_pi": FDivergence("kl_ref_pi", lambda u: -log(u), lambda u: -1 / u, lambda s: -1 / s, lambda u: u**-2.0, 0.0),
     "js": FDivergence(
         "js",
         lambda u: xlogy(u, u) - (u + 1) * log((u + 1) / 2),
@@ -134,9 +128,7 @@ def check_beta(beta: float) -> float:
     return float(beta)
 
 
-def f_optimum(
-    logp_ref: Array, reward: Array, beta: float, divergence: str | FDivergence, alpha: float | None = None
-) -> Array:
+def f_optimum(logp_ref: Array, reward: Array, beta: float, divergence: str | FDivergence, alpha: float | None = None) -> Array:
     """The distribution that maximises E_pi R - beta D_f(pi || ref).
 
     pi(y) = ref(y) max(0, (f')^-1((R(y) - lam) / beta)), lam by bisection so that pi sums to 1.                  (E4)

@@ -21,7 +21,38 @@ def _check_action(action: Any, count: int) -> int:
     return int(action)
 
 
-class TabularMDPEnv(gym.Env):
+class _StateEnv(gym.Env):
+    """Run a tabular MDP: draw the start, then a next state for each action."""
+
+    def __init__(self, mdp: TabularMDP) -> None:
+        self._mdp = mdp
+        # cumulative sums end at exactly 1, so that a uniform draw never falls past the last state
+        self._start, self._next = (np.cumsum(p, -1) / p.sum(-1, keepdims=True) for p in (mdp.rho, mdp.P))
+        self.observation_space = spaces.Discrete(mdp.num_states)
+        self.action_space = spaces.Discrete(mdp.num_actions)
+        self._state: int | None = None
+
+    def _draw(self, cumulative: np.ndarray) -> int:
+        index = int(np.searchsorted(cumulative, self.np_random.random(), side="right"))
+        return min(index, len(cumulative) - 1)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict]:
+        super().reset(seed=seed)
+        self._state = self._draw(self._start)
+        return np.int64(self._state), {}
+
+    def _info(self, state: int, action: int) -> dict[str, Any]:
+        return {}
+
+    def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
+        if self._state is None:
+            raise ValueError("step before reset: call env.reset() first")
+        s, a = self._state, _check_action(action, self._mdp.num_actions)
+        self._state = self._draw(self._next[s, a])
+        return np.int64(self._state), float(self._mdp.R[s, a]), False, False, self._info(s, a)
+
+
+class TabularMDPEnv(_StateEnv):
     """A random tabular MDP, run step by step.
 
     ## Description
@@ -47,41 +78,12 @@ class TabularMDPEnv(gym.Env):
     `S=6`, `A=3`, `gamma=0.95`, `seed=0`, or `oracle=` an own `TabularMDP`.
     """
 
-    def __init__(
-        self, S: int = 6, A: int = 3, gamma: float = 0.95, seed: int = 0, oracle: TabularMDP | None = None
-    ) -> None:
+    def __init__(self, S: int = 6, A: int = 3, gamma: float = 0.95, seed: int = 0, oracle: TabularMDP | None = None) -> None:
         self.oracle = TabularMDP.random(S, A, gamma, seed) if oracle is None else oracle
-        self._set_mdp(self.oracle)
-
-    def _set_mdp(self, mdp: TabularMDP) -> None:
-        self._mdp = mdp
-        # cumulative sums end at exactly 1, so that a uniform draw never falls past the last state
-        self._start, self._next = (np.cumsum(p, -1) / p.sum(-1, keepdims=True) for p in (mdp.rho, mdp.P))
-        self.observation_space = spaces.Discrete(mdp.num_states)
-        self.action_space = spaces.Discrete(mdp.num_actions)
-        self._state: int | None = None
-
-    def _draw(self, cumulative: np.ndarray) -> int:
-        index = np.searchsorted(cumulative, self.np_random.random(), side="right")
-        return int(min(index, len(cumulative) - 1))
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict]:
-        super().reset(seed=seed)
-        self._state = self._draw(self._start)
-        return np.int64(self._state), {}
-
-    def _info(self, state: int, action: int) -> dict[str, Any]:
-        return {}
-
-    def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
-        if self._state is None:
-            raise ValueError("step before reset: call env.reset() first")
-        s, a = self._state, _check_action(action, self._mdp.num_actions)
-        self._state = self._draw(self._next[s, a])
-        return np.int64(self._state), float(self._mdp.R[s, a]), False, False, self._info(s, a)
+        super().__init__(self.oracle)
 
 
-class CMDPEnv(TabularMDPEnv):
+class CMDPEnv(_StateEnv):
     """A random tabular MDP with one cost, run step by step.
 
     ## Description
@@ -118,10 +120,8 @@ class CMDPEnv(TabularMDPEnv):
     ) -> None:
         self.oracle = CMDP.random(S, A, gamma, seed, tightness) if oracle is None else oracle
         if len(self.oracle.C) != 1:
-            raise ValueError(
-                f'info["cost"] is one number, but the CMDP has {len(self.oracle.C)} constraints; pass one with a single cost'
-            )
-        self._set_mdp(self.oracle.mdp)
+            raise ValueError(f'info["cost"] is one number, but the CMDP has {len(self.oracle.C)} constraints; pass one with a single cost')
+        super().__init__(self.oracle.mdp)
 
     def _info(self, state: int, action: int) -> dict[str, Any]:
         return {"cost": float(self.oracle.C[0, state, action])}
@@ -203,9 +203,7 @@ class TokenTreeVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._prefix: np.ndarray | None = None
 
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         # each seed would only seed the transitions, which are deterministic
         super().reset(seed=seed if isinstance(seed, int) else None)
         self._prefix = np.zeros(self.num_envs, dtype=np.int64)

@@ -1,5 +1,6 @@
 """Tabular Markov decision processes solved by linear algebra: values, occupancy, optima, policy gradient and Hessian.
 
+Names, everywhere in this file:
     P       (S, A, S)  transition probabilities           policy  (S, A)  probabilities pi(a|s)
     R       (S, A)     expected reward                    logits  (S, A)  policy = softmax(logits)
     gamma   [0, 1)     discount                           rho     (S,)    start distribution
@@ -7,12 +8,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import logsumexp, softmax
 
 from markovia.envs.exact.divergences import check_beta
+
+_Rule = Callable[[np.ndarray], np.ndarray]  # of the action values (S, A)
 
 
 def _distribution(values: np.ndarray, what: str) -> np.ndarray:
@@ -123,9 +127,7 @@ class TabularMDP:
         """Greedy policy (S, A) and values (S,) within tol of the optimum, by V <- max_a (R + gamma P V)."""
         return self._iterate(lambda q: q.max(-1), self.greedy, tol)
 
-    def soft_value_iteration(
-        self, beta: float, policy_ref: np.ndarray | None = None, tol: float = 1e-10
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def soft_value_iteration(self, beta: float, policy_ref: np.ndarray | None = None, tol: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
         """Optimum of E[sum_t gamma^t (r_t - beta KL(pi(.|s_t) || ref(.|s_t)))]: policy (S, A) and soft values (S,).
 
         V = beta log sum_a ref(a|s) e^(Q(s,a)/beta), pi = ref e^((Q - V)/beta).
@@ -134,11 +136,9 @@ class TabularMDP:
         beta = check_beta(beta)
         with np.errstate(divide="ignore"):
             log_ref = np.zeros_like(self.R) if policy_ref is None else np.log(self._check(policy_ref))
-        return self._iterate(
-            lambda q: beta * logsumexp(log_ref + q / beta, axis=-1), lambda q: softmax(log_ref + q / beta, axis=-1), tol
-        )
+        return self._iterate(lambda q: beta * logsumexp(log_ref + q / beta, axis=-1), lambda q: softmax(log_ref + q / beta, axis=-1), tol)
 
-    def _iterate(self, state_value, policy_of, tol: float) -> tuple[np.ndarray, np.ndarray]:
+    def _iterate(self, state_value: _Rule, policy_of: _Rule, tol: float) -> tuple[np.ndarray, np.ndarray]:
         """Fixed point of the gamma-contraction V <- state_value(R + gamma P V), to within tol."""
         values = np.zeros(self.num_states)
         while True:

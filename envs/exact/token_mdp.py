@@ -134,16 +134,12 @@ class EnumerableTokenMDP:
         row = fdiv.f_divergence(divergence, alpha)
         return row(self.sequence_logp(logits), like(self.logp_ref, logits))
 
-    def objective(
-        self, logits: Array, beta: float, divergence: str = "kl_pi_ref", alpha: float | None = None
-    ) -> Array:
+    def objective(self, logits: Array, beta: float, divergence: str = "kl_pi_ref", alpha: float | None = None) -> Array:
         """E_pi R - beta D_f(pi || p0), a scalar; beta = 0 is the plain expected reward."""
         value = self.expected_reward(logits)
         return value if beta == 0 else value - beta * self.divergence(logits, divergence, alpha)
 
-    def exact_gradient(
-        self, logits: Array, beta: float = 0.0, divergence: str = "kl_pi_ref", alpha: float | None = None
-    ) -> Array:
+    def exact_gradient(self, logits: Array, beta: float = 0.0, divergence: str = "kl_pi_ref", alpha: float | None = None) -> Array:
         """(N, V): gradient of `objective` in the logits, without autograd.
 
         dJ/dlogits(s, a) = sum_y pi(y) G(y) (1[y takes a at s] - pi(a|s) 1[y passes s]),  G = R - beta f'(pi / p0).
@@ -161,9 +157,7 @@ class EnumerableTokenMDP:
     def prefix_occupancy(self, logits: Array) -> np.ndarray:
         """(N,): probability that a sequence of the policy passes the prefix (the rows of one depth sum to 1 without EOS)."""
         probability = np.exp(self.sequence_logp(self._table(logits)))
-        return np.bincount(
-            self.prefix_index.ravel(), (probability[:, None] * self.mask).ravel(), minlength=self.num_prefixes
-        )
+        return np.bincount(self.prefix_index.ravel(), (probability[:, None] * self.mask).ravel(), minlength=self.num_prefixes)
 
     def values(self, logits: Array) -> tuple[np.ndarray, np.ndarray]:
         """Q (N, V) and V (N,) of the policy for the terminal reward alone; the advantage is Q - V[:, None]."""
@@ -303,9 +297,7 @@ class EnumerableTokenMDP:
         (gradient,) = torch.autograd.grad((weight * per_group).sum(), theta)
         return gradient if is_torch(logits) else gradient.numpy()
 
-    def fixed_point(
-        self, beta: float, estimator: str, std: bool = False, group_size: int | None = None
-    ) -> np.ndarray:
+    def fixed_point(self, beta: float, estimator: str, std: bool = False, group_size: int | None = None) -> np.ndarray:
         """(N, V) log-probabilities at which the expected gradient of a group-baseline method vanishes.             (E7)
 
         estimator  "k1" in the reward: the KL optimum E1 (whatever the group size)

@@ -70,9 +70,7 @@ def test_batched_equals_scalar_under_same_step(kwargs):
     batched = gym.make_vec("markovia/TokenTree-v0", num_envs=5, **kwargs)
     assert isinstance(batched, TokenTreeVectorEnv)
     assert batched.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    scalar = gym.make_vec(
-        "markovia/TokenTree-v0", 5, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, **kwargs
-    )
+    scalar = gym.make_vec("markovia/TokenTree-v0", 5, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, **kwargs)
     assert batched.observation_space == scalar.observation_space and batched.action_space == scalar.action_space
     np.testing.assert_array_equal(batched.reset(seed=0)[0], scalar.reset(seed=0)[0])
     rng, ends = np.random.default_rng(0), 0

@@ -123,21 +123,15 @@ def test_cmdp_optimum_against_its_dual_program(seed):
     """The dual LP in (V, lam): min rho.V + lam d, V >= R - lam C + gamma P V, lam >= 0, has the same value."""
     cmdp = CMDP.random(5, 3, 0.9, seed)
     mdp, solution = cmdp.mdp, cmdp.solve()
-    A_ub = np.concatenate(
-        [mdp.gamma * mdp.P.reshape(15, 5) - np.repeat(np.eye(5), 3, axis=0), -cmdp.C.reshape(1, 15).T], axis=1
-    )
-    dual = linprog(
-        np.concatenate([mdp.rho, cmdp.budgets]), A_ub=A_ub, b_ub=-mdp.R.ravel(), bounds=[(None, None)] * 5 + [(0, None)]
-    )
+    A_ub = np.concatenate([mdp.gamma * mdp.P.reshape(15, 5) - np.repeat(np.eye(5), 3, axis=0), -cmdp.C.reshape(1, 15).T], axis=1)
+    dual = linprog(np.concatenate([mdp.rho, cmdp.budgets]), A_ub=A_ub, b_ub=-mdp.R.ravel(), bounds=[(None, None)] * 5 + [(0, None)])
     assert solution.value == pytest.approx(dual.fun, abs=1e-8)
     np.testing.assert_allclose(solution.multipliers, dual.x[5:], atol=1e-7)
     np.testing.assert_allclose(solution.costs, cmdp.budgets, atol=1e-8)  # the random budget binds
     assert solution.occupancy.sum() == pytest.approx(10, abs=1e-8)
     # strong duality: no policy does better in the MDP with the priced cost
     priced = cmdp.lagrangian(solution.multipliers)
-    assert priced.rho @ priced.policy_iteration()[1] + solution.multipliers @ cmdp.budgets == pytest.approx(
-        solution.value, abs=1e-8
-    )
+    assert priced.rho @ priced.policy_iteration()[1] + solution.multipliers @ cmdp.budgets == pytest.approx(solution.value, abs=1e-8)
 
 
 def test_multiplier_is_the_derivative_of_the_value_in_each_budget():
@@ -160,9 +154,7 @@ def test_multiplier_is_the_derivative_of_the_value_in_each_budget():
 def test_one_cost_against_a_scan_of_mixtures():
     """With one constraint an optimum mixes two deterministic policies' occupancies: scan every pair."""
     cmdp = CMDP.random(3, 2, 0.8, seed=3)
-    points = [
-        (cmdp.mdp.J(p), cmdp.costs(p)[0]) for p in (np.eye(2)[list(c)] for c in itertools.product(range(2), repeat=3))
-    ]
+    points = [(cmdp.mdp.J(p), cmdp.costs(p)[0]) for p in (np.eye(2)[list(c)] for c in itertools.product(range(2), repeat=3))]
     best = max(value for value, cost in points if cost <= cmdp.budgets[0])
     for (v1, c1), (v2, c2) in itertools.permutations(points, 2):
         if c1 < cmdp.budgets[0] < c2:

@@ -72,9 +72,7 @@ def test_sampling_follows_the_law(tree):
 
 def test_policy_of_inverts_sequence_logp(tree):
     logits = policy(tree)
-    np.testing.assert_allclose(
-        tree.policy_of(np.exp(tree.sequence_logp(logits))), log_softmax(logits, axis=-1), atol=1e-12
-    )
+    np.testing.assert_allclose(tree.policy_of(np.exp(tree.sequence_logp(logits))), log_softmax(logits, axis=-1), atol=1e-12)
     one = np.eye(tree.M)[2]  # a point mass: prefixes off its path keep p0
     np.testing.assert_allclose(np.exp(tree.sequence_logp(tree.policy_of(one))), one, atol=1e-15)
 
