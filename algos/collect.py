@@ -156,6 +156,7 @@ class StepCollector:
         has_critic = agent.critic is not None
         # The same distribution as at the step, but through the matrix products of the update: the first ratio is 1 to the last bit.
         out = agent.evaluate(rollout, ("logp", "value") if has_critic else ("logp",))
+        assert out.logp is not None
         return replace(rollout, logp_old=out.logp, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
 
     def _scaled(self, r: np.ndarray, done: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -194,7 +195,7 @@ def _put(store: Obs, obs: Obs, t: int) -> None:
         for k, v in obs.items():  # type: ignore[union-attr]
             store[k][:, t] = v
     else:
-        store[:, t] = obs
+        store[:, t] = obs  # type: ignore[assignment]
 
 
 def _rows(obs: Any, who: np.ndarray) -> Any:

@@ -108,8 +108,12 @@ def _sequences(kind: str, env_id: str, method: OnPolicy, env_kwargs: dict[str, A
         from markovia.envs.text.tasks import make_task as make_text_task
 
         task = make_text_task(**{**kwargs, "group_size": method.group_size})
-        options = {"model": task.model, "temperature": task.temperature, **options}
-        agent = LanguageAgent.build(tokenizer=task.tokenizer, value_head=method.advantage.needs_critic, device=device, **options)
+        options = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens, **options}
+        base = options.pop("model", task.model)
+        if base is None:
+            raise ValueError(f"{env_id} names no model of its own; say which to train with the agent option model=<name or folder>")
+        agent = LanguageAgent.from_name(base, value_head=method.advantage.needs_critic, **options)
+        agent.to(device)
     collector = SequenceCollector(task, method.num_envs)
 
     def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
