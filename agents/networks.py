@@ -70,7 +70,7 @@ class ImageEncoder(nn.Module):
         for out, kernel, stride, pad in plan:
             conv = nn.Conv2d(channels, out, kernel, stride, pad)
             nn.init.orthogonal_(conv.weight, math.sqrt(2.0))
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             layers += [conv, nn.ReLU()]
             height, cols = ((n + 2 * pad - kernel) // stride + 1 for n in (height, cols))
             channels = out
@@ -130,7 +130,7 @@ class ObsEncoder(nn.Module):
                 )
         self.keys = list(parts)
         self.parts = nn.ModuleList([ImageEncoder(s.shape) if is_image(s) else Flat(s) for s in parts.values()])  # type: ignore[arg-type]
-        self.width = sum(int(p.width) for p in self.parts)  # type: ignore[arg-type]
+        self.width: int = sum(p.width for p in self.parts)  # type: ignore[misc]
 
     def forward(self, obs: Obs) -> Tensor:
         if not isinstance(obs, dict):

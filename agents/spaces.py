@@ -60,5 +60,5 @@ def space_from_json(data: dict[str, Any]) -> gym.Space:
     if kind == "MultiBinary":
         return spaces.MultiBinary(data["shape"] if len(data["shape"]) > 1 else data["shape"][0])
     if kind == "Dict":
-        return spaces.Dict(**{k: space_from_json(v) for k, v in data["spaces"]})
+        return spaces.Dict([(k, space_from_json(v)) for k, v in data["spaces"]])
     raise ValueError(f"unknown space type {kind!r}; expected Box, Discrete, MultiDiscrete, MultiBinary or Dict")

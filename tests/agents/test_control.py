@@ -218,7 +218,8 @@ def test_normaliser_takes_only_the_rows_of_the_mask():
 def test_spaces_survive_json(space):
     import json
 
-    assert space_from_json(json.loads(json.dumps(space_to_json(space)))) == space
+    back = space_from_json(json.loads(json.dumps(space_to_json(space))))
+    assert back == space and list(getattr(back, "spaces", [])) == list(getattr(space, "spaces", []))
 
 
 def test_tabular_starts_from_a_prior_and_equals_the_formula():
