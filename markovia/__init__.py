@@ -20,13 +20,15 @@ _LAZY = ("envs", "agents", "algos", "claims")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("markovia.runs").train
     if name in _LAZY:
         return importlib.import_module(f"markovia.{name}")
     raise AttributeError(f"module 'markovia' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, "train"])
 
 
 from markovia.envs.registry import register_all as _register_all  # noqa: E402

@@ -1,0 +1,5 @@
+"""`python -m markovia`."""
+
+from markovia.cli import main
+
+main()

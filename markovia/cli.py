@@ -1,0 +1,345 @@
+"""The command line. Each command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: markovia COMMAND ...
+
+commands
+  train METHOD --env ID   train a method on an environment     markovia train ppo --env HalfCheetah-v5
+  eval RUN ...            evaluate trained runs                markovia eval runs/HalfCheetah-v5/ppo-seed0
+  plot RUN ...            learning curves as a PNG
+  video RUN               rendered episodes, or samples of a text or denoising run
+  show METHOD             sentence, equation, paper, parent, source and settings of a method
+  systems                 all methods
+  envs                    all environments of markovia (any Gymnasium id can be trained on as well)
+  claims [ID ...]         measure what the methods promise
+  demo                    train on control, text and digits, check the results, write a page
+
+`markovia COMMAND --help` tells more; MARKOVIA_DEBUG=1 shows the traceback of an error."""
+
+
+class Failed(Exception):
+    """A command that ran and found something wrong: exit code 1."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Exit code 0: done, 1: a check failed, 2: it was asked wrongly or could not be done, 130: interrupted."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command and turn its errors into one line and an exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] in ("--version", "-V"):
+        from markovia import __version__
+
+        print(f"markovia {__version__}")
+        return 0
+    try:
+        command = COMMANDS.get(argv[0])
+        if command is None:
+            from markovia.algos.table import nearest
+
+            raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (`markovia --help` lists all)")
+        command(argv[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `markovia systems | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Failed as e:
+        print(e, file=sys.stderr)
+        return 1
+    except Exception as e:
+        if os.environ.get("MARKOVIA_DEBUG") == "1":
+            raise
+        print(f"markovia: {one_line(e)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message alone where the error is one of ours, with its class where it is not (a fault worth its traceback)."""
+    text = " ".join(str(error).split()) or "no message"
+    if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("markovia."):
+        return text
+    return f"{type(error).__name__}: {text} (MARKOVIA_DEBUG=1 shows where)"
+
+
+def _parser(command: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"markovia {command}", description=about)
+
+
+# -- train ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """How a run is carried out; what the method does is set by the flags after these."""
+
+    env: str  # Gymnasium id: markovia/..., or any other environment
+    seed: int = 0  # of everything that is random
+    out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>
+    resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
+    env_kwargs: str = "{}"  # JSON object of the environment's arguments, e.g. '{"wanted": 8}'
+    agent_options: str = "{}"  # JSON object of the agent's options, e.g. '{"hidden": [256, 256]}'
+    vectorization: str = "auto"  # sync, async, envpool, vector_entry_point or auto (control)
+    device: str = "cpu"  # where the networks live
+    num_checkpoints: int = 20  # spread evenly over num_env_steps
+    eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out
+    eval_checkpoints: bool = False  # evaluate at every checkpoint too
+    max_seconds: float | None = None  # end after this time
+    track: str | None = None  # wandb or trackio: log there too
+    progress: bool = True  # show progress
+
+
+_TRAIN_HELP = """usage: markovia train METHOD --env ID [flags]
+
+Train a method on an environment. The flags are those of the method: `markovia train METHOD --env ID --help` shows them with the values
+that its presets give it there, `markovia systems` lists the methods and `markovia envs` the environments.
+
+  markovia train ppo --env HalfCheetah-v5
+  markovia train ppo --env markovia/Sentiment-v0
+  markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3"""
+
+
+def train_command(argv: list[str]) -> None:
+    """The method is resolved first; tyro then builds the parser from its settings for this environment."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_TRAIN_HELP)
+        if not argv:
+            raise ValueError("train needs a method, e.g. `markovia train ppo --env HalfCheetah-v5`")
+        return
+    from markovia.algos.systems import find
+
+    method_id, flags = argv[0], argv[1:]
+    if method_id.startswith("-"):
+        raise ValueError(f"the method comes first: markovia train METHOD --env ID ..., got {method_id!r}")
+    row = find(method_id)
+    env = _flag(flags, "--env")
+    wants_help = "-h" in flags or "--help" in flags
+    if env is None and not wants_help:
+        raise ValueError(f"train needs an environment, e.g. `markovia train {method_id} --env HalfCheetah-v5`")
+    given = _parse_train(method_id, env, flags, row)
+    from markovia.runs import train
+
+    options = dict(vars(given.run))
+    for name in ("env_kwargs", "agent_options"):
+        options[name] = _json_object(options[name], f"--{name.replace('_', '-')}")
+    result = train(given.settings, method_id=method_id, **options)
+    evaluation = result.done["evaluation"]
+    score = f", evaluation return {evaluation['mean']:.4g} ± {evaluation['std']:.3g} over {len(evaluation['returns'])}" if evaluation else ""
+    print(f"{result.run}: {result.done['num_env_steps']:,} steps in {result.done['seconds']:.1f} s{score}")
+
+
+def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) -> Any:
+    from typing import Annotated
+
+    import tyro
+
+    from markovia.runs import check_env, resolve
+
+    settings = row.value
+    if env is not None:
+        check_env(env)
+        _, settings, _ = resolve(method_id, env)
+
+    @dataclass(frozen=True)
+    class Train:
+        run: Annotated[TrainFlags, tyro.conf.arg(name="")]
+        settings: Annotated[type(settings), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+
+    about = f"{method_id}: {row.new} (arXiv {row.paper}). Values shown are those for {env or 'no environment in particular'}."
+    default = Train(TrainFlags(env or "ID"), settings)
+    return tyro.cli(
+        Train, prog=f"markovia train {method_id}", description=about, args=flags, default=default, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    """The value of one flag, before there is a parser."""
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _json_object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{flag} takes a JSON object such as '{{\"name\": 1}}', got {text!r} ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} takes a JSON object such as '{{\"name\": 1}}', got {text!r}")
+    return value
+
+
+# -- after training -------------------------------------------------------------------------------------------------------------------
+
+
+def eval_command(argv: list[str]) -> None:
+    parser = _parser("eval", "Evaluate the newest checkpoint of each run and summarise over runs: mean, interquartile mean, 95 % interval.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--episodes", type=int, default=10, help="episodes or samples per run (default 10)")
+    parser.add_argument("--seed", type=int, default=1000, help="of the evaluation (default 1000, apart from training seeds)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    from markovia.runs import load_run, summary
+
+    if args.episodes < 1:
+        raise ValueError(f"--episodes must be >= 1, got {args.episodes}")
+    results = {}
+    for path in args.runs:
+        loaded = load_run(path)
+        results[str(path)] = summary(loaded.evaluate(loaded.agent, args.episodes, args.seed))
+    over = summary({"returns": [r["mean"] for r in results.values()]})
+    if args.json:
+        print(json.dumps({"runs": results, "over_runs": over}, indent=1))
+        return
+    for path, r in results.items():
+        print(f"{path}: mean {r['mean']:.4g}, IQM {r['iqm']:.4g}, 95 % [{r['ci95'][0]:.4g}, {r['ci95'][1]:.4g}], {len(r['returns'])} episodes")
+    if len(results) > 1:
+        print(f"over {len(results)} runs: mean {over['mean']:.4g}, IQM {over['iqm']:.4g}, 95 % [{over['ci95'][0]:.4g}, {over['ci95'][1]:.4g}]")
+
+
+def plot_command(argv: list[str]) -> None:
+    parser = _parser("plot", "Learning curves: a panel per environment, a line per method with the range over its seeds.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"), help="PNG to write (default curves.png)")
+    parser.add_argument("--y", default="return", help="statistic of metrics.jsonl (default return)")
+    parser.add_argument("--smooth", type=int, default=1, help="running mean over so many iterations (default 1)")
+    args = parser.parse_args(argv)
+    from markovia.pictures import plot_runs
+
+    if args.smooth < 1:
+        raise ValueError(f"--smooth must be >= 1, got {args.smooth}")
+    print(plot_runs(args.runs, args.out, args.y, args.smooth))
+
+
+def video_command(argv: list[str]) -> None:
+    parser = _parser("video", "Episodes of a trained run as MP4 through Gymnasium's recorder; for text and denoising runs samples instead.")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("-o", "--out", type=Path, help="folder to write to (default RUN/video)")
+    parser.add_argument("--episodes", type=int, default=1, help="episodes, or samples (default 1; 32 samples)")
+    parser.add_argument("--seed", type=int, default=1000)
+    args = parser.parse_args(argv)
+    from markovia.pictures import record_video
+    from markovia.runs import load_run
+    from markovia.samples import write_samples
+
+    loaded = load_run(args.run)
+    folder = args.out or args.run / "video"
+    if loaded.task is not None:
+        print(write_samples(loaded.agent, loaded.task, folder, max(args.episodes, 32), args.seed))
+        return
+    for path in record_video(loaded.agent, loaded.config["env"], loaded.config["env_kwargs"], folder, args.episodes, args.seed):
+        print(path)
+
+
+# -- what there is --------------------------------------------------------------------------------------------------------------------
+
+
+def show_command(argv: list[str]) -> None:
+    parser = _parser("show", "What a method is: sentence, equation, paper, parent, file and line, claim, settings.")
+    parser.add_argument("method", metavar="METHOD")
+    parser.add_argument("--env", help="show the settings that presets give it for this environment")
+    args = parser.parse_args(argv)
+    from markovia.catalogue import card
+
+    print(card(args.method, args.env))
+
+
+def systems_command(argv: list[str]) -> None:
+    parser = _parser("systems", "All methods.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    from markovia.catalogue import systems
+
+    found = systems()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max(len(s["id"]) for s in found)
+    for s in found:
+        print(f"{s['id']:<{width}}  {s['new']}  [{', '.join(s['kinds'])}; arXiv {s['paper']}]")
+
+
+def envs_command(argv: list[str]) -> None:
+    parser = _parser("envs", "The environments of markovia. Every other Gymnasium id, e.g. HalfCheetah-v5, can be trained on as well.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    from markovia.catalogue import environments
+
+    found = environments()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max((len(e["id"]) for e in found), default=0)
+    for e in found:
+        print(f"{e['id']:<{width}}  {e['kind']:<10} {e['kwargs'] or ''}")
+
+
+def claims_command(argv: list[str]) -> None:
+    parser = _parser("claims", "Measure what the methods promise. Without ids: all that have no result in the file yet.")
+    parser.add_argument("ids", nargs="*", metavar="ID")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per claim")
+    parser.add_argument("--speed", choices=("fast", "slow", "all"), default="all", help="class of claims (default all)")
+    parser.add_argument("--results", type=Path, help="JSON lines file that keeps the results (default benchmarks/results/claims.jsonl)")
+    parser.add_argument("--list", action="store_true", help="list the claims, run nothing")
+    args = parser.parse_args(argv)
+    from markovia.catalogue import list_claims, run_claims
+
+    if args.list:
+        for line in list_claims(args.speed):
+            print(line)
+        return
+    failed = []
+    for result in run_claims(args.ids, args.speed, args.results):
+        text = json.dumps(result) if args.json else f"{'holds' if result['holds'] else 'FAILS'}  {result['id']}  {result['seconds']:.1f} s  {_short(result)}"
+        print(text, flush=True)
+        if not result["holds"]:
+            failed.append(result["id"])
+    if failed:
+        raise Failed(f"{len(failed)} claim(s) do not hold: {', '.join(failed)}")
+
+
+def _short(result: dict[str, Any]) -> str:
+    return f"measured {json.dumps(result['measured'])}, bound {json.dumps(result['bound'])}"
+
+
+def demo_command(argv: list[str]) -> None:
+    parser = _parser("demo", "Train on control, text and digits (about 6 minutes on 2 cores), check the results, write one HTML page.")
+    parser.add_argument("-o", "--out", type=Path, default=Path("demo"), help="folder for page and runs (default demo); its runs are replaced")
+    parser.add_argument("--only", nargs="*", choices=("control", "text", "digits"), help="parts to run (default all)")
+    args = parser.parse_args(argv)
+    from markovia.demo import demo
+
+    if not demo(args.out, tuple(args.only or ("control", "text", "digits"))):
+        raise Failed("the demo missed a threshold; see the table above")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "plot": plot_command,
+    "video": video_command,
+    "show": show_command,
+    "systems": systems_command,
+    "envs": envs_command,
+    "claims": claims_command,
+    "demo": demo_command,
+}

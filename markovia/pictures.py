@@ -1,0 +1,153 @@
+"""Learning curves, grids of samples and videos."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from markovia.rundir import Metrics, RunError, read_json
+
+
+def curve(run: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(num_env_steps, value) of one statistic of a run. Raises RunError when the run never wrote it."""
+    rows = Metrics(run).read()
+    points = [(row["num_env_steps"], row[key]) for row in rows if row.get(key) is not None]
+    if not points:
+        known = sorted({k for row in rows for k in row})
+        raise RunError(f"{run} has no values of {key!r}; it has {', '.join(known) or 'no metrics yet'}")
+    x, y = np.asarray(points, dtype=float).T
+    return x, y
+
+
+def smooth(y: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` points (fewer at the start)."""
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    end = np.arange(1, len(y) + 1)
+    start = np.maximum(end - window, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state is wanted
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1) -> Path:
+    """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds."""
+    groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        config = read_json(run / "config.json")
+        groups[config["env"]][config["method"]].append(run)
+    figure, axes = _axes(6.0, 4.0, len(groups))
+    for ax, (env, methods) in zip(axes, groups.items(), strict=True):
+        for method, members in methods.items():
+            curves = [curve(run, key) for run in members]
+            end = min(x[-1] for x, _ in curves)
+            grid = np.linspace(max(x[0] for x, _ in curves), end, 200) if len(curves) > 1 else curves[0][0]
+            values = np.stack([np.interp(grid, x, smooth(y, window)) for x, y in curves])
+            (line,) = ax.plot(grid, values.mean(0), label=f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+            if len(curves) > 1:
+                ax.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.set(title=env, xlabel="num_env_steps", ylabel=key)
+        ax.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def curve_png(x: np.ndarray, y: np.ndarray, title: str, ylabel: str, xlabel: str = "num_env_steps") -> bytes:
+    """One learning curve as PNG bytes, raw points under their running mean."""
+    figure, (ax,) = _axes(5.0, 3.0)
+    ax.plot(x, y, color="#9db4d0", linewidth=1.0)
+    ax.plot(x, smooth(y, max(1, len(y) // 12)), color="#1f4e8c", linewidth=2.0)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return _png(figure)
+
+
+def grid_png(images: np.ndarray, columns: int = 8, scale: float = 0.6) -> bytes:
+    """Grey images (n, h, w) as one grid, PNG bytes; each image uses the common range."""
+    from matplotlib.figure import Figure
+
+    n = len(images)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(columns * scale, rows * scale))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure.subplots_adjust(0, 0, 1, 1, 0.08, 0.08)
+    for i, ax in enumerate(axes):
+        ax.axis("off")
+        if i < n:
+            ax.imshow(images[i], cmap="gray_r", vmin=images.min(), vmax=images.max(), interpolation="nearest")
+    return _png(figure)
+
+
+def points_png(points: np.ndarray, title: str) -> bytes:
+    """Samples (n, 2) as a scatter plot, PNG bytes."""
+    figure, (ax,) = _axes(4.0, 4.0)
+    ax.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, color="#1f4e8c")
+    ax.set(title=title, aspect="equal")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def samples_png(samples: np.ndarray, title: str) -> bytes:
+    """Denoising samples (n, d) or (n, h, w): square images as a grid, everything else by its first two coordinates."""
+    flat = samples.reshape(len(samples), -1)
+    side = round(flat.shape[1] ** 0.5)
+    if side >= 4 and side * side == flat.shape[1]:
+        return grid_png(flat.reshape(-1, side, side))
+    if flat.shape[1] < 2:
+        flat = np.concatenate([flat, np.zeros_like(flat)], axis=1)
+    return points_png(flat[:, :2], title)
+
+
+def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path, episodes: int, seed: int) -> list[Path]:
+    """Greedy episodes through Gymnasium's recorder, as MP4 files. Raises RunError with what to install or set when rendering fails."""
+    import gymnasium as gym
+
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's default needs a window
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.glob("*.mp4"))
+    try:
+        scene = gym.make(env, render_mode="rgb_array", **env_kwargs)
+        recorder = gym.wrappers.RecordVideo(scene, str(folder), episode_trigger=lambda _: True, disable_logger=True)
+        for episode in range(episodes):
+            observation, _ = recorder.reset(seed=seed + episode)
+            over = False
+            while not over:
+                action, _ = agent.predict(observation, deterministic=True)
+                observation, _, terminated, truncated, _ = recorder.step(action)
+                over = terminated or truncated
+        recorder.close()
+    except gym.error.DependencyNotInstalled as e:
+        raise RunError(f"rendering {env} needs a package that is missing: {e}; pip install 'markovia[control]'") from e
+    except Exception as e:
+        if not _is_rendering(e):
+            raise
+        raise RunError(
+            f"rendering {env} failed ({type(e).__name__}: {e}); without a display MuJoCo needs MUJOCO_GL=egl (GPU or Mesa's libEGL: "
+            "apt install libegl1) or MUJOCO_GL=osmesa (apt install libosmesa6)"
+        ) from e
+    return sorted(set(folder.glob("*.mp4")) - before)
+
+
+def _is_rendering(error: Exception) -> bool:
+    """OpenGL's loaders raise bare ImportError, AttributeError or their own classes; their text names the library."""
+    text = f"{type(error).__module__} {type(error).__name__} {error}".lower()
+    return any(word in text for word in ("opengl", "egl", "osmesa", "glfw", "glcontext", "fatalerror"))

@@ -1,0 +1,145 @@
+"""The folder of a run: what is written where, and how a kill or a full disk leaves it whole.
+
+    config.json        what was asked for, versions, seed, device, commit
+    metrics.jsonl      one line per iteration
+    events.out.*       the same for TensorBoard
+    checkpoints/N/     agent/ (Agent.save) and driver.safetensors after iteration N; the last two are kept
+    done.json          present when the run has ended: evaluation, seconds, why it ended
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+DRIVER = "driver.safetensors"  # the whole training state; agent/ beside it is for those who only want the policy
+KEEP = 2  # checkpoints: the newest and, in case that one is damaged later, the one before
+
+
+class RunError(RuntimeError):
+    """A run folder that can't be used or written; the message says how to mend it."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either the old or the new content whole. Raises RunError when the disk refuses."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        with temporary.open("w") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"could not write {path}: {e.strerror or e}; free some space, then go on with --resume") from e
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a run folder's file. Raises RunError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise RunError(f"{path} is missing; {path.parent} is not the folder of a markovia run") from e
+    except ValueError as e:
+        raise RunError(f"{path} is damaged ({e}); restore it or train again") from e
+
+
+def plain(stats: dict[str, Any]) -> dict[str, Any]:
+    """Statistics as strict JSON: numbers that are not finite become null."""
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in stats.items()}
+
+
+class Metrics:
+    """metrics.jsonl, one strict JSON object per line; a line is written whole at its iteration's end."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "metrics.jsonl"
+
+    def append(self, stats: dict[str, Any]) -> None:
+        """Add a line. Raises RunError when the disk refuses."""
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(plain(stats)) + "\n")
+        except OSError as e:
+            raise RunError(f"could not write {self.path}: {e.strerror or e}; free some space, then go on with --resume") from e
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a last line that a kill cut short is dropped."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def cut(self, iteration: int) -> None:
+        """Keep the lines up to `iteration`: what a resumed run does again must not stand there twice."""
+        kept = [json.dumps(row) for row in self.read() if row["iteration"] <= iteration]
+        temporary = self.path.with_name(f"{TEMPORARY}{self.path.name}")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def save_checkpoint(run: Path, agent: Any, driver: Any) -> Path:
+    """Write checkpoints/<iteration> under another name and rename it, then drop the ones before the last two.
+
+    Raises RunError when the disk refuses; nothing half-written remains and the checkpoint before is untouched.
+    """
+    from markovia.agents.checkpoint import save_tensors
+
+    final = run / "checkpoints" / f"{driver.iteration:06d}"
+    temporary = final.with_name(f"{TEMPORARY}{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        agent.save(temporary / "agent")
+        tensors, meta = driver.state()
+        save_tensors(temporary / DRIVER, tensors, meta)
+        if final.exists():  # a run that was stopped here and resumed: same iteration, same content
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except Exception as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not _is_disk(e):
+            raise
+        older = checkpoints(run)
+        safe = f"the checkpoint of iteration {int(older[-1].name)} is intact" if older else "there was no earlier checkpoint"
+        raise RunError(f"could not save the checkpoint {final}: {e}; {safe}. Free some space, then go on with --resume") from e
+    for old in checkpoints(run)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def _is_disk(error: Exception) -> bool:
+    """Did the disk refuse? safetensors reports an I/O error as its own exception type."""
+    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "I/O" in str(error))
+
+
+def load_checkpoint(run: Path, driver: Any) -> int:
+    """Put the newest checkpoint into a freshly built driver and its agent; its iteration, 0 when there is none."""
+    from markovia.agents.checkpoint import load_tensors
+
+    found = checkpoints(run)
+    if not found:
+        return 0
+    driver.load_state(*load_tensors(found[-1] / DRIVER))
+    return int(driver.iteration)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a kill left half-written."""
+    for path in [*run.glob(f"{TEMPORARY}*"), *(run / "checkpoints").glob(f"{TEMPORARY}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,343 @@
+"""Train a named method on an environment, with a run folder that survives a kill (`markovia.train`, `markovia train`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markovia.report import Sink, sinks
+from markovia.rundir import Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json
+from markovia.settings import differences, from_json, to_json
+
+if TYPE_CHECKING:
+    from markovia.agents.interface import Agent
+    from markovia.algos.on_policy.method import OnPolicy
+
+SCHEMA = 1
+_PACKAGES = ("markovia", "torch", "numpy", "gymnasium", "mujoco", "transformers", "peft", "diffusers")
+# What may differ between the run that was stopped and the one that goes on.
+_NOT_COMPARED = ("versions", "commit", "python")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a callback sees after each iteration; returning False ends the run after this iteration."""
+
+    run: Path
+    iteration: int
+    num_env_steps: int
+    seconds: float  # since this process began to train
+    stats: dict[str, Any]
+    agent: Agent
+
+
+Callback = Callable[[RunInfo], bool | None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, the trained agent, and what done.json holds."""
+
+    run: Path
+    agent: Agent
+    done: dict[str, Any]
+
+
+def check_env(env: str) -> None:
+    """Raise ValueError with the nearest ids when Gymnasium knows no environment of that id."""
+    import gymnasium as gym
+
+    from markovia.envs import register_all
+
+    register_all()
+    try:
+        gym.spec(env)
+    except gym.error.Error as e:
+        from markovia.algos.table import nearest
+
+        raise ValueError(f"unknown environment {env!r}{nearest(env, gym.registry)} (`markovia envs` lists all)") from e
+    except ModuleNotFoundError as e:
+        raise ValueError(f"environment {env!r} names a module that can't be imported: {e}") from e
+
+
+def default_folder(method_id: str, env: str, seed: int) -> Path:
+    """runs/<env>/<method>-seed<seed>, with slashes and colons made plain."""
+    clean = [re.sub(r"[^\w.=+-]+", "-", part) for part in (env.removeprefix("markovia/"), method_id)]
+    return Path("runs") / clean[0] / f"{clean[1]}-seed{seed}"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a run's numbers depend on."""
+    out = {}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code lies in, with "+" when it has changes; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changes.strip() else "")
+
+
+def resolve(method: str | OnPolicy, env: str, method_id: str | None = None) -> tuple[str, OnPolicy, dict[str, Any]]:
+    """(id, settings, agent options) of a method given by id, or by value with the id it came from (None: its class's name).
+
+    Raises ValueError for an unknown id, and for a kind of MDP that the method does not serve.
+    """
+    from markovia.algos.presets import agent_options, configure
+
+    if isinstance(method, str):
+        return method, configure(method, env), agent_options(method, env)
+    if method_id is not None:
+        return method_id, method, agent_options(method_id, env)
+    return type(method).__name__, method, {}
+
+
+def train(
+    method: str | OnPolicy,
+    env: str,
+    *,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    env_kwargs: dict[str, Any] | None = None,
+    agent_options: dict[str, Any] | None = None,
+    vectorization: str = "auto",
+    device: str = "cpu",
+    num_checkpoints: int = 20,
+    eval_episodes: int = 10,
+    eval_checkpoints: bool = False,
+    max_seconds: float | None = None,
+    track: str | None = None,
+    progress: bool = True,
+    method_id: str | None = None,
+) -> RunResult:
+    """Train `method` (an id, or a settings value) on the Gymnasium id `env`; everything is written to the folder `out`.
+
+    num_checkpoints  spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run that was killed
+                     and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions)
+    max_seconds      ends the run after the iteration in which this time is over
+    eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
+    callbacks        called with a `RunInfo` after each iteration; False ends the run
+    Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
+    """
+    from markovia.algos.on_policy.driver import OnPolicyDriver
+    from markovia.algos.setup import build
+
+    check_env(env)
+    name, settings, options = resolve(method, env, method_id)
+    options |= agent_options or {}
+    if num_checkpoints < 1:
+        raise ValueError(f"num_checkpoints must be >= 1, got {num_checkpoints}")
+    run = Path(out) if out is not None else default_folder(name, env, seed)
+    config = {
+        "schema": SCHEMA,
+        "method": name,
+        "settings": to_json(settings),
+        "env": env,
+        "env_kwargs": to_json(env_kwargs or {}),
+        "agent_options": to_json(options),
+        "vectorization": vectorization,
+        "seed": seed,
+        "device": device,
+        "num_checkpoints": num_checkpoints,
+        "eval_episodes": eval_episodes,
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    _check_folder(run, config, resume)
+    setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
+    driver = OnPolicyDriver(settings, setup.agent, setup.collector, seed)
+
+    _open_folder(run, config)
+    metrics = Metrics(run)
+    if load_checkpoint(run, driver):
+        driver.boundary()
+    metrics.cut(driver.iteration)
+    loop = _Loop(run, driver, setup, metrics, tuple(callbacks), num_checkpoints, eval_episodes if eval_checkpoints else 0, max_seconds)
+    loop.sinks = sinks(run, config, f"{name} on {env}", settings.num_env_steps, driver.num_env_steps, track, progress)
+    try:
+        why = loop.run_to_end()
+    finally:
+        for sink in loop.sinks:
+            sink.close()
+        close = getattr(setup.collector, "close", None)
+        if close is not None:
+            close()
+    done = {
+        "ended": why,
+        "iteration": driver.iteration,
+        "num_env_steps": driver.num_env_steps,
+        "seconds": round(time.monotonic() - loop.began, 3),
+        "evaluation": summary(setup.evaluate(setup.agent, eval_episodes, seed)) if eval_episodes else None,
+    }
+    if eval_checkpoints and eval_episodes:
+        scores = [row["eval_return"] for row in metrics.read() if row.get("eval_return") is not None]
+        done["best_eval_return"] = max(scores) if scores else None
+    write_json(run / "done.json", done)
+    return RunResult(run, setup.agent, done)
+
+
+def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
+    """A new run wants an empty folder; a resumed one wants the same configuration. Raises RunError otherwise."""
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not resume:
+        raise RunError(f"{run} already holds a run; go on with it (--resume), or choose another folder (--out)")
+    if not (run / "config.json").exists():
+        if any(not p.name.startswith(".tmp-") for p in run.iterdir()):
+            raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
+        return
+    old = read_json(run / "config.json")
+    changed = differences(*({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (old, config)))
+    if changed:
+        raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({'; '.join(changed[:4])}); choose another --out")
+
+
+def _open_folder(run: Path, config: dict[str, Any]) -> None:
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"could not make the run folder {run}: {e.strerror or e}") from e
+    sweep(run)
+    (run / "done.json").unlink(missing_ok=True)
+    if not (run / "config.json").exists():
+        write_json(run / "config.json", config)
+
+
+class _Loop:
+    """Iterations until the budget, a callback or the clock ends them."""
+
+    sinks: list[Sink]
+
+    def __init__(
+        self,
+        run: Path,
+        driver: Any,
+        setup: Any,
+        metrics: Metrics,
+        callbacks: tuple[Callback, ...],
+        num_checkpoints: int,
+        eval_episodes: int,
+        max_seconds: float | None,
+    ) -> None:
+        self.run, self.driver, self.setup, self.metrics, self.callbacks = run, driver, setup, metrics, callbacks
+        self.num_checkpoints, self.eval_episodes, self.max_seconds = num_checkpoints, eval_episodes, max_seconds
+        self.began = time.monotonic()
+
+    def _part(self) -> int:
+        """Which of the equal parts of num_env_steps the run is in; a checkpoint is due when this number grows."""
+        return int(self.num_checkpoints * self.driver.num_env_steps / self.driver.method.num_env_steps)
+
+    def run_to_end(self) -> str:
+        """Why the run ended: "budget", "callback" or "seconds"."""
+        driver, why = self.driver, "budget"
+        while not driver.finished:
+            part, before, clock = self._part(), driver.num_env_steps, time.monotonic()
+            stats: dict[str, Any] = dict(driver.step())
+            now = time.monotonic()
+            stats |= {
+                "iteration": int(driver.iteration),
+                "num_env_steps": int(driver.num_env_steps),
+                "seconds": round(now - self.began, 4),
+                "steps_per_second": (driver.num_env_steps - before) / max(now - clock, 1e-9),
+            }
+            verdict = self._ask(stats)
+            if self.max_seconds is not None and now - self.began >= self.max_seconds and verdict is None:
+                verdict = "seconds"
+            due = driver.finished or verdict is not None or self._part() > part
+            if due and self.eval_episodes:
+                stats["eval_return"] = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))["mean"]
+            self.metrics.append(stats)
+            for sink in self.sinks:
+                sink.write(stats)
+            if due:
+                save_checkpoint(self.run, self.setup.agent, driver)
+                driver.boundary()
+            if verdict is not None and not driver.finished:
+                why = verdict
+                break
+        return why
+
+    def _ask(self, stats: dict[str, Any]) -> str | None:
+        info = RunInfo(self.run, stats["iteration"], stats["num_env_steps"], stats["seconds"], stats, self.setup.agent)
+        answers = [callback(info) for callback in self.callbacks]
+        return "callback" if any(a is False for a in answers) else None
+
+
+def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Raw returns with mean, interquartile mean and a 95 % bootstrap interval of the mean; other entries of the evaluation stay if they are JSON."""
+    import numpy as np
+    from scipy import stats
+
+    returns = np.asarray(evaluation["returns"], dtype=float)
+    draws = np.random.default_rng(0).choice(returns, size=(2000, len(returns))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    rest = {k: v for k, v in evaluation.items() if k != "returns" and _is_json(v)}
+    return {
+        "mean": float(returns.mean()),
+        "iqm": float(stats.trim_mean(returns, 0.25)),
+        "ci95": [float(low), float(high)],
+        "std": float(returns.std()),
+        "returns": [float(r) for r in returns],
+        **rest,
+    }
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and all(isinstance(v, (str, int, float, bool)) for v in value))
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read back: its configuration, and task and agent as they stood at its newest checkpoint."""
+
+    run: Path
+    config: dict[str, Any]
+    agent: Agent
+    evaluate: Callable[..., dict[str, Any]]
+    task: Any  # the sequence task of text and denoising runs, None for stepped kinds
+
+
+def load_run(run: str | Path) -> LoadedRun:
+    """Rebuild a run's task and agent. Raises RunError when the folder is no run or has no checkpoint yet."""
+    from markovia.agents.checkpoint import load_tensors
+    from markovia.algos.on_policy.method import OnPolicy
+    from markovia.algos.setup import build
+
+    run = Path(run)
+    config = read_json(run / "config.json")
+    found = checkpoints(run)
+    if not found:
+        raise RunError(f"{run} has no checkpoint yet; train on with --resume")
+    setup = build(
+        config["env"],
+        from_json(OnPolicy, config["settings"]),
+        config["seed"],
+        env_kwargs=config["env_kwargs"],
+        agent_options=config["agent_options"],
+        device="cpu",
+    )
+    tensors, _ = load_tensors(found[-1] / "agent" / "agent.safetensors")
+    setup.agent.load_state(tensors)
+    return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)

@@ -1,0 +1,77 @@
+"""Frozen dataclasses to plain JSON and back, so that a run's folder says exactly which method it trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+TYPE = "type"  # key that names a nested dataclass
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON of a settings value: a dataclass becomes {"type": its name, field: ...}, an infinite float its name.
+
+    What JSON can't hold (a callable, a module) becomes {"python": repr}, which `from_json` refuses to rebuild.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {TYPE: type(value).__name__} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return {"python": repr(value)}
+
+
+def from_json(hint: Any, data: Any) -> Any:
+    """Rebuild what `to_json` wrote, `hint` being the type of the field. Raises ValueError for what doesn't fit the type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(data, dict) and "python" in data:
+        raise ValueError(f"this setting was a Python object ({data['python']}) and can't be rebuilt from JSON; run it from the Python API")
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(args, data)
+    if dataclasses.is_dataclass(hint):
+        return _from_dataclass(typing.cast(type, hint), data)
+    if origin is tuple:
+        hints = args[:1] * len(data) if args[1:] == (...,) else args
+        return tuple(from_json(h, d) for h, d in zip(hints, data, strict=True))
+    if hint is float and isinstance(data, str):
+        return float(data)
+    return data
+
+
+def _from_union(options: tuple[Any, ...], data: Any) -> Any:
+    if data is None:
+        return None
+    if isinstance(data, dict) and TYPE in data:
+        named = [o for o in options if dataclasses.is_dataclass(o) and getattr(o, "__name__", "") == data[TYPE]]
+        if not named:
+            raise ValueError(f"settings name {data[TYPE]!r}, expected one of {[getattr(o, '__name__', str(o)) for o in options]}")
+        return from_json(named[0], data)
+    plain = [o for o in options if o is not type(None) and not dataclasses.is_dataclass(o)]
+    return from_json(plain[0], data) if len(plain) == 1 else data
+
+
+def _from_dataclass(cls: type, data: Any) -> Any:
+    if not isinstance(data, dict) or data.get(TYPE) != cls.__name__:
+        raise ValueError(f"settings of type {cls.__name__} expected, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(data.keys() - known - {TYPE})
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no settings {unknown}; this run was written by another version of markovia")
+    return cls(**{name: from_json(hints[name], data[name]) for name in known & data.keys()})
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Which entries of two JSON values differ, as "path: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
