@@ -88,10 +88,8 @@ def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> V
         near = difflib.get_close_matches(env_id, envpool.list_all_envs(), 4, 0.5)
         raise ValueError(f"envpool has no {env_id!r}; nearest: {', '.join(near) or 'none'}. vectorization='sync' takes any Gymnasium id")
     venv = envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seed, **kwargs)
-    # envpool resets in the step after the end; it neither says so nor names the batched spaces as Gymnasium does.
+    # envpool resets in the step after the end, and does not say so itself.
     venv.metadata = {**getattr(venv, "metadata", {}), "autoreset_mode": AutoresetMode.NEXT_STEP}
-    venv.num_envs = num_envs
-    venv.single_observation_space, venv.single_action_space = venv.observation_space, venv.action_space
     return venv
 
 
