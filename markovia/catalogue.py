@@ -60,7 +60,8 @@ def card(method_id: str, env: str | None = None) -> str:
 
         check_env(env)
         settings = resolve_method(method_id, env)[1]
-    lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}", f"  kinds   {', '.join(row.kinds)}"]
+    lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}"]
+    lines.append(f"  kinds   {', '.join(row.kinds)}")
     lines.append(f"  claim   {row.claim} (markovia claims {row.claim})" if row.claim in known_claims() else "  claim   none yet")
     for reference in row.functions:
         thing = resolve(reference)

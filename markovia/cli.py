@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,9 @@ def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) ->
         check_env(env)
         _, settings, _ = resolve(method_id, env)
 
-    @dataclass(frozen=True)
-    class Train:
-        run: Annotated[TrainFlags, tyro.conf.arg(name="")]
-        settings: Annotated[type(settings), tyro.conf.arg(name="")]  # type: ignore[valid-type]
-
+    unprefixed = tyro.conf.arg(name="")
+    fields: list[Any] = [("run", Annotated[TrainFlags, unprefixed]), ("settings", Annotated[type(settings), unprefixed])]
+    Train = make_dataclass("Train", fields, frozen=True)
     about = f"{method_id}: {row.new} (arXiv {row.paper}). Values shown are those for {env or 'no environment in particular'}."
     default = Train(TrainFlags(env or "ID"), settings)
     return tyro.cli(
@@ -309,8 +307,7 @@ def claims_command(argv: list[str]) -> None:
         return
     failed = []
     for result in run_claims(args.ids, args.speed, args.results):
-        text = json.dumps(result) if args.json else f"{'holds' if result['holds'] else 'FAILS'}  {result['id']}  {result['seconds']:.1f} s  {_short(result)}"
-        print(text, flush=True)
+        print(json.dumps(result) if args.json else _short(result), flush=True)
         if not result["holds"]:
             failed.append(result["id"])
     if failed:
@@ -318,7 +315,8 @@ def claims_command(argv: list[str]) -> None:
 
 
 def _short(result: dict[str, Any]) -> str:
-    return f"measured {json.dumps(result['measured'])}, bound {json.dumps(result['bound'])}"
+    verdict = "holds" if result["holds"] else "FAILS"
+    return f"{verdict}  {result['id']}  {result['seconds']:.1f} s  measured {json.dumps(result['measured'])}, bound {json.dumps(result['bound'])}"
 
 
 def demo_command(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from markovia.algos.on_policy.method import OnPolicy
 
 SCHEMA = 1
+SMALL = 1_000_000  # parameters; below this a run computes on one thread
 _PACKAGES = ("markovia", "torch", "numpy", "gymnasium", "mujoco", "transformers", "peft", "diffusers")
 # What may differ between the run that was stopped and the one that goes on.
 _NOT_COMPARED = ("versions", "commit", "python")
@@ -140,6 +141,8 @@ def train(
     callbacks        called with a `RunInfo` after each iteration; False ends the run
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
     """
+    import torch
+
     from markovia.algos.on_policy.driver import OnPolicyDriver
     from markovia.algos.setup import build
 
@@ -174,11 +177,16 @@ def train(
     if load_checkpoint(run, driver):
         driver.boundary()
     metrics.cut(driver.iteration)
+    small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
     loop = _Loop(run, driver, setup, metrics, tuple(callbacks), num_checkpoints, eval_episodes if eval_checkpoints else 0, max_seconds)
     loop.sinks = sinks(run, config, f"{name} on {env}", settings.num_env_steps, driver.num_env_steps, track, progress)
+    usual = torch.get_num_threads()
     try:
+        # Threads that wait for each other cost small networks far more than they bring, most of all on a busy machine.
+        torch.set_num_threads(1 if small else usual)
         why = loop.run_to_end()
     finally:
+        torch.set_num_threads(usual)
         for sink in loop.sinks:
             sink.close()
         close = getattr(setup.collector, "close", None)
