@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 Vectorization = Literal["auto", "sync", "async", "envpool"]
 
@@ -79,6 +80,31 @@ def _check_autoreset(mode: Any, env_id: str) -> None:
         )
 
 
+class EnvPool(VectorEnv):
+    """envpool behind `reset(seed=)`: a pool takes its seed only when it is made, so a seeded reset makes a new one. NEXT_STEP autoreset."""
+
+    def __init__(self, make: Callable[[int], VectorEnv], seed: int) -> None:
+        self._make, self._pool = make, make(seed)
+        self.num_envs = self._pool.num_envs
+        self.single_observation_space = self._pool.single_observation_space
+        self.single_action_space = self._pool.single_action_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.metadata = {**self._pool.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self._pool.close()
+            self._pool = self._make(int(seed) % 2**31)  # envpool's seed is a C int
+        return self._pool.reset()
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        return self._pool.step(actions)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self._pool.close()
+
+
 def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> VectorEnv:
     try:
         envpool = importlib.import_module("envpool")
@@ -87,10 +113,7 @@ def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> V
     if env_id not in envpool.list_all_envs():
         near = difflib.get_close_matches(env_id, envpool.list_all_envs(), 4, 0.5)
         raise ValueError(f"envpool has no {env_id!r}; nearest: {', '.join(near) or 'none'}. vectorization='sync' takes any Gymnasium id")
-    venv = envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seed, **kwargs)
-    # envpool resets in the step after the end, and does not say so itself.
-    venv.metadata = {**getattr(venv, "metadata", {}), "autoreset_mode": AutoresetMode.NEXT_STEP}
-    return venv
+    return EnvPool(lambda s: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=s, **kwargs), seed)
 
 
 def make_vec(
