@@ -131,7 +131,7 @@ class LanguageAgent(Agent):
 
     kind = "language"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, base: str | None = None, **options: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, base: str | None = None, **options: Any) -> None:
         self.options = LanguageOptions(**options)
         self.tokenizer = as_tokenizer(tokenizer)
         self.base = base
@@ -159,6 +159,10 @@ class LanguageAgent(Agent):
 
         return cls(load_model(base), load_tokenizer(base), base=base, **options)
 
+    @property
+    def _lm(self) -> Any:
+        return self.net["policy"]
+
     # -- the network -------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -169,13 +173,14 @@ class LanguageAgent(Agent):
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             if self._adapters_off:
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(self.net["policy"].disable_adapter())
+                stack.enter_context(self._lm.disable_adapter())
             yield
 
     def _logits(self, kept_positions: int, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output and its tempered float32 logits (n, kept_positions, V) over the tokenizer's vocabulary."""
-        out = self.net["policy"](logits_to_keep=kept_positions, **inputs)
-        return out, out.logits[..., : self.tokenizer.vocab_size].float() / self.options.temperature
+        out = self._lm(logits_to_keep=kept_positions, **inputs)
+        # In place: the logits are the largest tensor here, and nothing else reads them.
+        return out, out.logits[..., : self.tokenizer.vocab_size].float().div_(self.options.temperature)
 
     def _teacher_forced(self, rollout: Rollout, index: slice, want_hidden: bool) -> tuple[Tensor, Tensor | None]:
         """Logits (b, T, V) that predict the response tokens of some rows and, if wanted, the last hidden states (b, T, d) there."""
@@ -185,7 +190,7 @@ class LanguageAgent(Agent):
         seen = torch.cat([mask, rollout.valid[index]], 1)[:, :-1]
         caught: list[Tensor] = []
         # What enters the output embedding is the last hidden state at the kept positions, whatever the model's class.
-        head = self.net["policy"].get_output_embeddings()
+        head = self._lm.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0])) if want_hidden else None
         try:
             ids = torch.cat([prompt, action], 1)[:, :-1]
@@ -381,7 +386,7 @@ class LanguageAgent(Agent):
         """Plain JSON: options, the base's name with the hash of its weights (LoRA), or the architecture and tokenizer themselves."""
         out: dict[str, Any] = {"kind": self.kind, "base": self.base, "base_hash": self.base_hash, "options": dict(vars(self.options))}
         if self.base is None:
-            out["architecture"] = _plain_model(self.net["policy"]).config.to_dict()
+            out["architecture"] = _plain_model(self._lm).config.to_dict()
             out["tokenizer"] = _tokenizer_config(self.tokenizer)
         return out
 
@@ -418,7 +423,7 @@ class LanguageAgent(Agent):
     def export(self, folder: str | Path) -> Path:
         """A plain Hugging Face folder, adapters merged into the weights; the agent itself stays as it is."""
         folder = Path(folder)
-        policy = self.net["policy"]
+        policy = self._lm
         model = policy if self.options.lora is None else copy.deepcopy(policy).merge_and_unload()
         model.save_pretrained(folder)
         if isinstance(self.tokenizer, HFTokenizer):
@@ -426,7 +431,7 @@ class LanguageAgent(Agent):
         return folder
 
 
-def _plain_model(policy: nn.Module) -> Any:
+def _plain_model(policy: Any) -> Any:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 

@@ -13,7 +13,7 @@ import numpy as np
 RewardFn = Callable[..., Sequence[float]]
 
 
-def resolve(fn: RewardFn | str) -> Callable[..., Any]:
+def resolve(fn: Any) -> Callable[..., Any]:
     """A callable itself, or the one that "module:function" names.
 
     Raises ValueError when the name has another form or leads nowhere.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class TextTask:
     def __post_init__(self) -> None:
         self.tokenizer: Tokenizer = as_tokenizer(self.tokenizer)
         single = callable(self.rewards) or isinstance(self.rewards, str)
-        self.rewards = [resolve(f) for f in ([self.rewards] if single else self.rewards)]  # type: ignore[list-item,union-attr]
+        self.rewards = [resolve(f) for f in ([self.rewards] if single else self.rewards)]  # type: ignore[union-attr]
         self.allowed = None if self.allowed is None else resolve(self.allowed)
         if len(self.prompts) == 0 or len(self.rewards) == 0:
             raise ValueError(f"a text task needs prompts and reward functions, got {len(self.prompts)} and {len(self.rewards)}")
@@ -123,7 +123,7 @@ class TextTask:
         index = range(len(self._split(split)[0]))
         return self.batch([i for i in index for _ in range(group_size)], [i for i in index for _ in range(group_size)], split)
 
-    def reward(self, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]]) -> np.ndarray:
+    def reward(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
         """(n,) float64, the weighted sum of the task's reward functions."""
         return call_reward(self.rewards, prompts, completions, self.weights, **columns)  # type: ignore[arg-type]
 
