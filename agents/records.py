@@ -39,6 +39,7 @@ class Rollout:
     cost: Tensor | None = None  # (B, T, m)
     discount: Tensor | None = None  # (B, T), where it differs from the method's gamma
     dist_old: dict[str, Tensor] | None = None  # parameters of the sampling distribution, only for methods that need KL
+    dist_ref: dict[str, Tensor] | None = None  # parameters of the reference's distribution, only for an exact penalty
     logp_ref: dict[str, Tensor] = field(default_factory=dict)  # (B, T) per named reference
     group: Tensor | None = None  # (B,) rows of one start share a number
     columns: dict[str, Tensor] = field(default_factory=dict)  # (B, T) extras of a driver: adv, ret, weight

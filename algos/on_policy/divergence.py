@@ -37,7 +37,7 @@ class KL:
     """Penalty beta k(d) against the frozen reference policy."""
 
     beta: float = 0.05  # strength, reward units per nat
-    estimator: Literal["k1", "k2", "k3"] = "k1"  # which estimator of d
+    estimator: Literal["k1", "k2", "k3", "exact"] = "k1"  # which estimator of d; "exact": KL(pi || ref) of the action distributions
     place: Literal["reward", "loss"] = "reward"  # subtracted from the reward (detached) or added to the loss
 
     def __post_init__(self) -> None:
@@ -45,6 +45,8 @@ class KL:
             raise ValueError(f"beta must be >= 0, got {self.beta}")
         if self.place == "loss" and self.estimator == "k1":
             raise ValueError("k1 as a loss has zero expected gradient; use estimator='k2' (KL to the reference) or place='reward'")
+        if self.place == "reward" and self.estimator == "exact":
+            raise ValueError("the exact KL is a penalty on the loss; use place='loss', or estimator='k1' in the reward")
 
     def penalty(self, d: Tensor) -> Tensor:
         return self.beta * ESTIMATORS[self.estimator](d)

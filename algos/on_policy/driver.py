@@ -151,9 +151,13 @@ class OnPolicyDriver:
             rollout.dist_old = {k: v.clone() for k, v in dist.params().items()}
         reward = rollout.reward
         if m.divergence is not None:
-            logp = self.references["ref"].evaluate(rollout, ("logp",)).logp
+            exact = m.divergence.estimator == "exact"
+            ref = self.references["ref"].evaluate(rollout, ("logp", "dist") if exact else ("logp",))
+            logp = ref.logp
             assert logp is not None
             rollout.logp_ref["ref"] = logp
+            if exact and ref.dist is not None:
+                rollout.dist_ref = ref.dist.params()
             if m.divergence.place == "reward":
                 d = torch.where(rollout.mask, rollout.logp_old - logp, 0.0)
                 reward = reward - m.divergence.penalty(d)

@@ -54,7 +54,8 @@ def drift_kl(method: OnPolicy, dist: Distribution, dist_old: dict[str, Tensor]) 
 def wanted(method: OnPolicy, joint_value: bool) -> tuple[str, ...]:
     """What one forward pass must give."""
     want = ["logp"]
-    want += ["dist"] if method.surrogate.needs_kl != "none" else []
+    exact = method.divergence is not None and method.divergence.estimator == "exact"
+    want += ["dist"] if method.surrogate.needs_kl != "none" or exact else []
     want += ["entropy"] if method.entropy_coef else []
     want += ["value"] if joint_value else []
     return tuple(want)
@@ -91,8 +92,12 @@ def policy_loss(
         }
         stats["policy_loss"] = (omega * per_step).sum().detach()
     if method.divergence is not None and method.divergence.place == "loss":
-        d = torch.where(m, ev.logp - part.logp_ref["ref"], 0.0)
-        per_step = per_step + method.divergence.penalty(d)
+        if method.divergence.estimator == "exact":
+            assert ev.dist is not None and part.dist_ref is not None
+            exact = torch.where(m, kl(ev.dist, with_params(ev.dist, part.dist_ref)), 0.0)
+            per_step = per_step + method.divergence.beta * exact
+        else:
+            per_step = per_step + method.divergence.penalty(torch.where(m, ev.logp - part.logp_ref["ref"], 0.0))
     if method.entropy_coef:
         assert ev.entropy is not None
         per_step = per_step - method.entropy_coef * ev.entropy
