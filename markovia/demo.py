@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -116,10 +117,10 @@ def text(folder: Path) -> Part:
 
     env, num_envs = "markovia/Sentiment-v0", 32
     method = _override("rloo", env, {"num_envs": num_envs, "num_env_steps": num_envs * TEXT_UPDATES})
-    options = agent_options("rloo", env)
+    options = {"lora": {"r": 16}, **agent_options("rloo", env)}
     fresh = build(env, method, 0, agent_options=options)
     old, old_reward = draw(fresh.agent, fresh.task, 32, 1)
-    result = train(method, env, out=folder, eval_episodes=0, method_id="rloo")
+    result = train(method, env, out=folder, agent_options=options, eval_episodes=0, method_id="rloo")
     new, new_reward = draw(result.agent, fresh.task, 32, 1)
 
     def shown(outcome: dict[str, Any], reward: np.ndarray) -> list[tuple[float, str, str]]:
@@ -129,7 +130,7 @@ def text(folder: Path) -> Part:
     variety = distinct_2(old["completion_text"]), distinct_2(new["completion_text"])
     return Part(
         "Text: RLOO with LoRA on SmolLM2-135M",
-        f"markovia train rloo --env {env} --num-env-steps {num_envs * TEXT_UPDATES}",
+        f"markovia train rloo --env {env} --num-envs {num_envs} --num-env-steps {num_envs * TEXT_UPDATES} --agent-options '{json.dumps(options)}'",
         result.done["seconds"],
         [
             Check("VADER score of held-out continuations", float(old_reward.mean()), float(new_reward.mean()), float(old_reward.mean()) + 0.1),

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAPPED = {"markovia": "markovia", "envs": "markovia/envs", "agents": "markovia/agents", "algos": "markovia/algos", "benchmarks/claims": "markovia/claims"}
+MAPPED = {"markovia": "markovia", "benchmarks/claims": "markovia/claims"} | {name: f"markovia/{name}" for name in ("envs", "agents", "algos")}
 
 
 def test_wheel_holds_every_file(tmp_path):

@@ -1,0 +1,186 @@
+"""Run folders: kill and resume, callbacks, full disk, what a folder refuses."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from markovia.agents.checkpoint import load_tensors
+from markovia.algos.presets import configure, override
+from markovia.rundir import Metrics, RunError, checkpoints
+from markovia.runs import load_run, train
+from markovia.settings import from_json, to_json
+
+ROOT = Path(__file__).resolve().parent.parent
+CLOCK = {"seconds", "steps_per_second"}
+SMALL = {
+    "CartPole-v1": {"num_env_steps": 640, "num_envs": 2, "num_steps": 32, "solver": {"epochs": 2}},
+    "markovia/TokenTree-v0": {"num_env_steps": 640, "num_envs": 16, "num_steps": 4},
+    "markovia/Arithmetic-v0": {"num_env_steps": 80, "num_envs": 8, "solver": {"epochs": 1, "minibatch": 8}},
+    "markovia/Digits-v0": {"num_env_steps": 80, "num_envs": 8, "solver": {"epochs": 1}},
+}
+QUIET = {"num_checkpoints": 5, "eval_episodes": 0, "progress": False}
+
+CHILD = """
+import json, sys, time
+from markovia.algos.presets import configure, override
+from markovia.runs import train
+env, changes, out, options = json.loads(sys.argv[1])
+train(override(configure("ppo", env), changes), env, out=out, callbacks=[lambda info: time.sleep(0.1)], **options)
+"""
+
+
+def small(env):
+    return override(configure("ppo", env), SMALL[env])
+
+
+def outcome(run):
+    """Everything that must be equal: the newest checkpoint's tensors, and the statistics without the clock's."""
+    tensors, meta = load_tensors(checkpoints(run)[-1] / "driver.safetensors")
+    return tensors, meta, [{k: v for k, v in row.items() if k not in CLOCK} for row in Metrics(run).read()]
+
+
+def assert_same(a, b):
+    (tensors, meta, rows), (tensors2, meta2, rows2) = outcome(a), outcome(b)
+    assert rows == rows2
+    assert meta == meta2
+    assert tensors.keys() == tensors2.keys()
+    assert [k for k in tensors if not torch.equal(tensors[k], tensors2[k])] == []
+
+
+@pytest.mark.parametrize("env", SMALL)
+def test_killed_and_resumed_equals_uninterrupted(env, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    method = small(env)
+    train(method, env, out=whole, **QUIET)
+    argument = json.dumps([env, SMALL[env], str(killed), QUIET])
+    child = subprocess.Popen([sys.executable, "-c", CHILD, argument], cwd=ROOT, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 60
+    # Between two checkpoints: lines past the last one must be cut off again.
+    while len(Metrics(killed).read()) < 5 and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (killed / "done.json").exists()
+    assert len(Metrics(killed).read()) >= 5
+    assert checkpoints(killed)
+    train(method, env, out=killed, resume=True, **QUIET)
+    assert_same(whole, killed)
+
+
+def test_killed_before_the_first_checkpoint(tmp_path):
+    env = "CartPole-v1"
+    train(small(env), env, out=tmp_path / "whole", **QUIET)
+    run = tmp_path / "killed"
+    train(small(env), env, out=run, **QUIET)
+    for path in checkpoints(run):  # what a kill in the first part leaves: configuration, some lines, a half-written checkpoint
+        path.rename(path.with_name(f".tmp-{path.name}"))
+    (run / "done.json").unlink()
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"iteration": 99, "ret')
+    train(small(env), env, out=run, resume=True, **QUIET)
+    assert_same(tmp_path / "whole", run)
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+def test_callback_stops_the_run(tmp_path):
+    seen = []
+
+    def stop(info):
+        seen.append((info.iteration, info.num_env_steps))
+        return info.iteration < 2
+
+    result = train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", callbacks=[stop], **QUIET)
+    assert [iteration for iteration, _ in seen] == [1, 2]
+    assert 0 < seen[0][1] < seen[1][1] <= 128
+    assert result.done["ended"] == "callback"
+    assert int(checkpoints(result.run)[-1].name) == 2
+
+
+def test_folder_holds_what_it_promises(tmp_path):
+    result = train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", **{**QUIET, "eval_episodes": 3})
+    config = json.loads((result.run / "config.json").read_text())
+    assert config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"]
+    assert list(result.run.glob("events.out.tfevents.*"))
+    assert len(checkpoints(result.run)) == 2
+    assert len(json.loads((result.run / "done.json").read_text())["evaluation"]["returns"]) == 3
+    again = load_run(result.run)
+    assert all(torch.equal(v, again.agent.state()[k]) for k, v in result.agent.state().items())
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    from markovia.agents import checkpoint
+
+    write, calls = checkpoint._write, []
+
+    def full(path, data):
+        calls.append(path)
+        if len(calls) > 5:  # some files into a later checkpoint
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    run, env = tmp_path / "run", "CartPole-v1"
+    with pytest.raises(RunError, match=r"No space left.*intact.*--resume"):
+        train(small(env), env, out=run, **QUIET)
+    assert len(checkpoints(run)) == 1
+    assert not [p for p in run.rglob("*") if "tmp" in p.name]
+    monkeypatch.undo()
+    train(small(env), env, out=run, resume=True, **QUIET)
+    train(small(env), env, out=tmp_path / "whole", **QUIET)
+    assert_same(run, tmp_path / "whole")
+
+
+def test_a_folder_is_not_overwritten(tmp_path):
+    env = "CartPole-v1"
+    train(small(env), env, out=tmp_path / "run", **QUIET)
+    with pytest.raises(RunError, match="already holds a run"):
+        train(small(env), env, out=tmp_path / "run", **QUIET)
+    with pytest.raises(RunError, match=r"other settings.*seed: 0 -> 1"):
+        train(small(env), env, out=tmp_path / "run", seed=1, resume=True, **QUIET)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    with pytest.raises(RunError, match="not the folder of a markovia run"):
+        train(small(env), env, out=tmp_path / "other", resume=True, **QUIET)
+
+
+def test_corrupted_checkpoint_is_refused(tmp_path):
+    env = "CartPole-v1"
+    train(small(env), env, out=tmp_path / "run", **QUIET)
+    file = checkpoints(tmp_path / "run")[-1] / "driver.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        train(small(env), env, out=tmp_path / "run", resume=True, **QUIET)
+
+
+def test_wrong_names():
+    with pytest.raises(ValueError, match="did you mean 'ppo'"):
+        train("ppoo", "CartPole-v1")
+    with pytest.raises(ValueError, match="did you mean 'CartPole-v1'"):
+        train("ppo", "CartPol-v1")
+    with pytest.raises(ValueError, match="ddpo serves"):
+        train("ddpo", "CartPole-v1")
+
+
+def test_missing_tracker(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", track="wandb", **QUIET)
+
+
+def test_settings_round_trip_through_json():
+    from markovia.algos.systems import rows
+
+    for row in rows().values():
+        data = json.loads(json.dumps(to_json(row.value)))
+        assert from_json(type(row.value), data) == row.value
+    with pytest.raises(ValueError, match="Python object"):
+        from_json(float, to_json(lambda: 0))
