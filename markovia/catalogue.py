@@ -101,7 +101,7 @@ def run_claims(ids: list[str], speed: str = "all", results: Path | None = None) 
     chosen = ids or [i for i, c in claims.items() if speed in ("all", c.speed) and i not in finished]
     for i in chosen:
         began = time.monotonic()
-        found = resolve(claims[i].function)()
+        found = resolve(claims[i].function)(**claims[i].arguments)
         result = {"id": i, **found, "seconds": round(time.monotonic() - began, 2), "speed": claims[i].speed}
         _replace(path, result)
         yield result

@@ -1,19 +1,33 @@
 """Executable claims: what each method is supposed to do, as a function that measures it and says whether it holds.
 
-A claim function takes no argument and returns {"measured": ..., "bound": ..., "holds": bool, ...} (plain JSON); `markovia claims` runs it.
-Class "fast" takes under 60 s on two cores, "slow" at most 10 minutes.
+A claim function returns {"measured": ..., "bound": ..., "holds": bool, ...} (plain JSON); `markovia claims` runs it with `arguments`.
+Class "fast" takes under 60 s on two cores, "slow" at most 10 minutes. An id is a method's, or a method's with the task behind an @.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Claim(NamedTuple):
-    """Where a claim's function is, and how long it may take."""
+    """Where a claim's function is, with what it is called, and how long it may take."""
 
     function: str  # "module:function"
     speed: Literal["fast", "slow"] = "fast"
+    arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
 
-CLAIMS: dict[str, Claim] = {}
+_HERE = "markovia.claims.on_policy:"
+_TREE = (
+    "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo", "rloo", "rloo/reinforce", "ppo-rlhf",
+)  # fmt: skip
+
+CLAIMS: dict[str, Claim] = {
+    **{m: Claim(_HERE + "token_tree", "fast", {"method": m}) for m in _TREE},
+    "ddpo": Claim(_HERE + "linear_gaussian", "fast", {"method": "ddpo"}),
+    "ppo@linear-gaussian": Claim(_HERE + "linear_gaussian", "fast", {"method": "ppo"}),
+    "ppo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "ppo"}),
+    "trpo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "trpo", "bound": 300.0}),
+    "ppo@digits": Claim(_HERE + "digits", "slow", {"method": "ppo"}),
+    "ddpo@digits": Claim(_HERE + "digits", "slow", {"method": "ddpo"}),
+}
