@@ -95,7 +95,7 @@ class TrainFlags:
     resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
     env_kwargs: str = "{}"  # JSON object of the environment's arguments, e.g. '{"wanted": 8}'
     agent_options: str = "{}"  # JSON object of the agent's options, e.g. '{"hidden": [256, 256]}'
-    vectorization: str = "auto"  # sync, async, envpool, vector_entry_point or auto (control)
+    vectorization: str = "auto"  # sync, async, envpool or auto (control)
     device: str = "cpu"  # where the networks live
     num_checkpoints: int = 20  # spread evenly over num_env_steps
     eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out

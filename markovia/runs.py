@@ -217,7 +217,8 @@ def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
             raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
         return
     old = read_json(run / "config.json")
-    changed = differences(*({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (old, config)))
+    before, now = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (old, config))
+    changed = differences(before, now)
     if changed:
         raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({'; '.join(changed[:4])}); choose another --out")
 
