@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from markovia.algos.on_policy import divergence, method, surrogates
-from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.systems import find
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
@@ -67,8 +67,10 @@ def configure(method_id: str, env_id: str) -> OnPolicy:
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
     value: OnPolicy = row.value
-    for _, changes in preset_sources(method_id, env_id):
-        value = override(value, {k: v for k, v in changes.items() if k != "agent"})
+    for where, changes in preset_sources(method_id, env_id):
+        # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.
+        skip = {"agent", "solver"} if where.endswith(":*") and not isinstance(value.solver, Descent) else {"agent"}
+        value = override(value, {k: v for k, v in changes.items() if k not in skip})
     return value
 
 

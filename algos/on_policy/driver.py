@@ -181,6 +181,10 @@ class OnPolicyDriver:
             self._descend(m.solver, rollout, reward, policy_loss, "main", stats)
         if m.advantage.needs_critic and m.value.separate is not None:
             self._descend(m.value.separate, rollout, reward, critic_loss, "value", stats)
+        if isinstance(m.controller, Doubling):
+            # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
+            with torch.no_grad():
+                out["kl_mean"] = float(masked_mean(self._old_new_kl(rollout), rollout.mask))
         return {**stats.means(), **out}
 
     def _descend(self, solver: Descent, rollout: Rollout, reward: Tensor, loss_fn: LossFn, name: str, stats: Statistics) -> None:
@@ -241,7 +245,7 @@ class OnPolicyDriver:
         self.optimizers["dual"].step()
         with torch.no_grad():
             self.dual.clamp_(min=0.0)
-        self.coef = float(self.dual)
+        self.coef = float(self.dual.detach())
 
     def _old_new_kl(self, part: Rollout) -> Tensor:
         dist = self.agent.evaluate(part, ("dist",)).dist

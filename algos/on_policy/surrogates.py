@@ -82,7 +82,7 @@ class Clip:
     needs_kl: NeedsKL = field(default="none", init=False)
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.clip:
+        if not self.clip > 0.0:
             raise ValueError(f"clip must be > 0 (it is the allowed change of the probability ratio), got {self.clip}")
 
     def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
