@@ -15,7 +15,9 @@ from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
-_CLASSES = {c.__name__: c for m in (divergence, method, surrogates) for c in vars(m).values() if dataclasses.is_dataclass(c)}
+_CLASSES: dict[str, type] = {
+    name: c for m in (divergence, method, surrogates) for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
+}
 
 
 @cache

@@ -92,7 +92,8 @@ ON_POLICY = table(
             (_HERE + "driver:OnPolicyDriver._dual_step", _HERE + "driver:OnPolicyDriver._fixup"), "fixpo",
         ),
         Row(
-            "lpo-dpo-discovered", OnPolicy(surrogate=Discovered()), "ppo", "2210.05639", "a drift in closed form that was found by meta-learning", ALL,
+            "lpo-dpo-discovered", OnPolicy(surrogate=Discovered()), "ppo", "2210.05639", "a drift in closed form that was found by meta-learning",
+            ALL,
             (_HERE + "surrogates:discovered_drift",), "lpo-dpo-discovered",
         ),
         Row(
@@ -100,7 +101,8 @@ ON_POLICY = table(
             (_HERE + "surrogates:learnt_drift", _HERE + "surrogates:drift_features"), "lpo-dpo-discovered/lpo",
         ),
         Row(
-            "rloo", RLOO, "rloo/reinforce", "2402.14740", "the baseline is the mean of the other responses to the prompt", ("language", "tabular", "denoising"),
+            "rloo", RLOO, "rloo/reinforce", "2402.14740", "the baseline is the mean of the other responses to the prompt",
+            ("language", "tabular", "denoising"),
             ("markovia.algos.advantages:leave_one_out", _HERE + "loss:weights"), "rloo",
         ),
         Row(
@@ -114,7 +116,8 @@ ON_POLICY = table(
             "ppo-rlhf", OnPolicy(
                 num_envs=64, advantage=GAE(gamma=1.0, lam=0.95), normalize_advantage="batch", divergence=KL(beta=0.05), refresh=EMA(rate=0.001),
                 solver=Descent(lr=1e-5, value_lr=5e-6, anneal=False, epochs=1, minibatch=16, unit="row", max_grad_norm=1.0),
-            ), "ppo", "2404.10719", "token KL in the reward, advantages whitened over a large batch, reference by EMA", ("language", "tabular", "denoising"),
+            ), "ppo", "2404.10719", "token KL in the reward, advantages whitened over a large batch, reference by EMA",
+            ("language", "tabular", "denoising"),
             (_HERE + "surrogates:clip_drift", _HERE + "divergence:k1"), "ppo-rlhf",
         ),
         Row(

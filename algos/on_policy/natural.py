@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,11 @@ class _Head(nn.Module):
         return dist.params()
 
 
-def flatten(tensors: list[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     parts = flat.split([t.numel() for t in like])
     return [p.view_as(t) for p, t in zip(parts, like, strict=True)]
 
@@ -78,14 +78,14 @@ def fisher_product(agent: Agent, rollout: Rollout, *, damping: float) -> Callabl
         dist = agent.evaluate(rollout, ("dist",)).dist
     assert dist is not None
     primal = tuple(tensors)
-    _, pull = vjp(outputs, primal)
+    pull = vjp(outputs, primal)[1]
 
     def product(v: Tensor) -> Tensor:
         ordered = unflatten(v, agent.parameters("policy"))
         tangent = [torch.empty(0)] * len(ordered)
         for position, i in enumerate(back):
             tangent[i] = ordered[position]
-        _, out = jvp(outputs, (primal,), (tuple(tangent),))
+        out = jvp(outputs, (primal,), (tuple(tangent),))[1]
         scaled = dist.fisher(out)
         masked = {
             k: torch.where(mask.reshape(*mask.shape, *([1] * (t.dim() - mask.dim()))), t, 0.0) / count for k, t in scaled.items()

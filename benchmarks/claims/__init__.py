@@ -19,7 +19,8 @@ class Claim(NamedTuple):
 
 _HERE = "markovia.claims.on_policy:"
 _TREE = (
-    "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo", "rloo", "rloo/reinforce", "ppo-rlhf",
+    "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
+    "rloo", "rloo/reinforce", "ppo-rlhf",
 )  # fmt: skip
 
 CLAIMS: dict[str, Claim] = {

@@ -48,11 +48,12 @@ def sentiment_run(
     reference = made.agent.reference()
     before = text_metrics(made.agent, reference, made.task, per_prompt, seed)
     driver = OnPolicyDriver(settings, made.agent, made.collector, seed)
-    start, curve = time.perf_counter(), []
+    start = time.perf_counter()
+    curve: list[dict[str, float]] = []
     while len(curve) < updates and time.perf_counter() - start < seconds:
         cpu = time.process_time()
         stats = driver.step()
-        keep = {k: stats[k] for k in ("return", "kl_ref", "logp_ref_mean") if k in stats}
+        keep: dict[str, float] = {k: v for k, v in stats.items() if k in ("return", "kl_ref", "logp_ref_mean")}
         curve.append({**keep, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu})
     after = text_metrics(made.agent, reference, made.task, per_prompt, seed)
     return {"method": method, "seed": seed, "updates": len(curve), "before": before, "after": after, "curve": curve}

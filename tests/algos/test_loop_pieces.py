@@ -88,7 +88,8 @@ def test_normalise_uses_the_mask_and_leaves_single_decisions() -> None:
 
 # -- drifts ------------------------------------------------------------------------------------------------------------------------------
 
-W1, W2 = torch.randn(16, 8, generator=torch.Generator().manual_seed(1), dtype=F64), torch.randn(1, 16, generator=torch.Generator().manual_seed(2), dtype=F64)
+W1 = torch.randn(16, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
+W2 = torch.randn(1, 16, generator=torch.Generator().manual_seed(2), dtype=F64)
 DRIFTS = {
     "clip": lambda lr, a: clip_drift(lr, a, low=0.2, high=0.2),
     "discovered": lambda lr, a: discovered_drift(lr, a, alpha=2.0, beta=0.6),
