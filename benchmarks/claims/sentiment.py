@@ -1,4 +1,4 @@
-"""Claims on language: RLOO makes a language model praise films without spoiling its English, and teaches a small transformer to add."""
+"""Claim on language: RLOO makes a language model praise films without spoiling its English."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from markovia.algos.setup import build
 from markovia.algos.streams import stream
 from markovia.algos.text_metrics import distinct, logp_per_token, sequence_kl
 
-SENTIMENT, ARITHMETIC = "markovia/Sentiment-v0", "markovia/Arithmetic-v0"
+SENTIMENT = "markovia/Sentiment-v0"
 
 
 @torch.no_grad()
