@@ -124,7 +124,7 @@ def train(
     agent_options: dict[str, Any] | None = None,
     vectorization: str = "auto",
     device: str = "cpu",
-    num_checkpoints: int = 20,
+    num_checkpoints: int = 10,
     eval_episodes: int = 10,
     eval_checkpoints: bool = False,
     max_seconds: float | None = None,

@@ -83,6 +83,8 @@ class OnPolicyDriver:
         self.advantage_state: dict[str, Any] = {}
         self._check()
         self.references: dict[str, Agent] = {"ref": agent.reference()} if method.divergence is not None else {}
+        if isinstance(method.refresh, EMA) and any(ref.net is agent.net for ref in self.references.values()):
+            raise ValueError("an EMA reference needs weights of its own, but a LoRA agent's reference is its base model; use full weights or Fixed()")
         self.joint_value = method.advantage.needs_critic and method.value.separate is None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if isinstance(method.solver, Descent):
@@ -107,8 +109,6 @@ class OnPolicyDriver:
             for s in (m.solver, m.value.separate):
                 if isinstance(s, Descent) and s.unit != "row":
                     raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
-        if isinstance(m.refresh, EMA) and agent.kind == "language" and getattr(agent, "lora", None):
-            raise ValueError("an EMA reference needs a copy of its own, but a LoRA agent's reference is its base model; use full weights or Fixed()")
 
     @property
     def finished(self) -> bool:

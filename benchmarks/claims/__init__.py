@@ -30,5 +30,6 @@ CLAIMS: dict[str, Claim] = {
     "ppo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "ppo"}),
     "trpo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "trpo", "bound": 300.0}),
     "ppo@digits": Claim(_HERE + "digits", "slow", {"method": "ppo"}),
+    "rloo@sentiment": Claim("markovia.claims.sentiment:sentiment_rloo", "slow"),
     "ddpo@digits": Claim(_HERE + "digits", "slow", {"method": "ddpo"}),
 }

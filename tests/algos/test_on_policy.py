@@ -350,7 +350,10 @@ def test_resume_on_the_other_kinds(method_id: str, env_id: str, changes: dict, o
 class Stub:
     """The least that a driver's checks look at."""
 
-    critic, lora = True, None
+    critic, net = True, None  # its reference shares its weights, as that of a LoRA agent does
+
+    def reference(self) -> Stub:
+        return self
 
     def __init__(self, kind: str, **more: Any) -> None:
         self.kind = kind
@@ -364,7 +367,7 @@ class Stub:
         (OnPolicy(), Stub("language"), "solver.unit='row'"),
         (OnPolicy(solver=Descent(unit="row"), value=ValueLoss(separate=Descent())), Stub("language"), "value.separate.unit"),
         (ON_POLICY["trpo"].value, Stub("language"), "natural-gradient steps are not offered"),
-        (OnPolicy(solver=Descent(unit="row"), divergence=KL(), refresh=EMA()), Stub("language", lora={"r": 4}), "EMA reference needs a copy"),
+        (OnPolicy(solver=Descent(unit="row"), divergence=KL(), refresh=EMA()), Stub("language"), "EMA reference needs weights of its own"),
     ],
 )
 def test_driver_refuses_what_does_not_fit(method: OnPolicy, agent: Any, match: str) -> None:
