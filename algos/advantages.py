@@ -5,8 +5,8 @@ Each slot value is callable as `advantage(reward, rollout) -> (adv, ret)`; `rewa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class GAE:
 
     gamma: float = 0.99  # discount per decision
     lam: float = 0.95  # exponential average over horizons; 1 is Monte Carlo minus V
-    needs_critic: bool = field(default=True, init=False)
+    needs_critic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.gamma <= 1.0 and 0.0 <= self.lam <= 1.0):
@@ -95,7 +95,7 @@ def _row_returns(reward: Tensor, rollout: Rollout) -> Tensor:
 class LeaveOneOut:
     """The whole row is one action; the baseline is the mean of the other rows of its group."""
 
-    needs_critic: bool = field(default=False, init=False)
+    needs_critic: ClassVar[bool] = False
 
     def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         returns = _row_returns(reward, rollout)
@@ -108,7 +108,7 @@ class LeaveOneOut:
 class MovingBaseline:
     """REINFORCE: the baseline is the mean of the returns of all earlier batches (0 before the first)."""
 
-    needs_critic: bool = field(default=False, init=False)
+    needs_critic: ClassVar[bool] = False
 
     def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         returns = _row_returns(reward, rollout)
@@ -124,7 +124,7 @@ class BatchReturn:
     scale: bool = True  # divide by the batch's standard deviation
     clip: float = 5.0  # bound on the absolute advantage
     reward_to_go: bool = False  # from each decision on, against the batch's mean of that step; exact for penalties inside the reward
-    needs_critic: bool = field(default=False, init=False)
+    needs_critic: ClassVar[bool] = False
 
     def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         returns = _row_returns(reward, rollout)[:, None].expand_as(reward)

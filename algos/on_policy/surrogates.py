@@ -9,8 +9,8 @@ arXiv 2201.02373); therefore one full-batch step is the same for every smooth dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def ratio_objective(log_ratio: Tensor, adv: Tensor) -> Tensor:
 class PolicyGradient:
     """rho A without any drift (A2C, RLOO, REINFORCE, DDPO with one update per batch)."""
 
-    needs_kl: NeedsKL = field(default="none", init=False)
+    needs_kl: ClassVar[NeedsKL] = "none"
 
     def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
         return ratio_objective(log_ratio, adv)
@@ -79,7 +79,7 @@ class Clip:
 
     clip: float = 0.2  # range below 1, and above when clip_high is None
     clip_high: float | None = None  # range above 1
-    needs_kl: NeedsKL = field(default="none", init=False)
+    needs_kl: ClassVar[NeedsKL] = "none"
 
     def __post_init__(self) -> None:
         if not self.clip > 0.0:
@@ -108,7 +108,7 @@ class Discovered:
 
     alpha: float = 2.0  # scale of the drift where the advantage is positive
     beta: float = 0.6  # scale where it is negative
-    needs_kl: NeedsKL = field(default="none", init=False)
+    needs_kl: ClassVar[NeedsKL] = "none"
 
     def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
         return ratio_objective(log_ratio, adv) - discovered_drift(log_ratio, adv, alpha=self.alpha, beta=self.beta)
@@ -120,7 +120,7 @@ class Learnt:
 
     weights: str = "lpo"  # name of a shipped file or path of a safetensors file with w1 (h, 8) and w2 (1, h)
     clip: float = 0.2  # PPO's range in its initialisation
-    needs_kl: NeedsKL = field(default="none", init=False)
+    needs_kl: ClassVar[NeedsKL] = "none"
 
     def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
         from markovia.algos.on_policy.lpo import drift_weights
