@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -84,7 +85,24 @@ def _param_count(space: gym.Space) -> int:
     return 2 * size if isinstance(space, spaces.MultiBinary) else size
 
 
-class ControlAgent(Agent):
+class StepAgent(Agent):
+    """An agent that is stepped in an environment: raw observations come in through `observe`, which the collector also uses."""
+
+    observation_space: gym.Space
+
+    @abstractmethod
+    def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs:
+        """A raw batch as the network sees it; only the collector passes update=True, which moves the normaliser."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        batch, single = batch_obs(observation, self.observation_space)
+        action = self.env_action(self.act(self.observe(batch), deterministic)[0])
+        return (action[0] if single else action), state
+
+
+class ControlAgent(StepAgent):
     """Policy and critic with separate trunks, an observation normaliser, and the action distribution of the action space.
 
     Actions are kept in policy coordinates: unclipped for a Gaussian, before the tanh when squashed, from 0 for discrete spaces.
@@ -257,10 +275,3 @@ class ControlAgent(Agent):
         if isinstance(space, spaces.MultiBinary):
             return raw.astype(space.dtype)
         return (raw + space.start).astype(space.dtype)  # type: ignore[attr-defined]
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        batch, single = batch_obs(observation, self.observation_space)
-        action = self.env_action(self.act(self.observe(batch), deterministic)[0])
-        return (action[0] if single else action), state

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from markovia.agents.control import batch_obs, check_action_space, check_want
+from markovia.agents.control import StepAgent, check_action_space, check_want
 from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical
-from markovia.agents.interface import Agent, Evaluation, Kind
+from markovia.agents.interface import Evaluation, Kind
 from markovia.agents.records import Obs, Rollout, map_obs
 
 
@@ -27,7 +27,7 @@ class _Values(nn.Module):
         return self.policy.predict_values(obs)  # type: ignore[operator]
 
 
-class SB3Agent(Agent):
+class SB3Agent(StepAgent):
     """A PPO or A2C model of Stable-Baselines3 as an agent: its policy acts, is evaluated with gradient, and can be trained on.
 
     VecNormalize statistics of the model's environment are used, and stay as they are unless `observe(..., update=True)` feeds them.
@@ -128,13 +128,6 @@ class SB3Agent(Agent):
         if hasattr(self.action_space, "low"):
             return np.clip(raw, self.action_space.low, self.action_space.high)
         return raw + getattr(self.action_space, "start", 0)
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        batch, single = batch_obs(observation, self.observation_space)
-        action = self.env_action(self.act(self.observe(batch), deterministic)[0])
-        return (action[0] if single else action), state
 
     def reference(self) -> SB3Agent:
         """A frozen copy of the policy; the normaliser is shared, since references see what the network saw."""

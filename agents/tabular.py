@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from markovia.agents.control import batch_obs, check_want
+from markovia.agents.control import StepAgent, check_want
 from markovia.agents.distributions import Categorical
-from markovia.agents.interface import Agent, Evaluation, Kind
+from markovia.agents.interface import Evaluation, Kind
 from markovia.agents.records import Rollout
 from markovia.agents.spaces import space_from_json, space_to_json
 
@@ -30,7 +30,7 @@ class Table(nn.Module):
         return F.embedding(state, self.table)
 
 
-class TabularAgent(Agent):
+class TabularAgent(StepAgent):
     """pi(a|s) = softmax(logits[s])[a] and a table of values (S, 1 + m); observations are state numbers.
 
     A MultiDiscrete observation is numbered row-major. `net["policy"].table` is (S, A), so exact solvers can read and write it.
@@ -130,10 +130,3 @@ class TabularAgent(Agent):
 
     def env_action(self, action: Tensor) -> np.ndarray:
         return action.detach().cpu().numpy() + self.action_space.start  # type: ignore[attr-defined]
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        batch, single = batch_obs(observation, self.observation_space)
-        action = self.env_action(self.act(self.observe(batch), deterministic)[0])
-        return (action[0] if single else action), state

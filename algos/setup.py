@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector, StepCollector
 from markovia.algos.on_policy.driver import Collector
 from markovia.algos.on_policy.method import OnPolicy
@@ -137,15 +138,20 @@ def evaluate_stepped(agent: Agent, env_id: str, episodes: int, seed: int, env_kw
     return {"returns": returns.tolist(), "lengths": lengths.tolist()}
 
 
+def sample_sequences(agent: Agent, task: Any, n: int, seed: int) -> Rollout:
+    """n sequences of the stream (seed, "evaluation"); text starts from held-out prompts where the task has some."""
+    generator = stream(seed, "evaluation", device=agent.device)
+    if agent.kind == "language" and task.held_out:
+        starts = task.starts(n, stream(seed, "evaluation-prompts"), split="held_out", group_size=1)
+    else:
+        starts = task.starts(n, generator)
+    return agent.generate(starts, generator)
+
+
 @torch.no_grad()
 def evaluate_sequences(agent: Agent, task: Any, episodes: int, seed: int) -> dict[str, Any]:
     """Rewards of `episodes` sampled sequences; text is started from held-out prompts, denoising also scored by the judge where there is one."""
-    generator = stream(seed, "evaluation", device=agent.device)
-    if agent.kind == "language" and task.held_out:
-        starts = task.starts(episodes, stream(seed, "evaluation-prompts"), split="held_out", group_size=1)
-    else:
-        starts = task.starts(episodes, generator)
-    rollout = agent.generate(starts, generator)
+    rollout = sample_sequences(agent, task, episodes, seed)
     out: dict[str, Any] = {"returns": task.score(rollout).tolist(), "lengths": rollout.valid.sum(1).tolist()}
     if agent.kind == "language":
         out["prompts"], out["completions"] = rollout.outcome["prompt_text"], rollout.outcome["completion_text"]

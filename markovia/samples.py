@@ -10,14 +10,9 @@ import numpy as np
 
 def draw(agent: Any, task: Any, n: int, seed: int) -> tuple[Any, np.ndarray]:
     """(n samples with their record's outcome, rewards (n,)); text starts from held-out prompts."""
-    from markovia.algos.streams import stream
+    from markovia.algos.setup import sample_sequences
 
-    generator = stream(seed, "samples", device=agent.device)
-    if agent.kind == "language" and task.held_out:
-        starts = task.starts(n, stream(seed, "samples-prompts"), split="held_out", group_size=1)
-    else:
-        starts = task.starts(n, generator)
-    rollout = agent.generate(starts, generator)
+    rollout = sample_sequences(agent, task, n, seed)
     return rollout.outcome, task.score(rollout).cpu().numpy()
 
 

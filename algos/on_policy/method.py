@@ -136,5 +136,7 @@ class OnPolicy:
             raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
         if isinstance(self.solver, NaturalGradient) and self.normalize_advantage == "minibatch":
             raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
+        if self.ratio_level == "sequence" and self.aggregation != "seq-mean":
+            raise ValueError(f"a sequence ratio is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean'")
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")

@@ -230,6 +230,7 @@ def test_value_error_by_hand() -> None:
         (lambda: OnPolicy(solver=NaturalGradient(), surrogate=KLDrift()), "natural-gradient"),
         (lambda: OnPolicy(solver=NaturalGradient(), surrogate=PolicyGradient()), "fit the critic"),
         (lambda: OnPolicy(controller=DualAscent()), "old_new"),
+        (lambda: OnPolicy(ratio_level="sequence"), "one term per row"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, match: str) -> None:
