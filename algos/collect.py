@@ -77,6 +77,10 @@ class StepCollector:
         """Put `state()` back."""
         self.reward_norm.load_state_dict({k.removeprefix("reward_norm."): v for k, v in state.items()})
 
+    def close(self) -> None:
+        """Release the environments."""
+        self.venv.close()
+
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
         """(num_envs, num_steps) decisions of `agent`. A reward or cost that is not finite raises ValueError."""
@@ -269,6 +273,9 @@ class SequenceCollector:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Nothing to put back."""
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:

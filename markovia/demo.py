@@ -90,7 +90,7 @@ def control(folder: Path) -> Part:
     method = _override("ppo", env, {"num_env_steps": 250_000})
     fresh = build(env, method, 0, agent_options=agent_options("ppo", env))
     before = float(np.mean(fresh.evaluate(fresh.agent, 5, 1)["returns"]))
-    fresh.collector.close()  # type: ignore[attr-defined]
+    fresh.collector.close()
     result = train(method, env, out=folder, max_seconds=HALF_CHEETAH_SECONDS, eval_episodes=5, method_id="ppo")
     after = result.done["evaluation"]["mean"]
     return Part(
