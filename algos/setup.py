@@ -31,6 +31,7 @@ class Setup:
     collector: Collector
     evaluate: Evaluate
     task: Any = None  # the sequence task, None for stepped kinds
+    episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
 
 
 def build(
@@ -79,7 +80,8 @@ def _stepped(
     def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
         return evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
 
-    return Setup(kind, agent, collector, evaluate)
+    limit = venv.spec.max_episode_steps if venv.spec is not None else None
+    return Setup(kind, agent, collector, evaluate, episode_steps=method.num_envs * (limit or 1))
 
 
 def _prior(venv: gym.vector.VectorEnv) -> torch.Tensor | None:
