@@ -19,7 +19,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from markovia.envs.denoising.kernel import GaussianKernel, choose
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.denoising.tables import choose
 
 ACTION_MODES = ("residual", "next_sample", "model_output")
 

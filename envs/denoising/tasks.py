@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from markovia.envs.denoising.env import DenoisingEnv, DenoisingTask, DenoisingVectorEnv
-from markovia.envs.denoising.kernel import GaussianKernel, choose
+from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import LinearDenoiser, load_pretrained
+from markovia.envs.denoising.tables import choose
 from markovia.envs.exact.denoisers import GMMDenoiser, LinearGaussianDenoising
 
 NUM_BLOBS, BLOB_STD = 8, 0.1

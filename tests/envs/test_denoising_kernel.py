@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from markovia.envs.denoising.kernel import GaussianKernel, control_pair, delta, log_prob, step_kl
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.denoising.likelihood import control_pair, delta, log_prob, step_kl
+from markovia.envs.exact.denoisers import GMMDenoiser
 
 diffusers = pytest.importorskip("diffusers")
 K = 10
@@ -216,6 +218,65 @@ def test_log_prob_is_the_normal_density_and_zero_where_dropped():
     assert bool(m.grad.isfinite().all()) and bool((m.grad[-1] == 0).all())
 
 
+KERNELS = {
+    "ddpm": lambda: GaussianKernel.from_scheduler(ddpm(), K),
+    "ddpm-large": lambda: GaussianKernel.from_scheduler(ddpm(variance_type="fixed_large"), K),
+    "ddim": lambda: GaussianKernel.from_scheduler(ddim(), K, eta=0.6),
+    "flow_sde": lambda: GaussianKernel.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), K),
+    "flow_resample": lambda: GaussianKernel.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), K, kind="flow_resample"),
+    "consistency": lambda: GaussianKernel.from_scheduler(diffusers.LCMScheduler(), 4),
+    "direct": lambda: GaussianKernel.direct([0.3] * 5),
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_log_prob_of_a_chain_is_the_product_of_its_densities(kind):
+    """The whole chain against one multivariate normal over all its entries, in float64."""
+    kernel = KERNELS[kind]()
+    generator = torch.Generator().manual_seed(3)
+    W = 0.3 * torch.randn(4, 4, dtype=torch.float64, generator=generator)
+    x, total, means, stds, points = torch.randn(4, dtype=torch.float64, generator=generator), 0.0, [], [], []
+    for k in range(kernel.num_steps):
+        mean, std = kernel.mean_std((x @ W)[None], x[None], torch.tensor([k]))
+        x_next = mean[0] + std[0] * torch.randn(4, dtype=torch.float64, generator=generator)
+        total += float(kernel.log_prob(x_next[None], mean, std))
+        if bool(kernel.in_likelihood[k]):
+            means, stds, points = [*means, mean[0]], [*stds, kernel.std[k].expand(4)], [*points, x_next]
+        x = x_next
+    joint = torch.distributions.MultivariateNormal(torch.cat(means), torch.diag(torch.cat(stds).square()))
+    assert total == pytest.approx(float(joint.log_prob(torch.cat(points))), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- memorylessness
+@pytest.mark.parametrize("flow", [False, True])
+def test_memoryless_kernels_forget_the_start_and_have_a_density_everywhere(flow):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if flow else ddim(beta_schedule="squaredcos_cap_v2")
+    kernel = GaussianKernel.memoryless(scheduler, 50)
+    assert kernel.memory < 0.01 and bool(kernel.in_likelihood.all())
+    kernel.require_density("a test", every_step=True)
+    assert GaussianKernel.from_scheduler(scheduler, 50, eta=0.0).memory == pytest.approx(1.0, abs=1e-12)
+    assert GaussianKernel.from_scheduler(scheduler, 50, eta=0.3).memory > 0.3
+
+
+def test_memory_of_ddpm_is_that_of_the_forward_process():
+    # the forward process x_T = sqrt(ab_T) x0 + ... has correlation sqrt(ab_T) with the data; ddpm with many steps is its reversal
+    kernel = GaussianKernel.from_scheduler(ddpm(num_train_timesteps=200, beta_end=0.05), 200)
+    assert kernel.memory == pytest.approx(float(ddpm(num_train_timesteps=200, beta_end=0.05).alphas_cumprod[-1].sqrt()), rel=0.05)
+
+
+def test_memory_is_the_correlation_of_sampled_chains():
+    kernel, exact = GaussianKernel.from_scheduler(ddim(), K, eta=0.3), GMMDenoiser([[0.0]], 1.0)
+    network = exact.network(ddim().alphas_cumprod)
+    generator = torch.Generator().manual_seed(0)
+    start = x = torch.randn(50_000, 1, dtype=torch.float64, generator=generator)
+    for k in range(K):
+        step = torch.full((len(x),), k)
+        mean, std = kernel.mean_std(network(x, kernel.timestep(step)), x, step)
+        x = mean + std * torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    measured = float(torch.corrcoef(torch.cat([start, x], 1).T)[0, 1])
+    assert 0.2 < kernel.memory < 0.98 and measured == pytest.approx(kernel.memory, abs=0.01)
+
+
 def test_final_rules():
     build = lambda final, **kw: GaussianKernel.from_scheduler(ddim(), K, final=final, **kw)  # noqa: E731
     assert float(build("drop").std[-1]) == 0.0
@@ -266,6 +327,28 @@ def test_the_scheduler_is_not_changed():
 def test_bad_arguments_are_explained(kwargs, message):
     with pytest.raises(ValueError, match=message):
         GaussianKernel.from_scheduler(ddim(), **{"num_inference_steps": K, **kwargs})
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_schedulers_without_a_gaussian_step_are_refused_with_the_one_to_use(name):
+    with pytest.raises(ValueError, match=rf"{name} is not supported.*DDIMScheduler.from_config"):
+        GaussianKernel.from_scheduler(getattr(diffusers, name)(), K)
+    replacement = diffusers.DDIMScheduler.from_config(getattr(diffusers, name)().config)
+    assert GaussianKernel.from_scheduler(replacement, K).kind == "ddim"
+
+
+def test_a_scheduler_that_scales_its_input_is_refused_even_with_a_kind():
+    with pytest.raises(ValueError, match="scales the network's input"):
+        GaussianKernel.from_scheduler(diffusers.EulerDiscreteScheduler(), K, kind="ddim")
+
+
+def test_likelihoods_of_deterministic_steps_are_explained():
+    with pytest.raises(ValueError, match="eta = 0"):
+        GaussianKernel.from_scheduler(ddim(), K, eta=0.0).require_density("ddpo")
+    drop = GaussianKernel.from_scheduler(ddim(), K)
+    drop.require_density("ddpo")
+    with pytest.raises(ValueError, match=r"0 at step 9 of 10.*final='mid'"):
+        drop.require_density("adjoint matching", every_step=True)
 
 
 def test_unusable_schedulers_are_explained():
