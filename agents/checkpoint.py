@@ -153,18 +153,27 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
-    """Rebuild the agent that `save_agent` wrote; `network` is the user's own policy network, when it had one.
+def read_agent(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header (class, kind, config) and tensors of what `save_agent` wrote, their hash compared; nothing is built.
 
-    Raises CheckpointError for a folder that is missing, damaged, foreign or of another schema, ValueError when the network is missing.
+    Raises CheckpointError for a folder that is missing, damaged, foreign or of another schema.
     """
     folder = Path(folder)
-    header = _read_header(folder / HEADER)
-    weights = folder / WEIGHTS
+    header, weights = _read_header(folder / HEADER), folder / WEIGHTS
     tensors, _ = load_tensors(weights)
     with open(weights, "rb") as f:
         if hashlib.file_digest(f, "sha256").hexdigest() != header.get("sha256"):
             raise CheckpointError(f"{weights} does not match the hash in {HEADER}: damaged, or the two are from different saves")
+    return header, tensors
+
+
+def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
+    """Rebuild the agent that `save_agent` wrote; `network` is the user's own policy network, when it had one.
+
+    Raises what `read_agent` raises, and ValueError when the network is missing.
+    """
+    folder = Path(folder)
+    header, tensors = read_agent(folder)
     module, name = CLASSES[header["class"]].split(":")
     cls = getattr(importlib.import_module(module), name)
     try:

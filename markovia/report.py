@@ -36,16 +36,21 @@ class TensorBoard:
         self.writer.close()
 
 
+def tracker(package: str) -> Any:
+    """The module of a tracker by name. Raises ValueError when it is neither of the two or not installed."""
+    if package not in ("wandb", "trackio"):
+        raise ValueError(f"track takes 'wandb' or 'trackio', got {package!r}")
+    try:
+        return importlib.import_module(package)
+    except ImportError as e:
+        raise ValueError(f"track={package!r} needs a package that is not installed: pip install {package}") from e
+
+
 class Tracker:
-    """Weights & Biases or trackio, which share one interface. Raises ValueError when the package is missing."""
+    """Weights & Biases or trackio, which share one interface."""
 
     def __init__(self, package: str, run: Path, config: dict[str, Any]) -> None:
-        if package not in ("wandb", "trackio"):
-            raise ValueError(f"track takes 'wandb' or 'trackio', got {package!r}")
-        try:
-            self.module = importlib.import_module(package)
-        except ImportError as e:
-            raise ValueError(f"track={package!r} needs a package that is not installed: pip install {package}") from e
+        self.module = tracker(package)
         self.module.init(project="markovia", name=run.name, config=config)
 
     def write(self, stats: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     config.json        what was asked for, versions, seed, device, commit
     metrics.jsonl      one line per iteration
     events.out.*       the same for TensorBoard
-    checkpoints/N/     agent/ (Agent.save) and driver.safetensors after iteration N; the last two are kept
+    checkpoints/N/     agent/ (Agent.save), driver.safetensors and the run's config.json after iteration N; the last two are kept
     done.json          present when the run has ended: evaluation, seconds, why it ended
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"
+CONFIG = "config.json"
 DRIVER = "driver.safetensors"  # the whole training state; agent/ beside it is for those who only want the policy
 KEEP = 2  # checkpoints: the newest and, in case that one is damaged later, the one before
 
@@ -25,19 +26,27 @@ class RunError(RuntimeError):
     """A run folder that can't be used or written; the message says how to mend it."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either the old or the new content whole. Raises RunError when the disk refuses."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that `path` holds either the old or the new content whole. Raises RunError when the disk refuses."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with temporary.open("w") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"could not write {path}: {e.strerror or e}; free some space, then go on with --resume") from e
+        raise _refused(path, e) from e
+
+
+def _refused(path: Path, error: OSError) -> RunError:
+    return RunError(f"could not write {path}: {error.strerror or error}; free some space, then go on with --resume")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON through `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -67,7 +76,7 @@ class Metrics:
             with self.path.open("a") as f:
                 f.write(json.dumps(plain(stats)) + "\n")
         except OSError as e:
-            raise RunError(f"could not write {self.path}: {e.strerror or e}; free some space, then go on with --resume") from e
+            raise _refused(self.path, e) from e
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a last line that a kill cut short is dropped."""
@@ -80,11 +89,9 @@ class Metrics:
         return rows
 
     def cut(self, iteration: int) -> None:
-        """Keep the lines up to `iteration`: what a resumed run does again must not stand there twice."""
+        """Keep the lines up to `iteration`: what a resumed run does again must not stand there twice. Raises RunError when the disk refuses."""
         kept = [json.dumps(row) for row in self.read() if row["iteration"] <= iteration]
-        temporary = self.path.with_name(f"{TEMPORARY}{self.path.name}")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -93,9 +100,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name))
 
 
-def save_checkpoint(run: Path, agent: Any, driver: Any) -> Path:
+def save_checkpoint(run: Path, agent: Any, driver: Any, config: dict[str, Any]) -> Path:
     """Write checkpoints/<iteration> under another name and rename it, then drop the ones before the last two.
 
+    `config` lies in it too, so that a checkpoint says itself which run it belongs to.
     Raises RunError when the disk refuses; nothing half-written remains and the checkpoint before is untouched.
     """
     from markovia.agents.checkpoint import save_tensors
@@ -108,6 +116,7 @@ def save_checkpoint(run: Path, agent: Any, driver: Any) -> Path:
         agent.save(temporary / "agent")
         tensors, meta = driver.state()
         save_tensors(temporary / DRIVER, tensors, meta)
+        (temporary / CONFIG).write_text(json.dumps(config))
         if final.exists():  # a run that was stopped here and resumed: same iteration, same content
             shutil.rmtree(final)
         os.replace(temporary, final)

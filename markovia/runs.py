@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markovia.report import Sink, sinks
-from markovia.rundir import Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json
+from markovia.report import Sink, sinks, tracker
+from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json
 from markovia.settings import differences, from_json, to_json
 
 if TYPE_CHECKING:
@@ -134,8 +134,9 @@ def train(
 ) -> RunResult:
     """Train `method` (an id, or a settings value) on the Gymnasium id `env`; everything is written to the folder `out`.
 
-    num_checkpoints  spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run that was killed
-                     and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions)
+    num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
+                     that was killed and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions).
+                     Fewer where the reset would come before an episode of full length can end (num_envs x the environment's time limit)
     max_seconds      ends the run after the iteration in which this time is over
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
     callbacks        called with a `RunInfo` after each iteration; False ends the run
@@ -169,16 +170,21 @@ def train(
         "commit": commit(),
     }
     _check_folder(run, config, resume)
+    if track:
+        tracker(track)
     setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
     driver = OnPolicyDriver(settings, setup.agent, setup.collector, seed)
 
-    _open_folder(run, config)
-    metrics = Metrics(run)
+    # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
         driver.boundary()
+    _open_folder(run, config)
+    metrics = Metrics(run)
     metrics.cut(driver.iteration)
     small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
-    loop = _Loop(run, driver, setup, metrics, tuple(callbacks), num_checkpoints, eval_episodes if eval_checkpoints else 0, max_seconds)
+    # A reset before the time limit would cut every episode: none would end, and no return would be seen.
+    places = max(1, min(num_checkpoints, settings.num_env_steps // setup.episode_steps))
+    loop = _Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
     loop.sinks = sinks(run, config, f"{name} on {env}", settings.num_env_steps, driver.num_env_steps, track, progress)
     usual = torch.get_num_threads()
     try:
@@ -189,9 +195,7 @@ def train(
         torch.set_num_threads(usual)
         for sink in loop.sinks:
             sink.close()
-        close = getattr(setup.collector, "close", None)
-        if close is not None:
-            close()
+        setup.collector.close()
     done = {
         "ended": why,
         "iteration": driver.iteration,
@@ -206,32 +210,50 @@ def train(
     return RunResult(run, setup.agent, done)
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two configurations, as far as a run's numbers depend on it; empty when nothing does."""
+    kept = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (before, now))
+    return "; ".join(differences(*kept)[:4])
+
+
+def _own_config(run: Path) -> dict[str, Any]:
+    """config.json of a run. Raises RunError when its newest checkpoint was written under another configuration."""
+    config = read_json(run / CONFIG)
+    for written in (checkpoint / CONFIG for checkpoint in checkpoints(run)[-1:]):
+        changed = _changes(read_json(written), config) if written.is_file() else ""
+        if changed:
+            raise RunError(
+                f"{run / CONFIG} was edited or belongs to another run: the newest checkpoint was written with other settings ({changed}); "
+                f"put {written} in its place, or train into another --out"
+            )
+    return config
+
+
 def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
     """A new run wants an empty folder; a resumed one wants the same configuration. Raises RunError otherwise."""
     if not run.exists() or not any(run.iterdir()):
         return
     if not resume:
         raise RunError(f"{run} already holds a run; go on with it (--resume), or choose another folder (--out)")
-    if not (run / "config.json").exists():
+    if not (run / CONFIG).exists():
         if any(not p.name.startswith(".tmp-") for p in run.iterdir()):
             raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
         return
-    old = read_json(run / "config.json")
-    before, now = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (old, config))
-    changed = differences(before, now)
+    changed = _changes(_own_config(run), config)
     if changed:
-        raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({'; '.join(changed[:4])}); choose another --out")
+        raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({changed}); choose another --out")
 
 
 def _open_folder(run: Path, config: dict[str, Any]) -> None:
+    """Make the folder and sweep it. config.json is its first file, so that what a full disk leaves here is taken for an empty folder."""
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise RunError(f"could not make the run folder {run}: {e.strerror or e}") from e
     sweep(run)
     (run / "done.json").unlink(missing_ok=True)
-    if not (run / "config.json").exists():
-        write_json(run / "config.json", config)
+    if not (run / CONFIG).exists():
+        write_json(run / CONFIG, config)
 
 
 class _Loop:
@@ -242,6 +264,7 @@ class _Loop:
     def __init__(
         self,
         run: Path,
+        config: dict[str, Any],
         driver: Any,
         setup: Any,
         metrics: Metrics,
@@ -250,7 +273,7 @@ class _Loop:
         eval_episodes: int,
         max_seconds: float | None,
     ) -> None:
-        self.run, self.driver, self.setup, self.metrics, self.callbacks = run, driver, setup, metrics, callbacks
+        self.run, self.config, self.driver, self.setup, self.metrics, self.callbacks = run, config, driver, setup, metrics, callbacks
         self.num_checkpoints, self.eval_episodes, self.max_seconds = num_checkpoints, eval_episodes, max_seconds
         self.began = time.monotonic()
 
@@ -281,7 +304,7 @@ class _Loop:
             for sink in self.sinks:
                 sink.write(stats)
             if due:
-                save_checkpoint(self.run, self.setup.agent, driver)
+                save_checkpoint(self.run, self.setup.agent, driver, self.config)
                 driver.boundary()
             if verdict is not None and not driver.finished:
                 why = verdict
@@ -329,13 +352,13 @@ class LoadedRun:
 
 
 def load_run(run: str | Path) -> LoadedRun:
-    """Rebuild a run's task and agent. Raises RunError when the folder is no run or has no checkpoint yet."""
-    from markovia.agents.checkpoint import load_tensors
+    """Rebuild a run's task and agent. Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it."""
+    from markovia.agents.checkpoint import read_agent
     from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build
 
     run = Path(run)
-    config = read_json(run / "config.json")
+    config = _own_config(run)
     found = checkpoints(run)
     if not found:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
@@ -347,6 +370,5 @@ def load_run(run: str | Path) -> LoadedRun:
         agent_options=config["agent_options"],
         device="cpu",
     )
-    tensors, _ = load_tensors(found[-1] / "agent" / "agent.safetensors")
-    setup.agent.load_state(tensors)
+    setup.agent.load_state(read_agent(found[-1] / "agent")[1])
     return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)

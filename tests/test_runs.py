@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from markovia.runs import load_run, train
 from markovia.settings import from_json, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
+CONTROL = "Pendulum-v1"
 CLOCK = {"seconds", "steps_per_second"}
 SMALL = {
-    "CartPole-v1": {"num_env_steps": 640, "num_envs": 2, "num_steps": 32, "solver": {"epochs": 2}},
+    CONTROL: {"num_env_steps": 1000, "num_envs": 1, "num_steps": 50, "solver": {"epochs": 2}},  # five episodes of full length
     "markovia/TokenTree-v0": {"num_env_steps": 640, "num_envs": 16, "num_steps": 4},
     "markovia/Arithmetic-v0": {"num_env_steps": 80, "num_envs": 8, "solver": {"epochs": 1, "minibatch": 8}},
     "markovia/Digits-v0": {"num_env_steps": 80, "num_envs": 8, "solver": {"epochs": 1}},
@@ -76,7 +78,7 @@ def test_killed_and_resumed_equals_uninterrupted(env, tmp_path):
 
 
 def test_killed_before_the_first_checkpoint(tmp_path):
-    env = "CartPole-v1"
+    env = CONTROL
     train(small(env), env, out=tmp_path / "whole", **QUIET)
     run = tmp_path / "killed"
     train(small(env), env, out=run, **QUIET)
@@ -97,7 +99,7 @@ def test_callback_stops_the_run(tmp_path):
         seen.append((info.iteration, info.num_env_steps))
         return info.iteration < 2
 
-    result = train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", callbacks=[stop], **QUIET)
+    result = train(small(CONTROL), CONTROL, out=tmp_path / "run", callbacks=[stop], **QUIET)
     assert [iteration for iteration, _ in seen] == [1, 2]
     assert 0 < seen[0][1] < seen[1][1] <= 128
     assert result.done["ended"] == "callback"
@@ -105,7 +107,7 @@ def test_callback_stops_the_run(tmp_path):
 
 
 def test_folder_holds_what_it_promises(tmp_path):
-    result = train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", **{**QUIET, "eval_episodes": 3})
+    result = train(small(CONTROL), CONTROL, out=tmp_path / "run", **{**QUIET, "eval_episodes": 3})
     config = json.loads((result.run / "config.json").read_text())
     assert config["seed"] == 0 and config["device"] == "cpu" and config["versions"]["torch"]
     assert list(result.run.glob("events.out.tfevents.*"))
@@ -128,7 +130,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    run, env = tmp_path / "run", "CartPole-v1"
+    run, env = tmp_path / "run", CONTROL
     with pytest.raises(RunError, match=r"No space left.*intact.*--resume"):
         train(small(env), env, out=run, **QUIET)
     assert len(checkpoints(run)) == 1
@@ -140,7 +142,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_not_overwritten(tmp_path):
-    env = "CartPole-v1"
+    env = CONTROL
     train(small(env), env, out=tmp_path / "run", **QUIET)
     with pytest.raises(RunError, match="already holds a run"):
         train(small(env), env, out=tmp_path / "run", **QUIET)
@@ -152,8 +154,50 @@ def test_a_folder_is_not_overwritten(tmp_path):
         train(small(env), env, out=tmp_path / "other", resume=True, **QUIET)
 
 
+def test_an_edited_or_foreign_configuration_is_refused(tmp_path):
+    env, run = CONTROL, tmp_path / "run"
+    train(small(env), env, out=run, method_id="ppo", **QUIET)
+    config = json.loads((run / "config.json").read_text())
+    changes = [
+        ({"method": "a2c"}, "method: ppo -> a2c"),
+        ({"env": "Acrobot-v1"}, "env: Pendulum-v1 -> Acrobot-v1"),
+        ({"settings": {**config["settings"], "num_steps": 64}}, "settings.num_steps: 50 -> 64"),
+        ({"agent_options": {"hidden": [8]}}, "agent_options.hidden"),
+    ]
+    for change, told in changes:
+        (run / "config.json").write_text(json.dumps(config | change))
+        for use in (lambda: train(small(env), env, out=run, method_id="ppo", resume=True, **QUIET), lambda: load_run(run)):
+            with pytest.raises(RunError, match=rf"edited or belongs to another run.*{told}.*checkpoints.*in its place"):
+                use()
+    shutil.copy(checkpoints(run)[-1] / "config.json", run)  # the mend that the message tells
+    assert train(small(env), env, out=run, method_id="ppo", resume=True, **QUIET).done["ended"] == "budget"
+
+
+def test_a_python_function_in_the_arguments_has_a_name_that_other_processes_share():
+    assert to_json({"task": small, "net": torch.nn.Linear}) == {
+        "task": {"python": f"{__name__}:small"}, "net": {"python": "torch.nn.modules.linear:Linear"}
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_lora_on_a_real_language_model_resumes_exactly(tmp_path):
+    env = "markovia/Sentiment-v0"
+    changes = {"num_env_steps": 8, "num_envs": 4, "solver": {"micro": None}}
+    method = override(configure("rloo", env), changes)
+    options = {**QUIET, "num_checkpoints": 2, "method_id": "rloo", "env_kwargs": {"max_new_tokens": 6}}
+    whole = train(method, env, out=tmp_path / "whole", **options)
+    train(method, env, out=tmp_path / "cut", callbacks=[lambda info: False], **options)
+    assert int(checkpoints(tmp_path / "cut")[-1].name) == 1
+    resumed = train(method, env, out=tmp_path / "cut", resume=True, **options)
+    assert whole.done["iteration"] == resumed.done["iteration"] == 2
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    tensors = load_tensors(checkpoints(tmp_path / "cut")[-1] / "driver.safetensors")[0]
+    lora_b = [v for k, v in tensors.items() if k.startswith("agent.") and "lora_B" in k]
+    assert lora_b and all(v.abs().max() > 0 for v in lora_b)  # adapters start at zero
+
+
 def test_corrupted_checkpoint_is_refused(tmp_path):
-    env = "CartPole-v1"
+    env = CONTROL
     train(small(env), env, out=tmp_path / "run", **QUIET)
     file = checkpoints(tmp_path / "run")[-1] / "driver.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -173,7 +217,7 @@ def test_wrong_names():
 def test_missing_tracker(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        train(small("CartPole-v1"), "CartPole-v1", out=tmp_path / "run", track="wandb", **QUIET)
+        train(small(CONTROL), CONTROL, out=tmp_path / "run", track="wandb", **QUIET)
 
 
 def test_settings_round_trip_through_json():
