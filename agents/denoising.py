@@ -72,11 +72,17 @@ class DenoisingAgent(Agent):
                 f"the task's network is a {type(task.network).__name__}, not a torch Module, so it has no parameters to train; "
                 "build DenoisingAgent(network=...) with a Module of your own"
             )
+        task.kernel.require_density(f"training on task {task.name!r}")
         cond_dim = 0 if task.conditions is None else int(task.conditions.shape[1])
         network = copy.deepcopy(task.network).float()
         for p in network.parameters():
             p.requires_grad_(True)
         return cls(network, task.kernel, task.sample_shape, cond_dim, **options)
+
+    @property
+    def guidance(self) -> float:
+        """Scale of the classifier-free guidance inside the policy's network; 1 without."""
+        return float(getattr(self.net["policy"], "guidance", 1.0))
 
     def _dist(self, x: Tensor, step: Tensor, cond: Tensor | None) -> FixedStdGaussian:
         """Distribution of the next sample for a flat batch (N, *shape)."""
@@ -115,11 +121,21 @@ class DenoisingAgent(Agent):
         return Rollout(
             obs=obs, action=actions, logp_old=logps, reward=torch.zeros_like(logps), valid=valid, mask=counts.expand(n, steps).clone(),
             continuation=continuation, truncated=torch.zeros_like(valid), outcome={"x": x, "cond": cond},
+            columns={} if cond is None else {"guidance": torch.full_like(logps, self.guidance)},
         )  # fmt: skip
 
     def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
-        """logp, entropy, dist (B, T) and value (B, T, 1) of every step of every chain, in one batched network call."""
+        """logp, entropy, dist (B, T) and value (B, T, 1) of every step of every chain, in one batched network call.
+
+        Raises ValueError for a record that was sampled with another guidance scale: its ratios would compare two different policies.
+        """
         assert isinstance(rollout.obs, dict)
+        sampled = rollout.columns.get("guidance")
+        if sampled is not None and bool((sampled != self.guidance).any()):
+            raise ValueError(
+                f"the record was sampled with guidance {float(sampled.flatten()[0]):g}, but this agent evaluates with {self.guidance:g}; "
+                "build both around GuidedDenoiser(network, scale) with one scale, so that training sees the policy that acted"
+            )
         B, T = rollout.shape
         x = rollout.obs["x"].reshape(B * T, *self.sample_shape)
         step = rollout.obs["step"].reshape(B * T)

@@ -16,10 +16,12 @@ import markovia
 from markovia.envs.denoising.env import DenoisingEnv, DenoisingTask, DenoisingVectorEnv
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import (
+    GuidedDenoiser,
     LinearDenoiser,
     MLPClassifier,
     MLPDenoiser,
     build_network,
+    extrapolate,
     load_pretrained,
     network_config,
 )
@@ -237,6 +239,7 @@ def test_judge_and_reward_agree_on_real_digits():
     [
         MLPDenoiser((2, 3), 16, 2, cond_dim=4),
         LinearDenoiser(torch.ones(3, 2, 2), torch.ones(3, 2)),
+        GuidedDenoiser(MLPDenoiser((2, 3), 16, 2, cond_dim=4), 2.5),
         MLPClassifier((4,), 3),
     ],
     ids=lambda n: type(n).__name__,
@@ -245,6 +248,18 @@ def test_networks_rebuild_from_their_config(network):
     again = build_network(network_config(network))
     again.load_state_dict(network.state_dict())
     assert network_config(again) == network_config(network)
+
+
+def test_guidance_extrapolates_from_no_condition_to_the_condition():
+    # by hand: base 1, towards 3, scale 2.5 -> 1 + 2.5 * 2 = 6
+    assert extrapolate(torch.tensor(1.0), torch.tensor(3.0), 2.5) == 6.0
+    inner = MLPDenoiser((2,), 16, 2, cond_dim=3)
+    x, t, cond = torch.randn(5, 2), torch.arange(5), torch.eye(3)[torch.tensor([0, 1, 2, 0, 1])]
+    with torch.no_grad():
+        none, given = inner(x, t, torch.zeros(5, 3)), inner(x, t, cond)
+        torch.testing.assert_close(GuidedDenoiser(inner, 2.5)(x, t, cond), none + 2.5 * (given - none))
+        torch.testing.assert_close(GuidedDenoiser(inner, 0.0)(x, t, cond), none)
+        assert torch.equal(GuidedDenoiser(inner, 1.0)(x, t, cond), given)
 
 
 def test_a_denoiser_takes_any_leading_shape():
@@ -311,6 +326,8 @@ def test_rewards_may_be_lists_or_arrays():
         (lambda: load_pretrained("digit"), "digits_judge"),
         (lambda: build_network({"network": "UNet"}), "'UNet' is unknown"),
         (lambda: network_config(torch.nn.Linear(1, 1)), "Linear has no JSON config"),
+        (lambda: GuidedDenoiser(torch.nn.Identity(), -1.0), "scale >= 0"),
+        (lambda: GuidedDenoiser(torch.nn.Identity())(torch.zeros(1, 2), torch.zeros(1)), "guidance needs a condition"),
         (lambda: MLPDenoiser((2,), 8, 1)(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), "cond_dim=0"),
     ],
 )
