@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,10 @@ def _with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **lora}
     if "alpha" in settings:
         settings["lora_alpha"] = settings.pop("alpha")
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers renamed; nothing that a user could mend.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 class LanguageAgent(Agent):

