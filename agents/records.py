@@ -104,6 +104,45 @@ class Rollout:
         return (self.reward * self.valid).sum(dim=1)
 
 
+@dataclass
+class Views:
+    """Which of B rows make a pair, a list or a single item, and what is known of them: all that a preference loss reads besides scores.
+
+    Row fields have leading shape (B,); fields of items are parallel to the index view that the loss is about.
+    """
+
+    pairs: Tensor | None = None  # (P, 2) int64: rows of the chosen and of the rejected response
+    groups: Tensor | None = None  # (G, K) int64: rows of ranked or scored lists; -1 fills the end of a short list
+    gold: Tensor | None = None  # (P,) int64, a third row of each pair: gold response, second positive, or a sample to calibrate on
+    unpaired: Tensor | None = None  # (U,) int64: rows that stand alone
+    q: Tensor | None = None  # (P,) in [0, 1]: probability that `chosen` is preferred
+    margin: Tensor | None = None  # (P,) by how much, on the logit scale
+    weight: Tensor | None = None  # (N,) factor of each item's loss
+    score: Tensor | None = None  # (B,) reward or win rate of each row, or (B, D) for D dimensions
+    label: Tensor | None = None  # (B,) bool: the row is desirable
+    keep: Tensor | None = None  # (B, T) bool: decisions that enter the score, a subset of the mask
+    diff: Tensor | None = None  # (B, T) bool: decisions in which the two responses of a pair differ
+
+    def check(self, num_rows: int) -> None:
+        """Raises ValueError for an index outside the rows, a pair of one row with itself, an empty list, and labels or q of a wrong kind.
+
+        It reads the values, so on a GPU it waits for them: once per batch where data is loaded, not in a loss.
+        """
+        for name in ("pairs", "groups", "gold", "unpaired"):
+            index = getattr(self, name)
+            lowest = -1 if name == "groups" else 0
+            if index is not None and index.numel() and not (int(index.min()) >= lowest and int(index.max()) < num_rows):
+                raise ValueError(f"views.{name} points at rows {int(index.min())} to {int(index.max())}, but there are rows 0 to {num_rows - 1}")
+        if self.pairs is not None and bool((self.pairs[:, 0] == self.pairs[:, 1]).any()):
+            raise ValueError("views.pairs holds a pair of a row with itself; the chosen and the rejected response are two rows")
+        if self.groups is not None and bool(((self.groups >= 0).sum(1) < 2).any()):
+            raise ValueError("views.groups holds a list with fewer than 2 rows; a list compares at least two responses")
+        if self.label is not None and self.label.dtype != torch.bool:
+            raise ValueError(f"views.label must be bool (True: desirable), got {self.label.dtype}; convert +1 / -1 by label > 0")
+        if self.q is not None and self.q.numel() and not (float(self.q.min()) >= 0.0 and float(self.q.max()) <= 1.0):
+            raise ValueError(f"views.q are probabilities in [0, 1], got values from {float(self.q.min()):.4g} to {float(self.q.max()):.4g}")
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) over mask (B, T); 0 where nothing is masked in."""
     m = mask.to(x.dtype)
