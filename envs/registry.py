@@ -50,12 +50,31 @@ ENVS += [
     for name, task, kwargs in (("Arithmetic", "arithmetic", {"digits": 2}), ("Sentiment", "sentiment", {}))
 ]
 
+_SAFE = "markovia.envs.safe."
+ENVS += [
+    {"id": f"markovia/Safe{robot}Velocity-v0", "entry_point": f"{_SAFE}velocity:Safe{robot}VelocityEnv", "max_episode_steps": 1000}
+    for robot in ("Hopper", "Walker2d", "HalfCheetah", "Swimmer", "Ant", "Humanoid")
+]
+ENVS += [
+    {"id": f"markovia/Safe{name}-v0", "entry_point": f"{_SAFE}{entry}", "max_episode_steps": steps}
+    for name, entry, steps in (
+        ("PointGoal", "point:PointGoalEnv", 1000),
+        ("PointCircle", "point:PointCircleEnv", 500),
+        ("PointRun", "point:PointRunEnv", 500),
+        ("Pendulum", "pendulum:SafePendulumEnv", 200),
+        ("Grid", "tabular:SafeGridEnv", 60),
+        ("TwoState", "tabular:SafeTwoStateEnv", 100),
+    )
+]
+
 # What kind of MDP an id is, for our own agents; ids that are not listed are control tasks. Sequence kinds name the function that builds
 # the task (its keyword arguments are the id's kwargs and the user's).
 KINDS: dict[str, str] = {
     "markovia/Tabular-v0": "tabular",
     "markovia/TabularCMDP-v0": "tabular",
     "markovia/TokenTree-v0": "tabular",
+    "markovia/SafeGrid-v0": "tabular",
+    "markovia/SafeTwoState-v0": "tabular",
     "markovia/Mixture2D-v0": "denoising",
     "markovia/Digits-v0": "denoising",
     "markovia/LinearGaussian-v0": "denoising",
