@@ -184,6 +184,29 @@ class _Chains:
         return {name: value[i] if name == "step" else value[i].copy() for name, value in obs.items()}
 
 
+    def frames(self) -> tuple[np.ndarray, ...]:
+        """Every chain's current sample as a picture; none before the first reset."""
+        return tuple(picture(x) for x in self.x.numpy())
+
+
+def picture(x: np.ndarray) -> np.ndarray:
+    """A sample as (H, W, 3) uint8: an image (h, w) in [-1, 1] in grey, each pixel 16 wide, or a point (2,) in the square [-2, 2]^2."""
+    if x.ndim == 2:
+        grey = (np.clip((x + 1) / 2, 0, 1) * 255).astype(np.uint8)
+        return np.repeat(np.kron(grey, np.ones((16, 16), np.uint8))[..., None], 3, -1)
+    frame = np.full((128, 128, 3), 255, np.uint8)
+    col, row = np.clip(((x * [1, -1] + 2) * 32).astype(int), 2, 125)
+    frame[row - 2 : row + 3, col - 2 : col + 3] = (200, 30, 30)
+    return frame
+
+
+def _check_render(task: DenoisingTask, render_mode: str | None) -> None:
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'.")
+    if render_mode and not (len(task.sample_shape) == 2 or task.sample_shape == (2,)):
+        raise ValueError(f"samples of shape {task.sample_shape} can't be drawn; expected (height, width) or (2,).")
+
+
 class DenoisingEnv(gym.Env):
     """One sample is denoised; the reward comes with the clean sample.
 
@@ -221,10 +244,7 @@ class DenoisingEnv(gym.Env):
         flatten: bool = True,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'.")
-        if render_mode and not (len(task.sample_shape) == 2 or task.sample_shape == (2,)):
-            raise ValueError(f"samples of shape {task.sample_shape} can't be drawn; expected (height, width) or (2,).")
+        _check_render(task, render_mode)
         self._chains = _Chains(task, action_mode, bound, flatten)
         self.task = task
         self.render_mode = render_mode
@@ -246,17 +266,8 @@ class DenoisingEnv(gym.Env):
         return obs, 0.0 if reward is None else float(reward[0]), reward is not None, False, {}
 
     def render(self) -> np.ndarray | None:
-        """The current sample as (H, W, 3) uint8: an image in grey, or a point in the square [-2, 2]^2."""
-        if self.render_mode is None or len(self._chains.x) == 0:
-            return None
-        x = self._chains.x[0].numpy()
-        if x.ndim == 2:
-            grey = (np.clip((x + 1) / 2, 0, 1) * 255).astype(np.uint8)
-            return np.repeat(np.kron(grey, np.ones((16, 16), np.uint8))[..., None], 3, -1)
-        frame = np.full((128, 128, 3), 255, np.uint8)
-        col, row = np.clip(((x * [1, -1] + 2) * 32).astype(int), 2, 125)
-        frame[row - 2 : row + 3, col - 2 : col + 3] = (200, 30, 30)
-        return frame
+        """The current sample as a picture (H, W, 3) uint8; None without a render mode or before the first reset."""
+        return next(iter(self._chains.frames()), None) if self.render_mode else None
 
 
 class DenoisingVectorEnv(VectorEnv):
@@ -278,10 +289,7 @@ class DenoisingVectorEnv(VectorEnv):
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}; expected at least 1.")
-        if render_mode is not None:
-            raise ValueError(
-                f"render_mode={render_mode!r}; the batched environment draws nothing, render DenoisingEnv."
-            )
+        _check_render(task, render_mode)
         mode = autoreset_mode.value if isinstance(autoreset_mode, AutoresetMode) else autoreset_mode
         allowed = (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
         choose("autoreset_mode", mode, tuple(m.value for m in allowed))
@@ -289,7 +297,8 @@ class DenoisingVectorEnv(VectorEnv):
         self.task = task
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(mode)
-        self.metadata = {"autoreset_mode": self.autoreset_mode}
+        self.render_mode = render_mode
+        self.metadata = {**DenoisingEnv.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = self._chains.observation_space
         self.single_action_space = self._chains.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -332,3 +341,7 @@ class DenoisingVectorEnv(VectorEnv):
         else:
             self._ended = ended
         return obs, rewards, np.full(n, ended), np.zeros(n, bool), infos
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One picture per chain; None without a render mode or before the first reset."""
+        return (self._chains.frames() or None) if self.render_mode else None

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.vector import AutoresetMode
 
 import markovia.envs  # noqa: F401  (registers the ids)
@@ -15,15 +13,6 @@ from markovia.envs.exact import CMDP, TabularMDP
 from markovia.envs.exact.gym_envs import CMDPEnv, TabularMDPEnv, TokenTreeEnv, TokenTreeVectorEnv
 
 IDS = ["markovia/Tabular-v0", "markovia/TabularCMDP-v0", "markovia/TokenTree-v0"]
-
-
-@pytest.mark.parametrize("env_id", IDS)
-def test_both_check_envs_pass_without_a_warning(env_id):
-    check = pytest.importorskip("stable_baselines3.common.env_checker").check_env
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        gymnasium_check_env(gym.make(env_id).unwrapped, skip_render_check=True)
-        check(gym.make(env_id))
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -42,12 +31,6 @@ def _episode(env, seed=5):
         if rows[-1][2]:
             break
     return rows
-
-
-@pytest.mark.parametrize("env_id", IDS)
-def test_sb3_ppo_trains(env_id):
-    ppo = pytest.importorskip("stable_baselines3").PPO
-    ppo("MlpPolicy", gym.make(env_id), n_steps=64, batch_size=64, n_epochs=1, device="cpu").learn(128)
 
 
 def test_token_tree_pays_the_oracles_reward_with_the_last_token():

@@ -1,14 +1,10 @@
 """Token-MDPs: tokenizers, reward calls, tasks, and that the batched environment equals the scalar one."""
 
-import json
 import math
-import warnings
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import markovia  # noqa: F401 - registers the ids
@@ -263,30 +259,6 @@ def test_vector_environment_teaches():
         env.reset(seed=[1])
     with pytest.raises(ValueError, match="would cut"):
         TokenVectorEnv(2, small_task(), max_episode_steps=1)
-
-
-IDS = ["markovia/Arithmetic-v0", pytest.param("markovia/Sentiment-v0", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("name", IDS)
-def test_both_env_checkers_pass_without_a_warning(name):
-    from stable_baselines3.common.env_checker import check_env as sb3_check_env
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        env = gym.make(name)
-        check_env(env.unwrapped)
-        sb3_check_env(env.unwrapped)
-        vector = gym.make_vec(name, num_envs=2)
-    assert isinstance(vector, TokenVectorEnv)
-    json.loads(env.spec.to_json())
-
-
-def test_sb3_ppo_trains_512_steps():
-    from stable_baselines3 import PPO
-
-    model = PPO("MultiInputPolicy", gym.make("markovia/Arithmetic-v0"), n_steps=128, n_epochs=1, device="cpu").learn(512)
-    assert model.num_timesteps == 512
 
 
 def test_stepping_generated_actions_gives_the_same_reward_and_flags():
