@@ -62,7 +62,11 @@ def wanted(method: OnPolicy, joint_value: bool) -> tuple[str, ...]:
 
 
 def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """The row's summed log-ratio at every decision, its gradient spread so that a row counts once: (b, t)."""
+    """The log-ratio of the whole row, at every decision of it: log rho_i = sum_t m_it log_ratio_it; (b, t) nats.
+
+    One ratio, hence one clip, per response (the form of RLOO with several updates a batch); the weights 1 / (B L_i) of seq-mean over its L_i
+    copies make each row count once. GSPO takes the mean in place of the sum.                                  [Zheng 2025, arXiv 2507.18071]
+    """
     m = mask.to(log_ratio.dtype)
     return (log_ratio * m).sum(1, keepdim=True).expand_as(log_ratio)
 

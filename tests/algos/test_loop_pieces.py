@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from markovia.agents.distributions import Categorical, FixedStdGaussian, Gaussian, MultiCategorical, SquashedGaussian, kl, with_params
+from markovia.agents.interface import Evaluation
+from markovia.agents.records import Rollout
 from markovia.algos.advantages import GAE, gae, leave_one_out, normalise
 from markovia.algos.on_policy.divergence import KL, k1, k2, k3
-from markovia.algos.on_policy.loss import value_error, weights
+from markovia.algos.on_policy.loss import policy_loss, value_error, weights
 from markovia.algos.on_policy.method import Descent, DualAscent, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import conjugate_gradient
 from markovia.algos.on_policy.surrogates import (
@@ -209,6 +211,54 @@ def test_weights_by_hand() -> None:
     assert (weights(mask, "seq-mean")[~mask] == 0).all()
     with pytest.raises(ValueError, match="aggregation"):
         weights(mask, "mean")
+
+
+class Scored:
+    """An agent whose log-probabilities are given."""
+
+    def __init__(self, logp: torch.Tensor) -> None:
+        self.logp = logp
+
+    def evaluate(self, part: Rollout, want: object) -> Evaluation:
+        return Evaluation(logp=self.logp)
+
+
+# Two rows, of two decisions and of one; what the mask leaves out is large on purpose.
+SEQ_MASK = torch.tensor([[True, True, False], [True, False, False]])
+SEQ_RATIO = torch.tensor([[2.0, 3.0, 1e9], [0.5, 1e9, 1e9]], dtype=F64).log()
+SEQ_ADV = torch.tensor([[2.0, 2.0, 7.0], [-4.0, 7.0, 7.0]], dtype=F64)
+
+
+def sequence_loss(log_ratio: torch.Tensor, surrogate: object, level: str = "sequence", aggregation: str = "seq-mean") -> torch.Tensor:
+    zeros = torch.zeros_like(SEQ_ADV)
+    part = Rollout(zeros, zeros.long(), zeros, zeros, SEQ_MASK, SEQ_MASK, zeros, zeros > 0, columns={"adv": SEQ_ADV})
+    method = OnPolicy(surrogate=surrogate, ratio_level=level, aggregation=aggregation)  # type: ignore[arg-type]
+    omega = weights(SEQ_MASK, aggregation).to(F64)
+    return policy_loss(method, Scored(log_ratio), part, omega, torch.ones((), dtype=F64), False)[0]  # type: ignore[arg-type]
+
+
+def test_sequence_ratio_by_hand() -> None:
+    # rho = 2 * 3 = 6 and 0.5; rho A = 12 and -2; loss -(12 - 2) / 2. Clipped: min(12, 1.2 * 2) = 2.4, min(-2, 0.8 * -4) = -3.2.
+    assert sequence_loss(SEQ_RATIO, PolicyGradient()).item() == pytest.approx(-5.0)
+    assert sequence_loss(SEQ_RATIO, Clip(0.2)).item() == pytest.approx(-(2.4 - 3.2) / 2)
+    # By token: (2 * 2 + 3 * 2) / 2 = 5 and -2.
+    assert sequence_loss(SEQ_RATIO, PolicyGradient(), "token").item() == pytest.approx(-1.5)
+
+
+def test_gradient_of_the_sequence_ratio() -> None:
+    # d loss / d logp_it = -rho_i A_i / B at every decision that counts: -12 / 2 and 2 / 2
+    lr = SEQ_RATIO.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(sequence_loss(lr, PolicyGradient()), lr)
+    torch.testing.assert_close(grad, torch.tensor([[-6.0, -6.0, 0.0], [1.0, 0.0, 0.0]], dtype=F64))
+    for surrogate in (PolicyGradient(), Clip(0.2), Clip(8.0), Discovered()):
+        assert torch.autograd.gradcheck(lambda x, s=surrogate: sequence_loss(torch.where(SEQ_MASK, x, 0.0), s), lr, atol=1e-6)
+
+
+def test_sequence_ratio_starts_with_the_gradient_of_summed_log_probs() -> None:
+    lr = torch.zeros_like(SEQ_RATIO, requires_grad=True)
+    (grad,) = torch.autograd.grad(sequence_loss(lr, Clip(0.2)), lr)
+    (summed,) = torch.autograd.grad(sequence_loss(lr, PolicyGradient(), "token", "seq-sum"), lr)
+    torch.testing.assert_close(grad, summed, rtol=0, atol=0)
 
 
 def test_value_error_by_hand() -> None:
