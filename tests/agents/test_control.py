@@ -54,12 +54,12 @@ def batch_of(space, n):
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
 
 
-@pytest.mark.parametrize("squash", [False, True])
-@pytest.mark.parametrize("name", ACTIONS)
+BOXES = [name for name, space in ACTIONS.items() if isinstance(space, spaces.Box)]
+
+
+@pytest.mark.parametrize(("name", "squash"), [*((name, False) for name in ACTIONS), *((name, True) for name in BOXES)])
 def test_actions_are_legal_and_evaluate_repeats_act(name, squash):
     space = ACTIONS[name]
-    if squash and not isinstance(space, spaces.Box):
-        pytest.skip("a squash is for Boxes")
     torch.manual_seed(0)
     agent = ControlAgent.from_spaces(VECTOR, space, squash=squash, log_std_init=1.0)
     obs = agent.observe(np.random.default_rng(0).normal(size=(12, 3)), update=True)
@@ -174,7 +174,7 @@ def test_own_network_gives_features_or_parameters():
         (VECTOR, spaces.Box(-np.inf, np.inf, (2,)), {}, "infinite bounds"),
         (VECTOR, spaces.Box(-np.inf, np.inf, (2,)), {"squash": True}, "infinite bounds"),
         (VECTOR, spaces.Text(4), {}, "serves Box, Discrete"),
-        (VECTOR, spaces.Discrete(2), {"squash": True}, "needs a Box"),
+        *((VECTOR, ACTIONS[name], {"squash": True}, "needs a Box") for name in ("discrete", "multi", "binary")),
         (VECTOR, spaces.Box(0, 5, (2,), np.int64), {}, "float Box"),
         (spaces.Text(4), spaces.Discrete(2), {}, "Text"),
         (spaces.Dict(a=spaces.Dict(b=VECTOR)), spaces.Discrete(2), {}, "flat Dict"),
