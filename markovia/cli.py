@@ -261,34 +261,29 @@ def show_command(argv: list[str]) -> None:
     print(card(args.method, args.env))
 
 
-def systems_command(argv: list[str]) -> None:
-    parser = _parser("systems", "All methods.")
+def _list(argv: list[str], parser: argparse.ArgumentParser, rows: Callable[[], list[dict[str, Any]]], rest: Callable[[dict[str, Any]], str]) -> None:
+    """Print rows as JSON, or a line each: the ids in a column, and the `rest` of the row."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    from markovia.catalogue import systems
-
-    found = systems()
-    if args.json:
+    as_json, found = parser.parse_args(argv).json, rows()
+    if as_json:
         print(json.dumps(found, indent=1))
         return
-    width = max(len(s["id"]) for s in found)
-    for s in found:
-        print(f"{s['id']:<{width}}  {s['new']}  [{', '.join(s['kinds'])}; arXiv {s['paper']}]")
+    width = max((len(row["id"]) for row in found), default=0)
+    for row in found:
+        print(f"{row['id']:<{width}}  {rest(row)}")
+
+
+def systems_command(argv: list[str]) -> None:
+    from markovia.catalogue import systems
+
+    _list(argv, _parser("systems", "All methods."), systems, lambda s: f"{s['new']}  [{', '.join(s['kinds'])}; arXiv {s['paper']}]")
 
 
 def envs_command(argv: list[str]) -> None:
-    parser = _parser("envs", "The environments of markovia. Every other Gymnasium id, e.g. HalfCheetah-v5, can be trained on as well.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
     from markovia.catalogue import environments
 
-    found = environments()
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    width = max((len(e["id"]) for e in found), default=0)
-    for e in found:
-        print(f"{e['id']:<{width}}  {e['kind']:<10} {e['kwargs'] or ''}")
+    about = "The environments of markovia. Every other Gymnasium id, e.g. HalfCheetah-v5, can be trained on as well."
+    _list(argv, _parser("envs", about), environments, lambda e: f"{e['kind']:<10} {e['kwargs'] or ''}")
 
 
 def claims_command(argv: list[str]) -> None:

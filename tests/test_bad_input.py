@@ -198,50 +198,31 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on(file, tmp_path, mon
 # -- checkpoints ---------------------------------------------------------------------------------------------------------------------------
 
 
-class Trap:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def cut(file, folder):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def flip(file, folder):
+def damaged(file, how, thing):
+    """Overwrite a checkpoint's file."""
     data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    if how == "torch":
+        torch.save({"w": torch.ones(2)}, file)
+    else:
+        file.write_bytes({"cut": data[: len(data) // 2], "flip": data[:-1] + bytes([data[-1] ^ 1]), "pickle": pickle.dumps(thing)}[how])
 
 
-def trap(file, folder):
-    file.write_bytes(pickle.dumps(Trap(folder / "owned")))
-
-
-def torch_file(file, folder):
-    torch.save({"w": torch.ones(2)}, file)
-
-
-@pytest.mark.parametrize("damage", [cut, trap, torch_file])
-def test_a_damaged_or_foreign_checkpoint_is_not_resumed(damage, tmp_path):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("how", ["cut", "pickle", "torch"])
+def test_a_damaged_or_foreign_checkpoint_is_not_resumed(how, tmp_path, trap):
+    folder, (thing, proof) = tmp_path / "run", trap
     run(PLAIN, folder)
-    damage(checkpoints(folder)[-1] / "driver.safetensors", tmp_path)
+    damaged(checkpoints(folder)[-1] / "driver.safetensors", how, thing)
     before = sorted(folder.rglob("*"))
     with pytest.raises(CheckpointError, match="nothing in it was run"):
         run(PLAIN, folder, resume=True)
-    assert sorted(folder.rglob("*")) == before
-    assert not (tmp_path / "owned").exists()
+    assert sorted(folder.rglob("*")) == before and not proof.exists()
 
 
-@pytest.mark.parametrize(("damage", "message"), [(cut, "damaged"), (flip, "does not match the hash"), (trap, "nothing in it was run")])
-def test_a_damaged_or_foreign_agent_is_not_evaluated(damage, message, tmp_path):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize(("how", "message"), [("cut", "damaged"), ("flip", "does not match the hash"), ("pickle", "nothing in it was run")])
+def test_a_damaged_or_foreign_agent_is_not_evaluated(how, message, tmp_path, trap):
+    folder, (thing, proof) = tmp_path / "run", trap
     run(PLAIN, folder)
-    damage(checkpoints(folder)[-1] / "agent" / "agent.safetensors", tmp_path)
+    damaged(checkpoints(folder)[-1] / "agent" / "agent.safetensors", how, thing)
     with pytest.raises(CheckpointError, match=message):
         load_run(folder)
-    assert not (tmp_path / "owned").exists()
+    assert not proof.exists()

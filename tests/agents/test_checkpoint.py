@@ -110,21 +110,10 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, before):
         assert load_tensors(tmp_path / "t.safetensors")[0]["x"].eq(1).all()
 
 
-class Trap:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 @pytest.mark.parametrize("name", ["agent.safetensors", "agent.json"])
-def test_pickle_posing_as_a_checkpoint_runs_nothing(tmp_path, name):
-    folder = save_agent(control(), tmp_path / "a")
-    proof = tmp_path / "owned"
-    for data in (pickle.dumps(Trap(proof)), pickle.dumps({"w": Trap(proof)}, protocol=0)):
+def test_pickle_posing_as_a_checkpoint_runs_nothing(tmp_path, name, trap):
+    folder, (thing, proof) = save_agent(control(), tmp_path / "a"), trap
+    for data in (pickle.dumps(thing), pickle.dumps({"w": thing}, protocol=0)):
         (folder / name).write_bytes(data)
         with pytest.raises(CheckpointError, match="nothing in it was run"):
             load_agent(folder)
