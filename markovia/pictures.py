@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,26 @@ def samples_png(samples: np.ndarray, title: str) -> bytes:
 
 
 def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path, episodes: int, seed: int) -> list[Path]:
-    """Greedy episodes through Gymnasium's recorder, as MP4 files. Raises RunError with what to install or set when rendering fails."""
+    """Greedy episodes through Gymnasium's recorder, one MP4 file each; those of an earlier call are replaced.
+
+    Raises RunError for environments that draw nothing, and with what to install or set when drawing fails.
+    """
     import gymnasium as gym
 
+    from markovia.envs.control.vector import make_env
+
     if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's default needs a window
-    folder.mkdir(parents=True, exist_ok=True)
-    before = set(folder.glob("*.mp4"))
+        # MuJoCo's and SDL's defaults need a window.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    modes = make_env(env, **env_kwargs).metadata.get("render_modes", [])
+    if "rgb_array" not in modes:
+        raise RunError(f"{env} draws no pictures (its render modes: {', '.join(modes) or 'none'}); `markovia eval` gives its returns")
     try:
-        scene = gym.make(env, render_mode="rgb_array", **env_kwargs)
-        recorder = gym.wrappers.RecordVideo(scene, str(folder), episode_trigger=lambda _: True, disable_logger=True)
+        scene = make_env(env, render_mode="rgb_array", **env_kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
+            recorder = gym.wrappers.RecordVideo(scene, str(folder), episode_trigger=lambda _: True, disable_logger=True)
         for episode in range(episodes):
             observation, _ = recorder.reset(seed=seed + episode)
             over = False
@@ -144,7 +155,7 @@ def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path,
             f"rendering {env} failed ({type(e).__name__}: {e}); without a display MuJoCo needs MUJOCO_GL=egl (GPU or Mesa's libEGL: "
             "apt install libegl1) or MUJOCO_GL=osmesa (apt install libosmesa6)"
         ) from e
-    return sorted(set(folder.glob("*.mp4")) - before)
+    return [folder / f"{recorder.name_prefix}-episode-{episode}.mp4" for episode in range(episodes)]
 
 
 def _is_rendering(error: Exception) -> bool:

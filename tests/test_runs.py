@@ -1,5 +1,6 @@
 """Run folders: kill and resume, callbacks, full disk, what a folder refuses."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -218,6 +220,31 @@ def test_missing_tracker(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         train(small(CONTROL), CONTROL, out=tmp_path / "run", track="wandb", **QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tracker_gets_the_configuration_and_every_iteration(package, fails, tmp_path, monkeypatch):
+    calls, run = [], tmp_path / "mine"
+    stub = types.ModuleType(package)  # what both packages offer
+    stub.init = lambda *, project, name, config: calls.append((project, name, config))
+    stub.log = calls.append
+    stub.finish = lambda: calls.append("finished")
+    monkeypatch.setitem(sys.modules, package, stub)
+
+    def look(info):
+        if fails and info.iteration == 2:
+            raise KeyError("of the user's own")
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        train(small(CONTROL), CONTROL, out=run, track=package, callbacks=[look], **QUIET)
+    (project, name, config), *logs, last = calls
+    assert (project, name) == ("markovia", "mine") and config == json.loads((run / "config.json").read_text())
+    rows = Metrics(run).read()
+    assert len(logs) == len(rows) == (1 if fails else 20) and last == "finished"
+    for log, row in zip(logs, rows, strict=True):
+        assert log == {k: v for k, v in row.items() if v is not None}
 
 
 def test_settings_round_trip_through_json():

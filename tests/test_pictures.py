@@ -1,0 +1,50 @@
+"""Videos of runs, and what is told when they can't be drawn."""
+
+import sys
+import warnings
+
+import gymnasium as gym
+import pytest
+import torch
+
+from markovia.agents.control import ControlAgent
+from markovia.agents.tabular import TabularAgent
+from markovia.pictures import record_video
+from markovia.rundir import RunError
+
+torch.set_num_threads(1)
+CARTPOLE = "CartPole-v1"
+
+
+@pytest.fixture
+def agent():
+    env = gym.make(CARTPOLE)
+    torch.manual_seed(0)
+    return ControlAgent.from_spaces(env.observation_space, env.action_space, hidden=(8,))
+
+
+def test_episodes_are_recorded_and_replaced(agent, tmp_path):
+    pytest.importorskip("moviepy")
+    folder = tmp_path / "video"
+    for seed in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            made = record_video(agent, CARTPOLE, {"max_episode_steps": 12}, folder, 2, seed)
+        assert [p.name for p in made] == ["rl-video-episode-0.mp4", "rl-video-episode-1.mp4"] and sorted(folder.iterdir()) == made
+        assert all(p.read_bytes()[4:8] == b"ftyp" for p in made)  # how an MP4 file begins
+
+
+@pytest.mark.parametrize("package", ["moviepy", "pygame"])
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(package, agent, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RunError, match=rf"(?i){package} is not installed.*pip install 'markovia\[control\]'"):
+        record_video(agent, CARTPOLE, {}, tmp_path / "video", 1, 0)
+    assert not list(tmp_path.glob("video/*"))
+
+
+def test_an_environment_without_pictures_is_told(tmp_path):
+    env = gym.make("markovia:markovia/Tabular-v0")
+    agent = TabularAgent.from_spaces(env.observation_space, env.action_space)
+    with pytest.raises(RunError, match=r"draws no pictures \(its render modes: none\); `markovia eval`"):
+        record_video(agent, "markovia/Tabular-v0", {}, tmp_path / "video", 1, 0)
+    assert not (tmp_path / "video").exists()
