@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class EXO:
     """KL(p || q)."""
 
     temperature: float = 1.0  # of the rewards, beta_r; with eps unset
-    eps: float | None = None  # flip rate of pairs: q = (1 - eps, eps) for two responses
+    eps: float | None = None  # flip rate of pairs: q = (1 - eps, eps)
 
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -113,11 +113,7 @@ class EXO:
     def __call__(self, s: Tensor, r: Tensor, valid: Tensor) -> Tensor:
         if self.eps is None:
             return reverse_kl(s, reward_target(r, valid, temperature=self.temperature), valid)
-        if s.shape[1] != 2:
-            raise ValueError(f"eps labels pairs, these lists have {s.shape[1]} places; set eps to None and give rewards")
-        first = r[:, :1] >= r[:, 1:]
-        q = torch.where(torch.cat([first, ~first], 1), 1.0 - self.eps, self.eps)
-        return reverse_kl(s, q.log().to(s.dtype), valid)
+        return reverse_kl(s, s.new_tensor([1.0 - self.eps, self.eps]).log().expand_as(s), valid)
 
 
 @dataclass(frozen=True)
@@ -174,13 +170,13 @@ ListLoss = EXO | InfoNCA | NCA | LambdaRank | PlackettLuce
 
 @dataclass(frozen=True)
 class Listwise:
-    """One loss per list (G,). Without groups each pair is a list of two with rewards 1, 0 (rewards of the data where views.score is set)."""
+    """One loss per list (G,). With view "pairs" each pair is a list of two whose label is certain; scored pairs are groups of two rows."""
 
     score: Score = Score()  # noqa: RUF009 (frozen)
     beta: float = 0.1
     loss: ListLoss = InfoNCA()
     prior: tuple[tuple[str, float], ...] = ()  # (anchor, weight): sum-log-probs added to r / temperature; BRAIn's ratio of prior to proposal
-    view: str = "groups"  # or "pairs"
+    view: Literal["groups", "pairs"] = "groups"
     best_nll: float = 0.0  # PRO's c: + c (K - 1)^2 x summed NLL of the best response
     coupled: ClassVar[bool] = False
 
@@ -188,8 +184,11 @@ class Listwise:
         positive(beta=self.beta)
         if self.view not in ("groups", "pairs"):
             raise ValueError(f"view must be 'groups' or 'pairs', got {self.view!r}")
-        if self.prior and not isinstance(self.loss, InfoNCA | EXO | NCA):
-            raise ValueError(f"a prior belongs to a softmax of rewards; {type(self.loss).__name__} has none")
+        soft = isinstance(self.loss, InfoNCA | EXO | NCA)
+        if not soft and (self.prior or self.view == "pairs"):
+            raise ValueError(f"{type(self.loss).__name__} ranks by reward: it has no prior, and needs groups with scores (pairs are groups of two)")
+        if isinstance(self.loss, EXO) and (self.loss.eps is None) == (self.view == "pairs"):
+            raise ValueError("EXO on pairs needs eps, the flip rate of their labels; on groups it reads rewards, with eps None")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -204,10 +203,7 @@ class Listwise:
         assert index is not None
         valid, at = index >= 0, index.clamp(min=0)
         s = self.beta * self.score(scores, views)[at]
-        if self.view == "groups" or views.score is not None:
-            r = scalar_score(views)[at].to(s.dtype)
-        else:
-            r = s.new_tensor([1.0, 0.0]).expand_as(s)
+        r = scalar_score(views)[at].to(s.dtype) if self.view == "groups" else s.new_tensor([0.0, EMPTY]).expand_as(s)
         for name, c in self.prior:
             r = r + c * getattr(self.loss, "temperature", 1.0) * scores.sums(scores.logp_ref[name])[at]
         loss = self.loss(s, r, valid)
