@@ -25,6 +25,15 @@ ENVS: list[dict[str, Any]] = [
     },
 ]
 
+ENVS += [
+    {
+        "id": "markovia/PointMass2D-v0",
+        "entry_point": "markovia.envs.exact.offline.pointmass:PointMass2D",
+        "max_episode_steps": 40,
+    },
+    {"id": "markovia/OfflineReplay-v0", "entry_point": "markovia.envs.offline.replay:OfflineReplayEnv"},
+]
+
 _DENOISING = "markovia.envs.denoising.tasks:"
 ENVS += [
     {

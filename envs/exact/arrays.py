@@ -63,3 +63,8 @@ def where(condition: Array, a: Array, b: Array) -> Array:
 def log_softmax(logits: Array) -> Array:
     """log softmax over the last axis."""
     return logits.log_softmax(-1) if is_torch(logits) else special.log_softmax(logits, axis=-1)
+
+
+def logsumexp(x: Array) -> Array:
+    """log sum e^x over the last axis."""
+    return x.logsumexp(-1) if is_torch(x) else special.logsumexp(x, axis=-1)

@@ -123,9 +123,17 @@ class TabularMDP:
                 return policy, values
             policy = np.where(better[:, None], self.greedy(q), policy)
 
-    def value_iteration(self, tol: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
-        """Greedy policy (S, A) and values (S,) within tol of the optimum, by V <- max_a (R + gamma P V)."""
-        return self._iterate(lambda q: q.max(-1), self.greedy, tol)
+    def value_iteration(self, tol: float = 1e-10, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy policy (S, A) and values (S,) within tol of the optimum, by V <- max_a (R + gamma P V), over `allowed` (S, A) bool only.
+
+        Raises ValueError for a state without an allowed action.
+        """
+        penalty = np.zeros_like(self.R)
+        if allowed is not None:
+            if allowed.shape != self.R.shape or not allowed.any(-1).all():
+                raise ValueError(f"allowed must have shape (S, A) = {self.R.shape} with at least one action in every state")
+            penalty[~allowed] = -np.inf
+        return self._iterate(lambda q: (q + penalty).max(-1), lambda q: self.greedy(q + penalty), tol)
 
     def soft_value_iteration(self, beta: float, policy_ref: np.ndarray | None = None, tol: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
         """Optimum of E[sum_t gamma^t (r_t - beta KL(pi(.|s_t) || ref(.|s_t)))]: policy (S, A) and soft values (S,).

@@ -1,0 +1,183 @@
+"""D4RL's flat HDF5 files, read with h5py alone."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from markovia.envs.offline.scores import Reference, references
+from markovia.envs.offline.transitions import About, Transitions
+from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
+
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations")
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("D4RL files need h5py: pip install markovia[offline]") from error
+    return h5py
+
+
+def _column(dataset: Any, name: str) -> tuple[np.ndarray | None, list[Fault]]:
+    """A whole column, or the first row that the disk does not give back."""
+    try:
+        return dataset[()], []
+    except OSError as error:
+        low, high = 0, len(dataset)
+        while high - low > 1:  # the rows before `low` can be read, those before `high` can't
+            middle = (low + high) // 2
+            try:
+                dataset[low:middle]
+                low = middle
+            except OSError:
+                high = middle
+        return None, [Fault(name, low, f"can't be read ({error}); the file is damaged, fetch it again")]
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
+    """Columns of the file, and what is wrong with each by itself."""
+    h5py = _h5py()
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        return {}, [Fault("file", None, "does not exist")]
+    except OSError as error:
+        return {}, [Fault("file", None, f"is no whole HDF5 file ({error}); fetch it again")]
+    found: dict[str, np.ndarray] = {}
+    faults: list[Fault] = []
+    with file:
+        present = [k for k in file if isinstance(file[k], h5py.Dataset)]
+        for name in (*REQUIRED, *OPTIONAL):
+            if name in present:
+                values, bad = _column(file[name], name)
+                faults += bad
+                if values is not None:
+                    found[name] = values
+            elif name in REQUIRED:
+                near = difflib.get_close_matches(name, present, 1, 0.3)
+                hint = f"; is it {near[0]!r}?" if near else f"; the file has {', '.join(present) or 'no arrays'}"
+                faults.append(Fault(name, None, f"missing key{hint}"))
+    return {k: _one_axis(v) if k in ("rewards", "terminals", "timeouts") else v for k, v in found.items()}, faults
+
+
+def _one_axis(values: np.ndarray) -> np.ndarray:
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+
+def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
+    """Faults that one sees only in two columns together, or in the values."""
+    faults = []
+    for name, values in columns.items():
+        faults += wrong_length(name, len(values), len(columns["observations"]), "observations") if "observations" in columns else []
+        if name in ("terminals", "timeouts"):
+            row = np.flatnonzero((values != 0) & (values != 1))
+            faults += [Fault(name, int(row[0]), f"{values[row[0]]}, expected 0 or 1")] if len(row) else []
+        else:
+            faults += not_finite(name, values) + float64_image(name, values.shape, values.dtype)
+    if "timeouts" in columns and "terminals" in columns and len(columns["timeouts"]) == len(columns["terminals"]):
+        faults += overlapping("timeouts", columns["terminals"].astype(bool), columns["timeouts"].astype(bool))
+    if "timeouts" not in columns and horizon is None:
+        faults.append(Fault("timeouts", None, "missing key, and the task's time limit is unknown; pass horizon= so that episode ends can be counted"))
+    return faults
+
+
+def guess_env_id(path: str | Path) -> str | None:
+    """hopper_medium_replay-v2.hdf5 -> hopper-medium-replay-v2, where references know that id; else None."""
+    env_id = Path(path).stem.replace("_", "-")
+    return env_id if any(env_id == e for e, _ in references()) else None
+
+
+def _known(path: Path, env_id: str | None, horizon: int | None) -> tuple[str | None, int | None, Reference | None]:
+    """env id, time limit and reference, as far as they are given or known."""
+    env_id = guess_env_id(path) if env_id is None else env_id
+    fitting = {h: r for (e, h), r in references().items() if e == env_id}
+    if horizon is None and len(fitting) == 1:
+        (horizon,) = fitting
+    return env_id, horizon, fitting.get(horizon) if horizon is not None else None
+
+
+def check_d4rl(path: str | Path, horizon: int | None = None) -> Report:
+    """Everything that is wrong with a file, without raising: missing keys, lengths, NaN, flags, float64 images, damage."""
+    path = Path(path)
+    columns, faults = _read(path)
+    return Report(str(path), (*faults, *_compare(columns, _known(path, None, horizon)[1])))
+
+
+def load_d4rl(path: str | Path, env_id: str | None = None, horizon: int | None = None) -> Transitions:
+    """Rows of a D4RL file: `observations, actions, rewards, terminals` and, where there are any, `timeouts` and `next_observations`.
+
+    Without next_observations the successor of row i is observation i + 1, which is another episode's where i was truncated and does not exist
+    in the last row: there next_known is False, and `view` drops the row. Without timeouts every `horizon`-th step of an episode counts as one.
+    env_id and horizon come from the file's name where the references know it. Raises DatasetError with the whole report.
+    """
+    path = Path(path)
+    columns, faults = _read(path)
+    env_id, horizon, reference = _known(path, env_id, horizon)
+    report = Report(str(path), (*faults, *_compare(columns, horizon)))
+    report.check()
+    for fault in report.faults:
+        warnings.warn(f"{path.name}: {fault.field}, row {fault.row}: {fault.problem}", stacklevel=2)
+    columns = {k: v.astype(np.float32) if float64_image(k, v.shape, v.dtype) else v for k, v in columns.items()}
+    obs, action, reward = (columns[k] for k in ("observations", "actions", "rewards"))
+    terminated = columns["terminals"].astype(bool)
+    truncated = columns["timeouts"].astype(bool) if "timeouts" in columns else counted_timeouts(terminated, horizon or len(reward))
+    ends = terminated | truncated
+    known = np.ones(len(reward), dtype=bool) if "next_observations" in columns else ~ends
+    known[-1] &= "next_observations" in columns
+    about = About(path.stem, env_id, horizon, _box(obs), _action_box(action), None, reference, {"file": path.name})
+    return Transitions(
+        obs=obs,
+        action=action,
+        reward=reward,
+        next_obs=columns.get("next_observations", np.concatenate([obs[1:], obs[-1:]])),
+        terminated=terminated,
+        truncated=truncated,
+        episode=np.cumsum(np.append(0, ends[:-1])),
+        next_known=known,
+        about=about,
+    )
+
+
+def counted_timeouts(terminated: np.ndarray, horizon: int) -> np.ndarray:
+    """(N,) bool: every `horizon`-th step since the episode's start, where no termination came first."""
+    n = len(terminated)
+    last_start = np.maximum.accumulate(np.where(np.append(True, terminated[:-1]), np.arange(n), 0))
+    return ((np.arange(n) - last_start) % horizon == horizon - 1) & ~terminated
+
+
+def _box(values: np.ndarray) -> Any:
+    from gymnasium import spaces
+
+    if values.dtype == np.uint8:
+        return spaces.Box(0, 255, values.shape[1:], np.uint8)
+    return spaces.Box(-np.inf, np.inf, values.shape[1:], values.dtype.type)
+
+
+def _action_box(action: np.ndarray) -> Any:
+    """D4RL's tasks act in [-1, 1]; a file that goes beyond says itself how far."""
+    from gymnasium import spaces
+
+    if not np.issubdtype(action.dtype, np.floating):
+        return spaces.Discrete(int(action.max()) + 1)
+    bound = np.maximum(1.0, np.abs(action).max(axis=0)).astype(action.dtype)
+    return spaces.Box(-bound, bound, dtype=action.dtype.type)
+
+
+def write_d4rl(data: Transitions, path: str | Path) -> Path:
+    """Write rows as a D4RL file, next_observations included. Raises DatasetError for dictionary observations, which the format has no place for."""
+    if isinstance(data.obs, dict):
+        raise DatasetError(f"{data.about.name} has dictionary observations; flatten them first with flat_obs(keys)")
+    check_transitions(data).check()
+    path = Path(path)
+    with _h5py().File(path, "w") as file:
+        names = {"observations": data.obs, "actions": data.action, "rewards": data.reward, "next_observations": data.next_obs}
+        for name, values in {**names, "terminals": data.terminated, "timeouts": data.truncated}.items():
+            file.create_dataset(name, data=values)
+    return path

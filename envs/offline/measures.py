@@ -1,0 +1,107 @@
+"""What a dataset is worth before anything is learnt from it: returns, coverage of states and actions.
+
+Counts are over cells: every dimension of (s, a) is cut into `bins` equal parts between limits that all compared datasets share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from gymnasium import spaces
+
+from markovia.envs.offline.transitions import Transitions, columns
+
+BINS = 100
+
+
+def trajectory_quality(data: Transitions, minimum: float, maximum: float) -> float:
+    """TQ: where the mean return lies between a random policy's and the best online policy's.
+
+    TQ(D) = (g(D) - g_min) / (g_max - g_min),  g the mean undiscounted return of the complete episodes           [Schweighofer 2022; arXiv 2111.04714]
+    minimum, maximum: g_min and g_max in the task's reward unit; can lie outside [0, 1]. An episode cut by the file's end does not count.
+    Raises ValueError unless minimum < maximum, and when no episode is complete.
+    """
+    if not minimum < maximum:
+        raise ValueError(f"TQ needs minimum < maximum, got {minimum} and {maximum}")
+    complete = data.complete()
+    if not complete.any():
+        raise ValueError(f"{data.about.name} has no complete episode, so it has no mean return")
+    return float((data.returns()[complete].mean() - minimum) / (maximum - minimum))
+
+
+def state_action_coverage(data: Transitions, reference: Transitions, bins: int = BINS) -> float:
+    """SACo: how many different (s, a) a dataset holds against the replay data of an online run.
+
+    SACo(D) = u(D) / u(D_ref),  u the number of different cells, over equally many rows of both            [Schweighofer 2022; arXiv 2111.04714]
+    Can exceed 1. The first min(N, N_ref) rows of each are counted; every dimension is cut into `bins` parts between the limits of both together.
+    e^H(occupancy) <= u, and in a deterministic MDP u is what a policy's occupancy can reach. Raises ValueError for rows of other shapes.
+    """
+    n = min(len(data), len(reference))
+    first, second = (state_actions(d.rows(np.arange(n))) for d in (data, reference))
+    if first.shape[1] != second.shape[1]:
+        widths = f"{data.about.name} has {first.shape[1]} numbers per (s, a), {reference.about.name} {second.shape[1]}"
+        raise ValueError(f"{widths}; only data of one task can be compared")
+    limits = shared_limits([first, second])
+    return distinct(first, limits, bins) / distinct(second, limits, bins)
+
+
+def state_actions(data: Transitions) -> np.ndarray:
+    """(N, d) float64: observation and action of every row, side by side."""
+    parts = [*columns(data.obs).values(), data.action]
+    return np.concatenate([p.reshape(len(data), -1).astype(np.float64) for p in parts], axis=1)
+
+
+def shared_limits(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(d,) smallest and (d,) largest value of every column over all tables."""
+    return np.min([t.min(axis=0) for t in tables], axis=0), np.max([t.max(axis=0) for t in tables], axis=0)
+
+
+def distinct(table: np.ndarray, limits: tuple[np.ndarray, np.ndarray], bins: int = BINS) -> int:
+    """u: different cells among the rows of table (N, d). Raises ValueError for bins outside 1..65535."""
+    if not 1 <= bins <= 65535:
+        raise ValueError(f"bins must lie in 1..65535, got {bins}")
+    low, high = limits
+    width = np.where(high > low, high - low, 1.0)
+    cells = np.clip((table - low) / width * bins, 0, bins - 1).astype(np.uint16)
+    packed = np.ascontiguousarray(cells).view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1])))
+    return len(np.unique(packed))
+
+
+@dataclass(frozen=True)
+class ActionCoverage:
+    """How much of the action space was tried. Discrete: `share` (n,) of each action; Box: per dimension."""
+
+    covered: np.ndarray  # (d,) share of equal cells with at least one action; one entry, over all actions, when discrete
+    at_bound: np.ndarray  # (d,) share of actions within 1 % of the range from a bound; nothing to measure, so zeros, when discrete
+    share: np.ndarray | None = None
+
+
+def action_coverage(data: Transitions, bins: int = 20) -> ActionCoverage:
+    """Share of `bins` equal cells per action dimension that hold an action; of the actions of a discrete space, how often each occurs.
+
+    A Box without finite bounds is measured between the smallest and largest logged action. Raises ValueError for other spaces.
+    """
+    space, action = data.about.action_space, data.action
+    if isinstance(space, spaces.Discrete):
+        share = np.bincount((action - space.start).astype(np.int64), minlength=int(space.n)) / len(data)
+        return ActionCoverage(np.array([(share > 0).mean()]), np.zeros(1), share)
+    if space is not None and not isinstance(space, spaces.Box):
+        raise ValueError(f"action coverage is defined for Box and Discrete spaces, got {space}")
+    flat = action.reshape(len(data), -1).astype(np.float64)
+    low, high = (np.asarray(x, dtype=np.float64) for x in shared_limits([flat]))
+    if space is not None and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+        low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
+    width = np.where(high > low, high - low, 1.0)
+    place = np.clip((flat - low) / width, 0.0, 1.0)
+    cells = np.minimum((place * bins).astype(int), bins - 1)
+    covered = np.array([len(np.unique(column)) / bins for column in cells.T])
+    return ActionCoverage(covered, ((place < 0.01) | (place > 0.99)).mean(axis=0))
+
+
+def returns_histogram(data: Transitions, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """(bins,) episodes per interval of the return and (bins + 1,) its edges; cut episodes are left out where there are complete ones."""
+    complete = data.complete()
+    returns = data.returns()
+    return np.histogram(returns[complete] if complete.any() else returns, bins=bins)

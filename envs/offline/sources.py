@@ -1,0 +1,38 @@
+"""One name for every kind of dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from markovia.envs.offline.transitions import Transitions
+
+FIXTURE = "fixture:"
+TIERS = ("random", "medium", "medium-replay", "medium-expert", "expert")
+
+
+def tier_id(env_id: str, tier: str, namespace: str = "markovia") -> str:
+    """Minari id of a recorded tier: Pendulum-v1, medium -> markovia/pendulum/medium-v0."""
+    name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2].rpartition("/")[2]).replace("_", "-").lower()
+    return f"{namespace}/{name}/{tier}-v0"
+
+
+def load(dataset: str | Path, *, obs_keys: Iterable[str] | None = None, env_id: str | None = None, horizon: int | None = None) -> Transitions:
+    """Rows of `fixture:<name>` (markovia.envs.exact.offline), of a D4RL file `*.hdf5` or `*.h5`, or of a Minari id.
+
+    env_id and horizon are for D4RL files whose name does not tell; obs_keys for dictionary observations.
+    Raises ValueError for a name that is none of these, DatasetError for faulty data.
+    """
+    name = str(dataset)
+    if name.startswith(FIXTURE):
+        from markovia.envs.exact.offline import fixture
+
+        return fixture(name.removeprefix(FIXTURE))
+    if name.endswith((".hdf5", ".h5")):
+        from markovia.envs.offline.d4rl import load_d4rl
+
+        return load_d4rl(name, env_id, horizon)
+    from markovia.envs.offline.minari_io import load_minari
+
+    return load_minari(name, obs_keys)

@@ -1,0 +1,244 @@
+"""Transforms, scores, measures, and logged episodes as an environment."""
+
+import dataclasses
+import json
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+
+import markovia  # noqa: F401  (registers the ids)
+from markovia.envs.exact.offline import pointmass_data
+from markovia.envs.offline import (
+    About,
+    ObsTransform,
+    Reference,
+    Transform,
+    Transitions,
+    action_coverage,
+    reference,
+    returns_histogram,
+    reward_transform,
+    score_pct,
+    state_action_coverage,
+    terminate_at,
+    trajectory_quality,
+)
+from markovia.envs.offline.measures import distinct, shared_limits
+from markovia.envs.offline.replay import OfflineReplayEnv
+from markovia.envs.offline.scores import references
+from markovia.envs.offline.transforms import REWARD_TRANSFORMS
+
+
+def discrete(obs, action, reward, ends, space=3):
+    """Integer states and actions; the rows in `ends` terminate."""
+    n = len(obs)
+    terminated = np.isin(np.arange(n), ends)
+    episode = np.cumsum(np.append(0, terminated[:-1]))
+    about = About("toy", None, None, spaces.Discrete(10), spaces.Discrete(space))
+    arrays = np.asarray(obs), np.asarray(action), np.asarray(reward, dtype=np.float64), np.asarray(obs)
+    return Transitions(*arrays, terminated, np.zeros(n, dtype=bool), episode, about=about)
+
+
+# -- transforms -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REWARD_TRANSFORMS)
+def test_reward_transforms_can_be_undone_and_saved(name, tmp_path):
+    data = pointmass_data("mix", episodes=6)
+    transform = Transform(reward_transform(name, data), ObsTransform.fit(data))
+    again = Transform.load(transform.save(tmp_path / "transform.json"))
+    assert again.reward == transform.reward and again.reward.name == name
+    np.testing.assert_array_equal(again(data).obs, transform(data).obs)
+    np.testing.assert_allclose(transform.reward.inverse(transform(data).reward), data.reward, atol=1e-5)
+    assert transform(data).reward.dtype == data.reward.dtype
+
+
+def test_reward_transforms_by_hand():
+    data = discrete([0, 1, 2, 0], [0] * 4, [0.0, 0.0, 1.0, -1.0], ends=[2, 3])
+    values = {
+        "none": [0, 1],
+        "return_range": [0, 500],  # returns 1 and -1: 1000 / 2
+        "antmaze_minus1": [-1, 0],
+        "cql_antmaze": [-5, 5],
+        "cql_antmaze_old": [-2, 2],
+        "x100": [0, 100],
+        "adroit_binary": [5, 15],
+        "kitchen_minus4": [-4, -3],
+    }
+    assert values.keys() == REWARD_TRANSFORMS.keys()
+    for name, expected in values.items():
+        np.testing.assert_array_equal(reward_transform(name, data)(np.array([0.0, 1.0])), expected)
+    with pytest.raises(ValueError, match="return_range"):
+        reward_transform("range", data)
+    with pytest.raises(ValueError, match="nothing to scale by"):
+        reward_transform("return_range", data.episodes([0]))
+
+
+def test_observation_transform_is_of_s_alone_and_applied_to_both():
+    data = pointmass_data("expert", episodes=5)
+    changed = Transform(reward_transform("none", data), ObsTransform.fit(data))(data)
+    s = data.obs.astype(np.float64)
+    np.testing.assert_allclose(changed.next_obs, (data.next_obs - s.mean(0)) / (s.std(0) + 1e-3), atol=1e-5)
+    np.testing.assert_allclose(changed.obs.mean(0), 0.0, atol=1e-5)
+    two = dataclasses.replace(data, obs={"a": data.obs}, next_obs={"a": data.next_obs})
+    transform = Transform(reward_transform("none", two), ObsTransform.fit(two))
+    np.testing.assert_array_equal(Transform.from_json(json.loads(json.dumps(transform.to_json())))(two).obs["a"], changed.obs)
+
+
+def test_a_foreign_transform_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"rewards": 1}')
+    with pytest.raises(ValueError, match="no saved transform"):
+        Transform.load(tmp_path / "x.json")
+
+
+def test_success_terminates():
+    data = discrete([0, 1, 2, 3, 4, 5], [0] * 6, [0, 1, 0, 0, 1, 0], ends=[5])
+    changed = terminate_at(data)
+    assert changed.terminated.tolist() == [False, True, False, False, True, True]
+    assert changed.episode.tolist() == [0, 0, 1, 1, 1, 2]
+    assert changed.has_next_action.tolist() == [True, False, True, True, False, False]
+    assert changed.returns().tolist() == [1, 1, 0]
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_reference_scores():
+    # (3234.3 + 20.272305) / (3234.3 + 20.272305) and the middle between both
+    assert score_pct(3234.3, "hopper-medium-v2", 1000) == pytest.approx(100.0)
+    assert score_pct([-20.272305, 1607.0138475], "hopper-expert-v0", 1000).tolist() == pytest.approx([0.0, 50.0])
+    assert score_pct(0.35, "antmaze-large-play-v2", 1000) == pytest.approx(35.0)
+    assert reference("pen-human-v1", 100).maximum == 3076.8331017826877
+    assert "89141a6" in reference("kitchen-mixed-v0", 280).source
+    with pytest.raises(ValueError, match="at most 700 steps, not 1000"):
+        reference("antmaze-umaze-v2", 1000)
+    with pytest.raises(ValueError, match="nearest: hopper-medium-v"):
+        reference("hopper-medium-v5", 1000)
+    with pytest.raises(ValueError, match="below the maximum"):
+        Reference("x", 1, 2.0, 2.0, "")
+
+
+def test_every_reference_is_whole():
+    assert len(references()) == 147
+    for (env_id, horizon), r in references().items():
+        assert r.minimum < r.maximum and 50 <= horizon <= 1000 and r.source and r.env_id == env_id
+
+
+# -- measures -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_trajectory_quality_by_hand():
+    data = discrete([0, 1, 2, 3, 4], [0] * 5, [1, 2, 3, 4, 50], ends=[1, 3])  # returns 3 and 7; the last episode is cut
+    assert trajectory_quality(data, 1.0, 9.0) == pytest.approx((5 - 1) / 8)
+    with pytest.raises(ValueError, match="minimum < maximum"):
+        trajectory_quality(data, 1.0, 1.0)
+    with pytest.raises(ValueError, match="no complete episode"):
+        trajectory_quality(data.episodes([2]), 0.0, 1.0)
+
+
+def test_state_action_coverage_by_hand():
+    data = discrete([0, 0, 1, 1], [0, 0, 0, 1], [0] * 4, ends=[3])  # (0,0), (1,0), (1,1): 3 pairs
+    replay = discrete([0, 0, 1, 1, 2], [0, 1, 0, 1, 2], [0] * 5, ends=[4])  # 4 pairs in the first 4 rows
+    assert state_action_coverage(data, replay) == pytest.approx(0.75)
+    assert state_action_coverage(replay, data) == pytest.approx(4 / 3)
+    assert state_action_coverage(data, data) == 1.0
+    shuffled = data.rows(np.array([2, 0, 3, 1]))
+    assert state_action_coverage(shuffled, replay) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="numbers per"):
+        state_action_coverage(data, pointmass_data("mix", episodes=1))
+
+
+def test_cells_need_shared_limits():
+    narrow, wide = np.linspace(0, 1, 11)[:, None], np.linspace(0, 10, 11)[:, None]
+    assert distinct(narrow, shared_limits([narrow]), 10) == 10  # the upper limit belongs to the last cell
+    assert distinct(narrow, shared_limits([narrow, wide]), 10) == 2  # [0, 1) and 1.0
+    assert distinct(np.ones((5, 2)), shared_limits([np.ones((5, 2))]), 100) == 1
+    # against sets of rounded tuples
+    rng = np.random.default_rng(0)
+    table = rng.random((500, 2))
+    cells = {tuple(np.minimum((row * 7).astype(int), 6)) for row in table}
+    assert distinct(table, (np.zeros(2), np.ones(2)), 7) == len(cells)
+
+
+def test_action_coverage_by_hand():
+    data = discrete([0] * 4, [1, 1, 1, 3], [0] * 4, ends=[3], space=4)
+    found = action_coverage(data)
+    assert found.share.tolist() == [0, 0.75, 0, 0.25] and found.covered.tolist() == [0.5]
+    box = spaces.Box(-1, 1, (2,), np.float32)
+    actions = np.array([[-1, 0], [-0.95, 0], [0.05, 0], [1, 0]], dtype=np.float32)
+    found = action_coverage(dataclasses.replace(data, action=actions, next_action=actions, about=About("b", None, None, None, box)), bins=10)
+    assert found.covered.tolist() == pytest.approx([0.3, 0.1]) and found.at_bound.tolist() == [0.5, 0.0]
+    uniform = action_coverage(pointmass_data("random"))
+    assert (uniform.covered == 1).all() and (uniform.at_bound < 0.03).all()
+    counts, edges = returns_histogram(pointmass_data("random"), bins=5)
+    assert counts.sum() == 250 and len(edges) == 6
+
+
+# -- replay ---------------------------------------------------------------------------------------------------------------------------
+
+REPLAY = "markovia/OfflineReplay-v0"
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"dataset": "fixture:maze"}, {"dataset": "fixture:bandit2d"}], ids=["pointmass2d", "maze", "bandit2d"])
+@pytest.mark.parametrize("env_id", [REPLAY, "markovia/PointMass2D-v0"])
+def test_both_check_envs_pass_without_a_warning(env_id, kwargs):
+    check = pytest.importorskip("stable_baselines3.common.env_checker").check_env
+    kwargs = kwargs if env_id == REPLAY else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check_env(gym.make(env_id, **kwargs).unwrapped, skip_render_check=True)
+        check(gym.make(env_id, **kwargs))
+
+
+@pytest.mark.parametrize("env_id", [REPLAY, "markovia/PointMass2D-v0"])
+def test_sb3_ppo_runs_512_steps(env_id):
+    ppo = pytest.importorskip("stable_baselines3").PPO
+    ppo("MlpPolicy", gym.make(env_id), n_steps=256, batch_size=256, n_epochs=1, device="cpu").learn(512)
+
+
+def test_replay_gives_the_logged_rows():
+    data = pointmass_data("medium", episodes=3)
+    env = OfflineReplayEnv(data=data)
+    obs, info = env.reset(seed=0, options={"episode": 2})
+    for t in range(40):
+        np.testing.assert_array_equal(obs, data.obs[80 + t])
+        np.testing.assert_array_equal(info["logged_action"], data.action[80 + t])
+        obs, reward, terminated, truncated, info = env.step(info["logged_action"])
+        assert reward == data.reward[80 + t] and info["action_distance"] == 0.0 and not terminated and truncated == (t == 39)
+    assert "logged_action" not in info and info["logged_step"] == 40
+    with pytest.raises(ValueError, match="reset"):
+        env.step(env.action_space.sample())
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        env.reset(options={"episode": 3})
+    picked = {env.reset(seed=seed)[1]["logged_episode"] for seed in range(20)}
+    assert picked == {0, 1, 2}
+
+
+def test_replay_terminates_and_cuts_as_logged():
+    data = discrete([4, 5, 6], [0, 1, 2], [1, 2, 3], ends=[1])
+    env = OfflineReplayEnv(data=data)
+    env.reset(options={"episode": 0})
+    assert env.step(1)[1:4] == (1.0, False, False)
+    assert env.step(1)[1:4] == (2.0, True, False)
+    env.reset(options={"episode": 1})
+    _, reward, terminated, truncated, info = env.step(0)
+    assert (reward, terminated, truncated, info["action_distance"]) == (3.0, False, True, 1.0)
+
+
+def test_replay_needs_spaces_and_known_names():
+    with pytest.raises(ValueError, match="observation and action space"):
+        OfflineReplayEnv(data=dataclasses.replace(pointmass_data("medium", episodes=1), about=About("bare")))
+    with pytest.raises(ValueError, match="pointmass2d/medium"):
+        gym.make(REPLAY, dataset="fixture:point")
+
+
+def test_importing_offline_data_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, markovia.envs.offline.replay, markovia.envs.exact.offline; assert not {'torch', 'h5py', 'minari'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
