@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from pprint import pformat
 from typing import Any
+
+from markovia.rundir import write_text
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +118,4 @@ def _replace(path: Path, result: dict[str, Any]) -> None:
     """Put a result in the place of an older one of the same claim; the file is whole at every moment."""
     rows = {**_finished(path), result["id"]: result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(r) + "\n" for r in rows.values()))

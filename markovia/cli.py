@@ -186,6 +186,11 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
     return value
 
 
+def _at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{flag} must be >= 1, got {value}")
+
+
 # -- after training -------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,8 +203,7 @@ def eval_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.runs import load_run, summary
 
-    if args.episodes < 1:
-        raise ValueError(f"--episodes must be >= 1, got {args.episodes}")
+    _at_least_one("--episodes", args.episodes)
     results = {}
     for path in args.runs:
         loaded = load_run(path)
@@ -223,8 +227,7 @@ def plot_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.pictures import plot_runs
 
-    if args.smooth < 1:
-        raise ValueError(f"--smooth must be >= 1, got {args.smooth}")
+    _at_least_one("--smooth", args.smooth)
     print(plot_runs(args.runs, args.out, args.y, args.smooth))
 
 
@@ -239,6 +242,7 @@ def video_command(argv: list[str]) -> None:
     from markovia.runs import load_run
     from markovia.samples import write_samples
 
+    _at_least_one("--episodes", args.episodes)
     loaded = load_run(args.run)
     folder = args.out or args.run / "video"
     if loaded.task is not None:

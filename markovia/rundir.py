@@ -41,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _refused(path: Path, error: OSError) -> RunError:
-    return RunError(f"could not write {path}: {error.strerror or error}; free some space, then go on with --resume")
+    return RunError(f"could not write {path}: {error.strerror or error}; free some space and try again (a run goes on with --resume)")
 
 
 def write_json(path: Path, value: Any) -> None:
