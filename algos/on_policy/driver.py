@@ -7,23 +7,24 @@ This is the only place with loops, optimisers and side effects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.advantages import normalise
 from markovia.algos.on_policy.divergence import EMA, k3
-from markovia.algos.on_policy.loss import critic_loss, policy_loss, weights
+from markovia.algos.on_policy.loss import critic_loss, policy_loss
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
+from markovia.algos.on_policy.update import LossFn, Update
+from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
 from markovia.algos.streams import stream, stream_seed
 
-LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Role = Literal["policy", "value"]
 
 
 class Collector(Protocol):
@@ -58,25 +59,10 @@ class Statistics:
         return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
 
 
-def make_optimizer(solver: Descent, agent: Agent, roles: tuple[str, ...]) -> torch.optim.Optimizer:
-    """One optimiser with a parameter group per role ("policy", "value")."""
-    groups: list[dict[str, Any]] = []
-    for role in roles:
-        params = agent.parameters("policy" if role == "policy" else "value")
-        lr = solver.value_lr if role == "value" and solver.value_lr is not None else solver.lr
-        if params:
-            groups.append({"params": params, "lr": lr, "base_lr": lr})
-    if solver.optimizer == "adam":
-        return torch.optim.AdamW(groups, eps=solver.eps, betas=solver.betas, weight_decay=solver.weight_decay)
-    if solver.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, alpha=0.99, eps=solver.eps)
-    return torch.optim.SGD(groups)
-
-
 class OnPolicyDriver:
     """Trains `agent` with `method` on what `collector` brings. Raises ValueError at construction when the three do not fit."""
 
-    def __init__(self, method: OnPolicy, agent: Agent, collector: Collector, seed: int = 0) -> None:
+    def __init__(self, method: OnPolicy, agent: Agent, collector: Collector, seed: int = 0, compile: bool = False) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = 0
         self.num_env_steps = 0
@@ -86,16 +72,21 @@ class OnPolicyDriver:
         self.references: dict[str, Agent] = {"ref": agent.reference()} if method.divergence is not None else {}
         if isinstance(method.refresh, EMA) and any(ref.net is agent.net for ref in self.references.values()):
             raise ValueError("an EMA reference needs weights of its own, but a LoRA agent's reference is its base model; use full weights or Fixed()")
-        self.joint_value = method.advantage.needs_critic and method.value.separate is None
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        joint_value = method.advantage.needs_critic and method.value.separate is None
+        self.updates: dict[str, Update] = {}
         if isinstance(method.solver, Descent):
-            self.optimizers["main"] = make_optimizer(method.solver, agent, ("policy", "value") if self.joint_value else ("policy",))
+            self._add_update("main", method.solver, policy_loss, ("policy", "value") if joint_value else ("policy",), compile)
         if method.advantage.needs_critic and method.value.separate is not None:
-            self.optimizers["value"] = make_optimizer(method.value.separate, agent, ("value",))
+            self._add_update("value", method.value.separate, critic_loss, ("value",), compile)
         if isinstance(method.controller, DualAscent):
-            self.dual = torch.tensor(self.coef, dtype=torch.float64, requires_grad=True)
-            self.optimizers["dual"] = torch.optim.Adam([self.dual], lr=method.controller.lr)
+            self.dual = nn.Parameter(torch.tensor(self.coef, dtype=torch.float64))
+            self.dual_optimizer = Optimizer([([self.dual], method.controller.lr)], Rule(eps=1e-8), math.inf)
         self.collector.reset(stream_seed(seed, "env", 0))
+
+    def _add_update(self, name: str, solver: Descent, loss: LossFn, roles: tuple[Role, ...], compile: bool) -> None:
+        lrs = {"policy": solver.lr, "value": solver.lr if solver.value_lr is None else solver.value_lr}
+        optimizer = make_optimizer(solver, [(self.agent.parameters(role), lrs[role]) for role in roles])
+        self.updates[name] = Update(name, self.method, self.agent, solver, loss, "value" in roles and name == "main", optimizer, compile)
 
     def _check(self) -> None:
         m, agent = self.method, self.agent
@@ -178,55 +169,32 @@ class OnPolicyDriver:
         out: dict[str, float] = {}
         if isinstance(m.solver, NaturalGradient):
             out.update(natural_step(m, m.solver, self.agent, rollout))
-        else:
-            self._descend(m.solver, rollout, reward, policy_loss, "main", stats)
-        if m.advantage.needs_critic and m.value.separate is not None:
-            self._descend(m.value.separate, rollout, reward, critic_loss, "value", stats)
+        for name in self.updates:
+            self._descend(name, rollout, reward, stats)
         if isinstance(m.controller, Doubling):
             # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
             with torch.no_grad():
                 out["kl_mean"] = float(masked_mean(self._old_new_kl(rollout), rollout.mask))
         return {**stats.means(), **out}
 
-    def _descend(self, solver: Descent, rollout: Rollout, reward: Tensor, loss_fn: LossFn, name: str, stats: Statistics) -> None:
-        """Epochs of minibatch steps; gradients of micro-batches add up to the minibatch's exactly."""
-        m, generator = self.method, self.generator(f"minibatch-{name}")
-        old = [p.detach().clone() for p in self.agent.parameters("policy")] if isinstance(m.controller, DualAscent) else []
+    def _descend(self, name: str, rollout: Rollout, reward: Tensor, stats: Statistics) -> None:
+        """Epochs of minibatch steps."""
+        update, generator, controller = self.updates[name], self.generator(f"minibatch-{name}"), self.method.controller
+        solver, dual = update.solver, controller if name == "main" and isinstance(controller, DualAscent) else None
+        old = [p.detach().clone() for p in self.agent.parameters("policy")] if dual is not None else []
         for epoch in range(solver.epochs):
             if epoch and solver.recompute_advantage:
                 self._refresh_values(rollout, reward)
-            whole = solver.minibatch is None
-            size = max(rollout.shape[0] * rollout.shape[1], 1) if whole else solver.minibatch or 1
-            for batch in rollout.minibatches(solver.unit, size, generator, shuffle=not whole):
-                if m.normalize_advantage == "minibatch":
-                    batch.columns["adv"] = normalise(batch.columns["adv"], batch.mask)
-                step_stats = self._gradient_step(solver, batch, loss_fn, name)
+            update.begin(rollout)
+            for index in update.minibatches(generator):
+                step_stats = update.step(index, torch.tensor(self.coef, device=index.device))
                 stats.add(step_stats)
-                if name == "main" and isinstance(m.controller, DualAscent):
-                    self._dual_step(m.controller, step_stats["kl_max"])
+                if dual is not None:
+                    self._dual_step(dual, step_stats["kl_max"])
                 if solver.kl_stop_nats is not None and "approx_kl" in step_stats and float(step_stats["approx_kl"]) > 1.5 * solver.kl_stop_nats:
                     return
-            if name == "main" and isinstance(m.controller, DualAscent) and m.controller.fixup:
-                self._fixup(m.controller, solver, rollout, old, stats)
-
-    def _gradient_step(self, solver: Descent, batch: Rollout, loss_fn: LossFn, name: str) -> dict[str, Tensor]:
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        omega = weights(batch.mask, self.method.aggregation).to(batch.columns["adv"].dtype)
-        coef = torch.tensor(self.coef, device=omega.device)
-        n = batch.shape[0]
-        pieces = Statistics()
-        for start in range(0, n, solver.micro or n):
-            index = torch.arange(start, min(start + (solver.micro or n), n), device=omega.device)
-            part = batch.rows(index) if solver.micro and solver.micro < n else batch
-            loss, stats = loss_fn(self.method, self.agent, part, omega[index], coef, self.joint_value)
-            loss.backward()
-            pieces.add(stats)
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(params, solver.max_grad_norm)
-        optimizer.step()
-        sums = {k: v / pieces.counts[k] if k in ("approx_kl", "clip_fraction", "entropy", "kl_mean") else v for k, v in pieces.sums.items()}
-        return {**sums, f"grad_norm/{name}": norm.detach()}
+            if dual is not None and dual.fixup:
+                self._fixup(dual, update, rollout, old, stats)
 
     @torch.no_grad()
     def _refresh_values(self, rollout: Rollout, reward: Tensor) -> None:
@@ -241,9 +209,9 @@ class OnPolicyDriver:
 
     def _dual_step(self, controller: DualAscent, kl_max: Tensor) -> None:
         """One Adam step on coef (limit - safety max KL), coef kept >= 0."""
-        self.optimizers["dual"].zero_grad()
-        self.dual.grad = (controller.kl_limit_nats - controller.safety * kl_max).to(self.dual)
-        self.optimizers["dual"].step()
+        assert self.dual.grad is not None
+        self.dual.grad.copy_(controller.kl_limit_nats - controller.safety * kl_max)
+        self.dual_optimizer.step()
         with torch.no_grad():
             self.dual.clamp_(min=0.0)
         self.coef = float(self.dual.detach())
@@ -253,22 +221,20 @@ class OnPolicyDriver:
         assert dist is not None and part.dist_old is not None
         return torch.where(part.mask, kl(with_params(dist, part.dist_old), dist), 0.0)
 
-    def _fixup(self, controller: DualAscent, solver: Descent, rollout: Rollout, old: list[Tensor], stats: Statistics) -> None:
+    def _fixup(self, controller: DualAscent, update: Update, rollout: Rollout, old: list[Tensor], stats: Statistics) -> None:
         """Steps on coef KL alone, over the chunks that violate the limit, until one sweep is clean; otherwise back to the old policy."""
-        optimizer = self.optimizers["main"]
-        steps = 0
+        optimizer, steps = update.optimizer, 0
         for _ in range(controller.max_sweeps):
             clean = True
-            for part in rollout.minibatches(solver.unit, controller.chunk, shuffle=False):
+            for part in rollout.minibatches(update.solver.unit, controller.chunk, shuffle=False):
                 value = self._old_new_kl(part)
                 worst = value.detach().max()
                 if worst <= controller.kl_limit_nats:
                     continue
                 clean, steps = False, steps + 1
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 (max(self.coef, 1e-3) * masked_mean(value, part.mask)).backward()
-                torch.nn.utils.clip_grad_norm_([p for p in self.agent.parameters("policy") if p.grad is not None], solver.max_grad_norm)
-                optimizer.step()
+                optimizer.step(groups=1)  # the policy's; the critic has no say here
                 self._dual_step(controller, worst)
             if clean:
                 break
@@ -281,10 +247,8 @@ class OnPolicyDriver:
     # -- between iterations ------------------------------------------------------------------------------------------------------------
 
     def _set_lr(self) -> None:
-        for name, solver in (("main", self.method.solver), ("value", self.method.value.separate)):
-            if name in self.optimizers and isinstance(solver, Descent):
-                for group in self.optimizers[name].param_groups:
-                    group["lr"] = group["base_lr"] * (1.0 - self.progress if solver.anneal else 1.0)
+        for update in self.updates.values():
+            update.optimizer.scale_lr(1.0 - self.progress if update.solver.anneal else 1.0)
         if isinstance(self.method.controller, MirrorStep):
             self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - self.progress)
 
@@ -327,17 +291,20 @@ class OnPolicyDriver:
         """Reseed and reset the environments; called at every checkpoint, so that resuming needs no simulator state."""
         self.collector.reset(stream_seed(self.seed, "env", self.iteration))
 
+    def _optimizers(self) -> dict[str, Optimizer]:
+        out = {name: update.optimizer for name, update in self.updates.items()}
+        return out | ({"dual": self.dual_optimizer} if isinstance(self.method.controller, DualAscent) else {})
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs, as tensors and JSON."""
         tensors = {f"agent.{k}": v for k, v in self.agent.state().items()}
         for name, ref in self.references.items():
             if ref.net is not self.agent.net:
                 tensors |= {f"reference.{name}.{k}": v for k, v in ref.net.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            for index, entry in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{name}.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+        for name, optimizer in self._optimizers().items():
+            tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
         tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
-        if "dual" in self.optimizers:
+        if isinstance(self.method.controller, DualAscent):
             tensors["dual"] = self.dual.detach()
         meta = {
             "iteration": self.iteration,
@@ -358,13 +325,9 @@ class OnPolicyDriver:
         for name, ref in self.references.items():
             if ref.net is not self.agent.net:
                 ref.net.load_state_dict(part(f"reference.{name}."))
-        for name, optimizer in self.optimizers.items():
-            saved: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(f"optimizer.{name}.").items():
-                index, field = key.split(".", 1)
-                saved.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        if "dual" in self.optimizers:
+        for name, optimizer in self._optimizers().items():
+            optimizer.load_state(part(f"optimizer.{name}."))
+        if isinstance(self.method.controller, DualAscent):
             with torch.no_grad():
                 self.dual.copy_(tensors["dual"])
         self.collector.load_state(part("collector."))

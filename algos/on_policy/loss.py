@@ -18,16 +18,18 @@ from markovia.algos.on_policy.surrogates import KLDrift, tsallis_bregman
 def weights(mask: Tensor, how: str) -> Tensor:
     """Omega (B, T), the weight of each decision in the batch's loss; names as in verl.
 
-    token-mean: 1 / sum_j L_j (DAPO, PPO); seq-mean: 1 / (B L_i) (GRPO); seq-sum: 1 / B (RLOO, REINFORCE). L_i counts row i's masked decisions.
+    token-mean: 1 / sum_j L_j (DAPO, PPO); seq-mean: 1 / (B L_i) (GRPO); seq-sum: 1 / B (RLOO, REINFORCE). L_i counts row i's masked decisions,
+    B the rows that have some.
     Raises ValueError for another name.
     """
     m = mask.to(torch.get_default_dtype())
+    rows = mask.any(1).sum().clamp(min=1)
     if how == "token-mean":
         return m / m.sum().clamp(min=1.0)
     if how == "seq-mean":
-        return m / (m.shape[0] * m.sum(1, keepdim=True).clamp(min=1.0))
+        return m / (rows * m.sum(1, keepdim=True).clamp(min=1.0))
     if how == "seq-sum":
-        return m / m.shape[0]
+        return m / rows
     raise ValueError(f"aggregation must be token-mean, seq-mean or seq-sum, got {how!r}")
 
 

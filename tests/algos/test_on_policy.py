@@ -29,7 +29,7 @@ from markovia.algos.on_policy.natural import fisher_product, flatten, natural_st
 from markovia.algos.on_policy.surrogates import Clip, KLDrift, PolicyGradient
 from markovia.algos.presets import FOLDER, configure, override
 from markovia.algos.setup import Setup, build
-from markovia.algos.systems import find
+from markovia.algos.systems import find, rows
 from markovia.envs.registry import KINDS, kind_of
 
 torch.set_num_threads(1)
@@ -146,11 +146,10 @@ def test_preset_files_name_known_kinds_methods_and_fields() -> None:
     assert set(kinds) <= set(ENV_OF_KIND)
     for key, entries in [*kinds.items(), *environments.items()]:
         env_id = ENV_OF_KIND.get(key, key)
-        for method_id in entries:
-            served = [m for m, row in ON_POLICY.items() if kind_of(env_id) in row.kinds] if method_id == "*" else [method_id]
-            for name in served:
-                if find(name).id in ON_POLICY:
-                    configure(name, env_id)
+        for name in entries:
+            members = [m for m, row in rows().items() if type(row.value).__name__ == name and kind_of(env_id) in row.kinds]
+            for method_id in members or [name]:
+                configure(method_id, env_id)
     assert set(KINDS.values()) <= set(ENV_OF_KIND)
 
 
@@ -535,7 +534,7 @@ def test_epochs_stop_at_the_kl_limit() -> None:
         method, setup = tree("ppo", solver=Descent(lr=0.1, epochs=5, minibatch=None, kl_stop_nats=limit))
         driver = OnPolicyDriver(method, setup.agent, setup.collector)
         driver.step()
-        steps[limit] = float(next(iter(driver.optimizers["main"].state.values()))["step"])
+        steps[limit] = float(driver.updates["main"].optimizer.groups[0].count)
     assert steps[None] == 5 and steps[1e-6] == 2  # the first gradient is taken at ratio 1, the second one sees the change
 
 
@@ -555,7 +554,7 @@ def test_learning_rates_fall_linearly_and_roles_keep_their_own() -> None:
     rates = []
     for _ in range(4):
         driver.step()
-        rates.append([g["lr"] for g in driver.optimizers["main"].param_groups])
+        rates.append([float(g.lr) for g in driver.updates["main"].optimizer.groups])
     assert rates == [pytest.approx([0.1 * x, 0.4 * x]) for x in (1.0, 0.75, 0.5, 0.25)]
     assert driver.finished
 

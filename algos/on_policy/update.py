@@ -1,0 +1,137 @@
+"""One minibatch step of the on-policy loop: pick the decisions, loss, gradient, clip, optimiser; eagerly, or compiled as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout
+from markovia.algos.advantages import normalise
+from markovia.algos.compiled import Compiled
+from markovia.algos.on_policy.loss import weights
+from markovia.algos.on_policy.method import Descent, OnPolicy
+from markovia.algos.optimizer import Optimizer
+
+LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+MEANS = ("approx_kl", "clip_fraction", "entropy", "kl_mean")  # statistics that are means over a piece, where others are sums of weighted terms
+
+
+class _Loss(nn.Module):
+    """The agent's networks around the loss, so that torch can run it with other tensors in the place of their parameters."""
+
+    def __init__(self, net: nn.Module, call: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> None:
+        super().__init__()
+        self.net, self.call = net, call
+
+    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.call(*args)
+
+
+class Update:
+    """Minibatch steps of one loss with one optimiser over a record (`begin`), the same numbers eagerly and compiled to rounding.
+
+    Compiled, a short last minibatch is filled up with decisions that are masked out, so that all have one shape.
+    """
+
+    def __init__(
+        self, name: str, method: OnPolicy, agent: Agent, solver: Descent, loss: LossFn, joint_value: bool, optimizer: Optimizer, compile: bool
+    ) -> None:
+        self.name, self.method, self.agent, self.solver, self.loss, self.joint_value = name, method, agent, solver, loss, joint_value
+        self.optimizer = optimizer
+        self.compiled = Compiled(self._pure, static=len(optimizer.tensors())) if compile else None
+        self._names: list[str] = []
+        names = {id(p): name for name, p in agent.net.named_parameters()}
+        self._param_names = [f"net.{names[id(p)]}" for p in optimizer.params]
+        self._module = _Loss(agent.net, self._terms)
+
+    def begin(self, rollout: Rollout) -> None:
+        """Take the record whose minibatches follow."""
+        self.base = rollout.decisions() if self.solver.unit == "decision" else rollout
+        self.index = torch.nonzero(self.base.mask.any(dim=1)).squeeze(1)
+        if self.compiled is not None:
+            self._static = len(self.base.mask) if self.solver.minibatch is None else self.solver.minibatch
+            # What the loss can read; anything else would only be carried along.
+            self._template = replace(
+                self.base, boot_value=None, cost=None, discount=None, group=None, columns={k: self.base.columns[k] for k in ("adv", "ret")}
+            )
+            self._columns: list[Tensor] = []
+            self._template.map(lambda t: (self._columns.append(t), t)[1])
+
+    def minibatches(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """One pass over the record as index tensors, shuffled unless a minibatch is the whole."""
+        index = self.index
+        if self.solver.minibatch is not None:
+            index = index[torch.randperm(len(index), generator=generator).to(index.device)]
+        yield from index.split(self.solver.minibatch or max(len(index), 1))
+
+    def step(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on the units `index`; detached statistics, each ()."""
+        if self.compiled is None:
+            return self._eager(index, coef)
+        n = len(index)
+        if n < self._static:
+            index = torch.cat([index, index.new_zeros(self._static - n)])
+        args = [*self.optimizer.tensors(), coef, torch.tensor(n, device=index.device), index, *self._columns]
+        (stats,) = self.compiled((self._static, tuple(t.shape for t in self._columns)), args)
+        if stats.device.type == "cuda":
+            stats = stats.clone()  # the next replay of the graph writes to the same place
+        return dict(zip(self._names, stats.unbind(), strict=True))
+
+    def _terms(self, part: Rollout, omega: Tensor, coef: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(self.method, self.agent, part, omega, coef, self.joint_value)
+
+    def _prepared(self, part: Rollout) -> tuple[Rollout, Tensor]:
+        """The minibatch with its advantages standardised if the method says so, and its weights Omega."""
+        if self.method.normalize_advantage == "minibatch":
+            part.columns["adv"] = normalise(part.columns["adv"], part.mask)
+        return part, weights(part.mask, self.method.aggregation).to(part.columns["adv"].dtype)
+
+    def _eager(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
+        """Gradients of micro-batches add up to the minibatch's exactly."""
+        batch, omega = self._prepared(self.base.rows(index))
+        self.optimizer.zero_grad()
+        n = batch.shape[0]
+        micro = min(self.solver.micro or n, n)
+        pieces: list[dict[str, Tensor]] = []
+        for piece in torch.arange(n, device=index.device).split(micro):
+            part = batch if len(piece) == n else batch.rows(piece)
+            loss, stats = self._terms(part, omega[piece], coef)
+            loss.backward()
+            pieces.append(stats)
+        norm = self.optimizer.step()
+        out = {k: _joined(k, [p[k] for p in pieces]) for k in pieces[0]}
+        return {**out, f"grad_norm/{self.name}": norm}
+
+    def _pure(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """The whole step on tensors alone: optimiser tensors (changed in place), coef, count of real units, index, columns of the record."""
+        state, rest = args[: self.compiled.static], args[self.compiled.static :]  # type: ignore[union-attr]
+        coef, count, index, columns = rest[0], rest[1], rest[2], iter(rest[3:])
+        part = self._template.map(lambda _: next(columns).index_select(0, index))
+        real = torch.arange(len(index), device=index.device) < count
+        part, omega = self._prepared(replace(part, mask=part.mask & real[:, None]))
+        with torch.enable_grad():
+            params = [v.detach().requires_grad_() for v in self.optimizer.views(state[0])]
+            named = dict(zip(self._param_names, params, strict=True))
+            loss, stats = functional_call(self._module, named, (part, omega, coef))
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+        grad = self.optimizer.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
+        norm = self.optimizer.move(state, grad)
+        stats = {**stats, f"grad_norm/{self.name}": norm}
+        self._names = list(stats)
+        return (torch.stack([s.to(norm.dtype) for s in stats.values()]),)
+
+
+def _joined(name: str, pieces: list[Tensor]) -> Tensor:
+    """A statistic of a minibatch from those of its pieces."""
+    if len(pieces) == 1:
+        return pieces[0]
+    stacked = torch.stack(pieces)
+    if name.endswith("_max"):
+        return stacked.max()
+    return stacked.mean() if name in MEANS else stacked.sum()
