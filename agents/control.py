@@ -20,9 +20,15 @@ from markovia.agents.normalizer import ObsNorm
 from markovia.agents.records import Obs, Rollout, map_obs
 from markovia.agents.spaces import space_from_json, space_to_json
 
+LOG_STD_RANGE = (-20.0, 2.0)  # of standard deviations that a network gives
 
-def check_action_space(space: gym.Space, squash: bool = False) -> None:
-    """Refuse action spaces that a control agent can't serve, and Boxes without finite bounds, with a ValueError."""
+
+def check_action_space(space: gym.Space, squash: bool = False, std: str = "shared", tanh_mean: bool = False) -> None:
+    """Refuse action spaces that a control agent can't serve, Boxes without finite bounds, and options that don't go together (ValueError)."""
+    if std not in ("shared", "state", "fixed"):
+        raise ValueError(f"std must be 'shared', 'state' or 'fixed', got {std!r}")
+    if squash and tanh_mean:
+        raise ValueError("squash=True already bounds the action; leave tanh_mean out")
     if isinstance(space, spaces.Box):
         if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
             raise ValueError(
@@ -36,8 +42,9 @@ def check_action_space(space: gym.Space, squash: bool = False) -> None:
         raise ValueError(
             f"the action space {space} is of type {type(space).__name__}; a control agent serves Box, Discrete, MultiDiscrete and MultiBinary"
         )
-    if squash:
-        raise ValueError(f"squash=True needs a Box action space, got {space}; leave squash out")
+    options = {"squash=True": squash, f"std={std!r}": std != "shared", "tanh_mean=True": tanh_mean}
+    if given := [name for name, used in options.items() if used]:
+        raise ValueError(f"{given[0]} needs a Box action space, got {space}; leave {given[0].split('=')[0]} out")
 
 
 def check_want(want: Iterable[str], has_critic: bool) -> set[str]:
@@ -76,13 +83,13 @@ def obs_tensor(observation: Any, space: gym.Space, device: torch.device) -> Obs:
     return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
-def _param_count(space: gym.Space) -> int:
+def _param_count(space: gym.Space, std: str = "shared") -> int:
     if isinstance(space, spaces.Discrete):
         return int(space.n)
     if isinstance(space, spaces.MultiDiscrete):
         return int(space.nvec.sum())
     size = int(np.prod(space.shape or (1,)))
-    return 2 * size if isinstance(space, spaces.MultiBinary) else size
+    return 2 * size if isinstance(space, spaces.MultiBinary) or std == "state" else size
 
 
 class StepAgent(Agent):
@@ -105,7 +112,8 @@ class StepAgent(Agent):
 class ControlAgent(StepAgent):
     """Policy and critic with separate trunks, an observation normaliser, and the action distribution of the action space.
 
-    Actions are kept in policy coordinates: unclipped for a Gaussian, before the tanh when squashed, from 0 for discrete spaces.
+    Actions are kept in policy coordinates: unclipped for a Gaussian, before the tanh when squashed, unclipped but in units of the Box (which
+    reaches from -1 to 1) when only the mean is a tanh, from 0 for discrete spaces.
     """
 
     kind: Kind = "control"
@@ -116,13 +124,15 @@ class ControlAgent(StepAgent):
         self._config = copy.deepcopy(config)
         self.num_costs: int = config["num_costs"]
         self.squash: bool = config["squash"]
-        check_action_space(self.action_space, self.squash)
+        self.std: str = config.get("std", "shared")
+        self.tanh_mean: bool = config.get("tanh_mean", False)
+        check_action_space(self.action_space, self.squash, self.std, self.tanh_mean)
         own = config["network"]
         if own is not None and network is None:
             raise ValueError(
                 f"this agent's policy network is the foreign class {own['class']}; build one and pass it: load(folder, network=that_module)"
             )
-        n_params = _param_count(self.action_space)
+        n_params = _param_count(self.action_space, self.std)
         is_params = own is not None and own["output"] == "params"
         hidden, activation = tuple(config["hidden"]), config["activation"]
         width = own["width"] if own is not None else 0
@@ -130,7 +140,8 @@ class ControlAgent(StepAgent):
         def trunk(module: nn.Module | None) -> Trunk:
             return Trunk(self.observation_space, hidden, activation, module, width)
 
-        log_std = torch.full((n_params,), float(config["log_std_init"])) if isinstance(self.action_space, spaces.Box) else None
+        shared = isinstance(self.action_space, spaces.Box) and self.std == "shared"
+        log_std = torch.full((n_params,), float(config["log_std_init"])) if shared else None
         self.net = nn.ModuleDict({"policy": PolicyNet(trunk(network), None if is_params else n_params, log_std)})
         if config["critic"]:
             # The critic has a trunk of its own; a module that gives distribution parameters is no use to it.
@@ -149,6 +160,8 @@ class ControlAgent(StepAgent):
         log_std_init: float = 0.0,
         normalize_obs: bool = True,
         squash: bool = False,
+        std: Literal["shared", "state", "fixed"] = "shared",
+        tanh_mean: bool = False,
         num_costs: int = 0,
         network: nn.Module | None = None,
         network_output: Literal["features", "params"] = "features",
@@ -157,19 +170,21 @@ class ControlAgent(StepAgent):
     ) -> ControlAgent:
         """An agent for one environment's spaces.
 
+        Boxes: `squash` puts a tanh on the sampled action, `tanh_mean` on the mean alone; log standard deviations start at log_std_init and are
+        parameters of their own (std="shared"), or stay there ("fixed"), or are given by the network beside the mean ("state").
         `network` is the user's own module, observation (n, ...) -> features (n, k) under a linear head (the critic gets a copy of it), or with
         network_output="params" -> the distribution's parameters: means, or logits one after the other.
         Raises ValueError for spaces that the agent can't serve, infinite action Boxes included.
         """
-        check_action_space(action_space, squash)
+        check_action_space(action_space, squash, std, tanh_mean)
         own = None
         if network is not None:
             if network_output not in ("features", "params"):
                 raise ValueError(f"network_output must be 'features' or 'params', got {network_output!r}")
             width = cls._probe(network, observation_space)
-            if network_output == "params" and width != _param_count(action_space):
+            if network_output == "params" and width != _param_count(action_space, std):
                 raise ValueError(
-                    f"the network gives {width} numbers, but {action_space} needs {_param_count(action_space)} distribution parameters; "
+                    f"the network gives {width} numbers, but {action_space} needs {_param_count(action_space, std)} distribution parameters; "
                     "change its last layer, or pass network_output='features' to put a head on it"
                 )
             own = {**network_name(network), "output": network_output, "width": width}
@@ -181,6 +196,8 @@ class ControlAgent(StepAgent):
             "log_std_init": float(log_std_init),
             "normalize_obs": bool(normalize_obs),
             "squash": bool(squash),
+            "std": std,
+            "tanh_mean": bool(tanh_mean),
             "num_costs": int(num_costs),
             "critic": bool(critic),
             "network": own,
@@ -215,13 +232,27 @@ class ControlAgent(StepAgent):
     def distribution(self, params: Tensor) -> Distribution:
         """The action distribution of network outputs (..., n_params)."""
         if isinstance(self.action_space, spaces.Box):
-            log_std: Tensor = self.net["policy"].log_std  # type: ignore[assignment]
-            return (SquashedGaussian if self.squash else Gaussian)(params, log_std.expand_as(params))
+            mean, log_std = self._mean_and_log_std(params)
+            return (SquashedGaussian if self.squash else Gaussian)(mean, log_std)
         if isinstance(self.action_space, spaces.Discrete):
             return Categorical(params)
         if isinstance(self.action_space, spaces.MultiDiscrete):
             return MultiCategorical(params, tuple(int(n) for n in self.action_space.nvec.reshape(-1)))
         return MultiCategorical(params, (2,) * (params.shape[-1] // 2))
+
+    def _mean_and_log_std(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        if self.std == "state":
+            mean, log_std = params.chunk(2, -1)
+            log_std = log_std.clamp(*LOG_STD_RANGE)
+        elif self.std == "fixed":
+            mean, log_std = params, torch.full_like(params, self._config["log_std_init"])
+        else:
+            mean, log_std = params, self.net["policy"].log_std.expand_as(params)  # type: ignore[union-attr,operator]
+        return (torch.tanh(mean) if self.tanh_mean else mean), log_std
+
+    def policy(self, obs: Obs) -> Distribution:
+        """The action distribution for observations (n, ...) as the networks see them, with gradient."""
+        return self.distribution(self.net["policy"](obs)[0])
 
     def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs:
         """Batched raw observations (n, ...) as the networks see them; `update` (all rows, or a (n,) mask of them) feeds the normaliser."""
@@ -243,7 +274,7 @@ class ControlAgent(StepAgent):
     def act(
         self, obs: Obs, deterministic: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        dist = self.distribution(self.net["policy"](obs)[0])
+        dist = self.policy(obs)
         action = dist.mode() if deterministic else dist.sample(generator)
         return action, dist.log_prob(action)
 
@@ -269,9 +300,25 @@ class ControlAgent(StepAgent):
         space = self.action_space
         raw = action.detach().cpu().numpy().reshape(-1, *(space.shape or ()))
         if isinstance(space, spaces.Box):
-            if self.squash:
-                raw = space.low + 0.5 * (np.tanh(raw) + 1.0) * (space.high - space.low)
+            if self.squash or self.tanh_mean:
+                return self.from_unit(np.tanh(raw) if self.squash else raw)
             return np.clip(raw, space.low, space.high).astype(space.dtype)
         if isinstance(space, spaces.MultiBinary):
             return raw.astype(space.dtype)
         return (raw + space.start).astype(space.dtype)  # type: ignore[attr-defined]
+
+    @property
+    def action_size(self) -> int:
+        """Entries of a Box action."""
+        return _param_count(self.action_space)
+
+    def unit_action(self, action: Tensor) -> Tensor:
+        """Policy coordinates (..., d) of a bounded policy (squash or tanh_mean) as actions in [-1, 1], which critics and replays hold."""
+        return torch.tanh(action) if self.squash else action.clamp(-1.0, 1.0)
+
+    def from_unit(self, unit: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1], any leading shape, stretched to the Box: (n, *action shape)."""
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        raw = space.low + 0.5 * (unit.reshape(-1, *space.shape) + 1.0) * (space.high - space.low)
+        return np.clip(raw, space.low, space.high).astype(space.dtype)

@@ -25,17 +25,24 @@ class Gaussian:
     def params(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "log_std": self.log_std}
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+    def at(self, noise: Tensor) -> Tensor:
+        """mean + std noise: the action that standard normal `noise` (..., d) gives, differentiable in both parameters."""
         return self.mean + self.log_std.exp() * noise
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.at(torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype))
 
     def mode(self) -> Tensor:
         return self.mean
 
-    def log_prob(self, action: Tensor) -> Tensor:
-        """sum_j log N(a_j; mean_j, std_j), nats, shape (...)."""
+    def log_probs(self, action: Tensor) -> Tensor:
+        """log N(a_j; mean_j, std_j) of every entry, nats, shape (..., d)."""
         z = (action - self.mean) * torch.exp(-self.log_std)
-        return -(0.5 * (z.square() + LOG_2PI) + self.log_std).sum(-1)
+        return -(0.5 * (z.square() + LOG_2PI) + self.log_std)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Joint log-density, the sum over entries, nats, shape (...)."""
+        return self.log_probs(action).sum(-1)
 
     def entropy(self) -> Tensor:
         return (self.log_std + 0.5 * (1.0 + LOG_2PI)).sum(-1)
@@ -53,9 +60,8 @@ class SquashedGaussian(Gaussian):
     log pi(a) = log N(u) - sum_j log(1 - tanh(u_j)^2), with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
     """
 
-    def log_prob(self, action: Tensor) -> Tensor:
-        jac = 2.0 * (math.log(2.0) - action - F.softplus(-2.0 * action))
-        return super().log_prob(action) - jac.sum(-1)
+    def log_probs(self, action: Tensor) -> Tensor:
+        return super().log_probs(action) - 2.0 * (math.log(2.0) - action - F.softplus(-2.0 * action))
 
 
 @dataclass(frozen=True)

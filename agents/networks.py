@@ -90,7 +90,7 @@ class ImageEncoder(nn.Module):
 
 
 class Flat(nn.Module):
-    """A Box flattened, or a Discrete / MultiDiscrete / MultiBinary as (concatenated) one-hot vectors; (..., width) float32."""
+    """A Box flattened, or a Discrete / MultiDiscrete / MultiBinary as (concatenated) one-hot vectors; (..., width), integers as float32."""
 
     def __init__(self, space: spaces.Space) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Flat(nn.Module):
         lead = x.shape[: x.dim() - self.axes]
         x = x.reshape(*lead, -1)
         if not self.sizes:
-            return x.to(torch.float32)
+            return x if x.is_floating_point() else x.to(torch.float32)
         hot = [F.one_hot(x[..., i].long(), n) for i, n in enumerate(self.sizes)]
         return torch.cat(hot, -1).to(torch.float32)
 

@@ -8,15 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from markovia.algos.off_policy import method as off_policy
 from markovia.algos.on_policy import divergence, method, surrogates
-from markovia.algos.on_policy.method import Descent, OnPolicy
-from markovia.algos.systems import find
+from markovia.algos.on_policy.method import NaturalGradient
+from markovia.algos.systems import Method, find
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
+_MODULES = (divergence, method, surrogates, off_policy)
 _CLASSES: dict[str, type] = {
-    name: c for m in (divergence, method, surrogates) for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
+    name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }
 
 
@@ -49,29 +51,30 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
 
 
 def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
-    """The presets that apply, weakest first: (where, changes). A method without a preset of its own takes its family's ("*")."""
-    kind = kind_of(env_id)
+    """The presets that apply, weakest first: (where, changes). Every method takes those of its family, which is named by the settings' class."""
+    kind, family = kind_of(env_id), type(find(method_id).value).__name__
     found = []
     for file, key in (("kinds", kind), ("environments", env_id)):
         entry = _data().get(file, {}).get(key, {})
-        for who in ("*", method_id):
+        for who in (family, method_id):
             if who in entry:
                 found.append((f"{file}:{key}:{who}", entry[who]))
     return found
 
 
-def configure(method_id: str, env_id: str) -> OnPolicy:
-    """The method's settings for an environment: row < preset (kind) < preset (environment).
+def configure(method_id: str, env_id: str) -> Any:
+    """The method's settings for an environment (a `Method`): row < preset (kind) < preset (environment).
 
     Raises ValueError for an unknown method and for a kind of MDP that the method does not serve.
     """
     row, kind = find(method_id), kind_of(env_id)
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
-    value: OnPolicy = row.value
+    value: Method = row.value
     for where, changes in preset_sources(method_id, env_id):
         # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.
-        skip = {"agent", "solver"} if where.endswith(":*") and not isinstance(value.solver, Descent) else {"agent"}
+        natural = where.endswith(":OnPolicy") and isinstance(getattr(value, "solver", None), NaturalGradient)
+        skip = {"agent", "solver"} if natural else {"agent"}
         value = override(value, {k: v for k, v in changes.items() if k not in skip})
     return value
 

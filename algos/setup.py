@@ -13,9 +13,12 @@ import torch
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector, StepCollector
-from markovia.algos.on_policy.driver import Collector
+from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.streams import stream, stream_seed
+from markovia.algos.systems import Method
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
@@ -28,7 +31,7 @@ class Setup:
 
     kind: str
     agent: Agent
-    collector: Collector
+    collector: Any  # where the driver's data comes from: `StepCollector`, `SequenceCollector`, `ReplayCollector`
     evaluate: Evaluate
     task: Any = None  # the sequence task, None for stepped kinds
     episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
@@ -36,7 +39,7 @@ class Setup:
 
 def build(
     env_id: str,
-    method: OnPolicy,
+    method: Method,
     seed: int = 0,
     env_kwargs: dict[str, Any] | None = None,
     agent_options: dict[str, Any] | None = None,
@@ -50,9 +53,17 @@ def build(
     kind, options = kind_of(env_id), dict(agent_options or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
+        if isinstance(method, OffPolicy):
+            return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
         if kind in ("control", "tabular"):
             return _stepped(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
         return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
+
+
+def make_driver(method: Method, setup: Setup, seed: int = 0) -> Any:
+    """The driver whose slots the method fills: `OnPolicyDriver` or `OffPolicyDriver`."""
+    driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
+    return driver(method, setup.agent, setup.collector, seed)
 
 
 def _gamma(method: OnPolicy) -> float:
@@ -76,12 +87,33 @@ def _stepped(
         options = {"normalize_obs": method.normalize_obs, **options}
         agent = ControlAgent.from_spaces(*spaces, critic=critic, device=device, **options)
     collector = StepCollector(venv, agent, method.num_steps, seed=seed, gamma=_gamma(method), scale_reward=method.scale_reward)
+    return _stepped_setup(kind, env_id, agent, collector, venv, env_kwargs)
 
+
+def _replayed(
+    kind: str, env_id: str, method: OffPolicy, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str
+) -> Setup:
+    from markovia.agents.control import ControlAgent
+    from markovia.algos.off_policy.collect import ReplayCollector
+    from markovia.algos.off_policy.replay import Replay
+
+    venv = make_vec(env_id, method.num_envs, vectorization=vectorization, seed=seed, kwargs=env_kwargs)
+    check_action_box(venv.single_action_space)
+    options = {**method.policy.agent_options(), "normalize_obs": False, **options}
+    agent = ControlAgent.from_spaces(venv.single_observation_space, venv.single_action_space, critic=False, device=device, **options)
+    # A step of all environments may pass the budget by all but one of them.
+    replay = Replay(min(method.replay_size, method.num_env_steps + method.num_envs))
+    return _stepped_setup(kind, env_id, agent, ReplayCollector(venv, agent, replay, seed), venv, env_kwargs)
+
+
+def _stepped_setup(
+    kind: str, env_id: str, agent: Agent, collector: StepCollector, venv: gym.vector.VectorEnv, env_kwargs: dict[str, Any]
+) -> Setup:
     def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
         return evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
 
     limit = venv.spec.max_episode_steps if venv.spec is not None else None
-    return Setup(kind, agent, collector, evaluate, episode_steps=method.num_envs * (limit or 1))
+    return Setup(kind, agent, collector, evaluate, episode_steps=venv.num_envs * (limit or 1))
 
 
 def _prior(venv: gym.vector.VectorEnv) -> torch.Tensor | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.table import Row, nearest, table
+
+Method = OnPolicy | OffPolicy  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values()])
+    return table([*ON_POLICY.values(), *OFF_POLICY.values()])
 
 
 def find(method_id: str) -> Row:

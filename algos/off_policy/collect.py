@@ -1,0 +1,88 @@
+"""Stepping a vector environment into a replay buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from markovia.agents.control import ControlAgent
+from markovia.algos.collect import StepCollector, _final
+from markovia.algos.off_policy.replay import Batch, Replay
+
+
+class ReplayCollector(StepCollector):
+    """One step of every environment at a time, written to `replay`: the final observation of an episode is kept apart from the next one's first.
+
+    Steps that only reset (NEXT_STEP) are not written. Rewards enter unscaled.
+    """
+
+    def __init__(self, venv: VectorEnv, agent: ControlAgent, replay: Replay, seed: int = 0) -> None:
+        self.agent, self.replay = agent, replay
+        super().__init__(venv, agent, num_steps=1, seed=seed, scale_reward=False)
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self._obs = self.agent.observe(self._raw)
+
+    @torch.no_grad()
+    def step(self, agent: ControlAgent, generator: torch.Generator, uniform: bool = False) -> int:
+        """One step with the policy's own exploration, or with `uniform` actions; the number of transitions that came of it.
+
+        Raises ValueError for a reward that is not finite.
+        """
+        live = ~self._starting
+        unit = self._unit_action(agent, generator, uniform)
+        self._raw, r, term, trunc, infos = self.venv.step(agent.from_unit(unit.cpu().numpy()))
+        r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
+        if not np.isfinite(r).all():
+            bad = int(np.flatnonzero(~np.isfinite(r))[0])
+            raise ValueError(f"environment {bad} returned the reward {r[bad]}; rewards must be finite numbers")
+        done = term | trunc
+        following = agent.observe(self._raw)
+        swapped = done.any() and not self.next_step
+        final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv)) if swapped else following
+        rows = Batch(self._obs, unit, _like(r, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device))
+        if not live.all():
+            index = torch.from_numpy(np.flatnonzero(live)).to(unit.device)
+            rows = rows.map(lambda x: x[index])
+        if live.any():
+            self.replay.add(rows)
+        self._obs = following
+        self._episode(r, live, done, None)
+        self._starting = done if self.next_step else np.zeros_like(done)
+        return int(live.sum())
+
+    def _unit_action(self, agent: ControlAgent, generator: torch.Generator, uniform: bool) -> Tensor:
+        if not uniform:
+            return agent.unit_action(agent.act(self._obs, generator=generator)[0])
+        shape = (self.venv.num_envs, agent.action_size)
+        return 2.0 * torch.rand(shape, generator=generator, device=generator.device) - 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        """The replay. Environments are reset at a checkpoint, so nothing of theirs is kept."""
+        return self.replay.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put `state()` back."""
+        self.replay.load_state(state, self.agent.device)
+
+
+def _like(x: np.ndarray, unit: Tensor) -> Tensor:
+    return torch.from_numpy(x).to(device=unit.device, dtype=unit.dtype)
+
+
+def _with_final(raw: Any, infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
+    """A copy of the batched observation with the final observations of the environments `who` in place of their next episode's first."""
+    final = _final(infos, who, venv)
+    if isinstance(raw, dict):
+        out = {k: v.copy() for k, v in raw.items()}
+        for k, v in out.items():
+            v[who] = final[k]
+        return out
+    out = raw.copy()
+    out[who] = final
+    return out

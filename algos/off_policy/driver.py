@@ -1,0 +1,164 @@
+"""The off-policy actor-critic loop: step the environments into a replay, update on minibatches of it.
+
+An iteration is `num_steps` times: one environment step -> the updates that are due by `utd` -> pi_k <- pi when that is due.
+This is the only place with loops and side effects.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from markovia.agents.control import ControlAgent
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.replay import Replay
+from markovia.algos.off_policy.update import NOISES, ActorCritic
+from markovia.algos.on_policy.driver import Statistics
+from markovia.algos.streams import stream, stream_seed
+
+
+class Source(Protocol):
+    """What the driver needs of its source of transitions; a fixed dataset is one whose `step` adds nothing."""
+
+    replay: Replay
+    episodes: list[float]
+
+    def step(self, agent: Any, generator: torch.Generator, uniform: bool = False) -> int: ...
+    def reset(self, seed: int) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+    def close(self) -> None: ...
+
+
+def check_action_box(space: Any) -> None:
+    """Refuse action spaces that a policy with reparameterised actions can't serve, with a ValueError."""
+    if not isinstance(space, spaces.Box):
+        raise ValueError(
+            f"off-policy actor-critics (sac, td3, mdpo-off) move continuous actions by the gradient of Q, but the action space is {space}; "
+            "use ppo, a2c or mdpo-on for it, or an environment with a Box of actions"
+        )
+
+
+class OffPolicyDriver:
+    """Trains `agent` with `method` on what `collector` puts into its replay. Raises ValueError at construction when the three do not fit."""
+
+    def __init__(self, method: OffPolicy, agent: ControlAgent, collector: Source, seed: int = 0) -> None:
+        self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
+        self.iteration = self.num_env_steps = self.num_updates = 0
+        self._check()
+        self.update = ActorCritic(method, agent, seed)
+        self.collector.reset(stream_seed(seed, "env", 0))
+
+    def _check(self) -> None:
+        check_action_box(self.agent.action_space)
+        if not (self.agent.squash or self.agent.tanh_mean):
+            raise ValueError("an off-policy agent needs bounded actions; build it with squash=True (sac, mdpo-off) or tanh_mean=True (td3)")
+        if "normalizer" in self.agent.net:
+            raise ValueError("a replay keeps observations as they were stored, so no running normaliser can be used; build with normalize_obs=False")
+
+    @property
+    def finished(self) -> bool:
+        return self.num_env_steps >= self.method.num_env_steps
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the budget that is spent, in [0, 1]."""
+        return min(1.0, self.num_env_steps / self.method.num_env_steps)
+
+    def generator(self, name: str) -> torch.Generator:
+        device = self.agent.device if name == "action" else "cpu"
+        return stream(self.seed, name, self.iteration, device)
+
+    # -- one iteration ----------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """Step the environments `num_steps` times with the updates that belong to them; the iteration's statistics."""
+        m, stats = self.method, Statistics()
+        action, minibatch = self.generator("action"), self.generator("minibatch")
+        for _ in range(m.num_steps):
+            before = self.num_env_steps
+            self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts)
+            while self.num_updates < self.updates_due():
+                stats.add(self.improve(minibatch))
+            if "old" in self.update.references and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:
+                self.update.refresh()
+            if self.finished:
+                break
+        self.iteration += 1
+        return {**self.describe(), **stats.means(), "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
+
+    def updates_due(self) -> int:
+        """How many updates belong to the environment steps so far."""
+        return int(self.method.utd * max(0, self.num_env_steps - self.method.learning_starts))
+
+    def improve(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """One update on one minibatch."""
+        m = self.method
+        batch = self.collector.replay.sample(m.batch_size, generator)
+        noise = torch.randn((len(NOISES), *batch.action.shape), generator=generator).to(batch.action)
+        self.num_updates += 1
+        return self.update(batch, noise, self.num_updates % m.policy_delay == 0)
+
+    def describe(self) -> dict[str, float]:
+        """What is logged beside the update's statistics: returns of finished episodes, number of updates."""
+        out = {"num_updates": float(self.num_updates)}
+        if self.collector.episodes:
+            out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
+            self.collector.episodes.clear()
+        return out
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def boundary(self) -> None:
+        """Reseed and reset the environments; called at every checkpoint, so that resuming needs no simulator state."""
+        self.collector.reset(stream_seed(self.seed, "env", self.iteration))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a resumed run needs, the written part of the replay included, as tensors and JSON."""
+        u = self.update
+        tensors = {f"agent.{k}": v for k, v in self.agent.state().items()}
+        for name, net in u.nets.items():
+            tensors |= {f"net.{name}.{k}": v for k, v in net.state_dict().items()}
+        for name, ref in u.references.items():
+            tensors |= {f"reference.{name}.{k}": v for k, v in ref.net.state_dict().items()}
+        for name, optimizer in u.optimizers.items():
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{name}.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+        if u.log_lam is not None:
+            tensors["log_lam"] = u.log_lam.detach()
+        tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
+        meta = {
+            "iteration": self.iteration,
+            "num_env_steps": self.num_env_steps,
+            "num_updates": self.num_updates,
+            "episodes": list(self.collector.episodes),
+        }
+        return tensors, meta
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Put `state()` back into a driver that was built with the same method, task and seed."""
+        u = self.update
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.agent.load_state(part("agent."))
+        for name, net in u.nets.items():
+            net.load_state_dict(part(f"net.{name}."))
+        for name, ref in u.references.items():
+            ref.net.load_state_dict(part(f"reference.{name}."))
+        for name, optimizer in u.optimizers.items():
+            saved: dict[int, dict[str, Tensor]] = {}
+            for key, value in part(f"optimizer.{name}.").items():
+                index, field = key.split(".", 1)
+                saved.setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if u.log_lam is not None:
+            with torch.no_grad():
+                u.log_lam.copy_(tensors["log_lam"])
+        self.collector.load_state(part("collector."))
+        self.iteration, self.num_env_steps, self.num_updates = meta["iteration"], meta["num_env_steps"], meta["num_updates"]
+        self.collector.episodes[:] = meta["episodes"]

@@ -1,0 +1,72 @@
+"""The equations of off-policy actor-critics: pure functions of what networks gave, one number per transition.
+
+    q     (N, b)  values of the N critics              logp  (b,) or (b, d)  log pi(a|s) of an action in [-1, 1], joint or per entry, nats
+    y     (b,)    critic target, no gradient           lam   ()  weight of the entropy (SAC's alpha), reward units per nat
+    continuation (b,)  1 - terminated; truncation never enters: the final observation of a truncated episode is bootstrapped
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregate = Literal["min", "mean", "first"]
+
+
+def aggregate(q: Tensor, how: Aggregate) -> Tensor:
+    """One value per transition, (b,): min_j Q_j (pessimistic: twin critics, arXiv 1802.09477), the mean, or Q_1."""
+    if how == "min":
+        return q.amin(0)
+    return q.mean(0) if how == "mean" else q[0]
+
+
+def log_q(logp: Tensor, *, q: float) -> Tensor:
+    """Tsallis' logarithm of a density p given log p: (p^(q-1) - 1) / (q - 1), log p at q = 1; same shape.   [Tomar 2020, arXiv 2005.09814]"""
+    return logp if q == 1.0 else torch.expm1((q - 1.0) * logp) / (q - 1.0)
+
+
+def bootstrap(reward: Tensor, continuation: Tensor, value: Tensor, *, gamma: float) -> Tensor:
+    """y = r + gamma (1 - terminated) V(s'), (b,); V(s') is min_j Q_j(s', a') - lam log pi(a'|s') for SAC.      [arXiv 1812.05905, eq. 5-6]"""
+    return reward + gamma * continuation * value
+
+
+def soft_value(q: Tensor, log_density: Tensor, *, lam: Tensor | float) -> Tensor:
+    """V = Q(s, a) - lam log_q pi(a|s), a ~ pi: the value with its entropy, (b,) from (b,).              [arXiv 1812.05905, eq. 3]"""
+    return q - lam * log_density
+
+
+def smoothed_action(mean: Tensor, noise: Tensor, *, std: float, clip: float) -> Tensor:
+    """Target policy smoothing: a' = clip(mu(s') + clip(std eps, -c, c), -1, 1), the Box as [-1, 1].      [arXiv 1802.09477, section 5.3]"""
+    return (mean + (std * noise).clamp(-clip, clip)).clamp(-1.0, 1.0)
+
+
+def td_error(q: Tensor, y: Tensor) -> Tensor:
+    """sum_j (Q_j(s, a) - y)^2 over the ensemble, (b,), squared reward units; SAC halves it.            [arXiv 1812.05905, eq. 5]"""
+    return (q - y).square().sum(0)
+
+
+def mirror_objective(
+    value: Tensor, log_density: Tensor | float, log_density_old: Tensor | float, *, lam: Tensor | float, inverse_step: Tensor | float, q: float
+) -> Tensor:
+    """What the actor minimises in one mirror-descent step from pi_k, (b,); a is reparameterised, gradient flows through it in all terms.
+
+    L = (1/t) log_q pi(a|s) + q (lam - 1/t) log_q pi_k(a|s) - Q(s, a)                          [Tomar 2020, arXiv 2005.09814]
+    It maximises <Q - lam grad psi(pi_k), pi> - (1/t) B(pi, pi_k), psi(pi) = E_pi[log_q pi], B its Bregman divergence: KL(pi || pi_k) at q = 1.
+    1/t = lam drops pi_k at any q: SAC at q = 1. lam = 1/t = 0 with a deterministic actor: TD3. 1/t < lam repels from pi_k.
+    """
+    return inverse_step * log_density + q * (lam - inverse_step) * log_density_old - value
+
+
+def temperature_loss(log_lam: Tensor, logp: Tensor, *, target_entropy_nats: float) -> Tensor:
+    """-log lam (log pi + H), (b,), the gradient in log lam alone: lam falls while the entropy exceeds H.      [arXiv 1812.05905, eq. 18]
+
+    As in the published code the multiplier is log lam where the paper has lam; both have their zero at E[log pi] = -H.
+    """
+    return -log_lam * (logp.detach() + target_entropy_nats)
+
+
+def parameter_penalty(mean: Tensor, log_std: Tensor) -> Tensor:
+    """mean_j mu_j^2 + mean_j log^2 std_j, (b,): keeps tanh policies out of saturation.      [code of arXiv 2005.09814 and 1801.01290]"""
+    return mean.square().mean(-1) + log_std.square().mean(-1)

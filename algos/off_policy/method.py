@@ -1,0 +1,187 @@
+"""The slots of the off-policy actor-critic update, as one nested frozen value; a method is a setting of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from markovia.algos.off_policy.losses import Aggregate
+
+
+@dataclass(frozen=True)
+class Squashed:
+    """tanh of a Gaussian whose mean and standard deviation the network gives; it explores by being sampled."""
+
+    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
+    activation: str = "relu"
+
+    def agent_options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "activation": self.activation, "squash": True, "std": "state"}
+
+
+@dataclass(frozen=True)
+class Deterministic:
+    """tanh of the network's output; it explores by Gaussian noise, clipped to the Box."""
+
+    noise: float = 0.1  # standard deviation of the exploration, the Box reaching from -1 to 1
+    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if not self.noise > 0.0:
+            raise ValueError(f"policy.noise must be > 0, got {self.noise}; without noise a deterministic policy explores nothing")
+
+    def agent_options(self) -> dict[str, Any]:
+        log_std = math.log(self.noise)
+        return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "fixed", "log_std_init": log_std}
+
+
+Policy = Squashed | Deterministic
+
+
+@dataclass(frozen=True)
+class SoftTarget:
+    """V(s') = agg_j Qbar_j(s', a') - lam log_q pi(a'|s'), a' drawn from the policy as it is now."""
+
+    aggregate: Aggregate = "min"
+    entropy: bool = True  # False leaves the entropy out of the target (it stays in the actor's objective)
+
+
+@dataclass(frozen=True)
+class SmoothedTarget:
+    """V(s') = agg_j Qbar_j(s', a'), a' the target policy's action with clipped noise."""
+
+    noise: float = 0.2  # standard deviation, the Box reaching from -1 to 1
+    clip: float = 0.5  # largest noise
+    aggregate: Aggregate = "min"
+
+
+@dataclass(frozen=True)
+class ValueTarget:
+    """V(s') of the target value network; needs the slot `value`."""
+
+
+Target = SoftTarget | SmoothedTarget | ValueTarget
+
+
+@dataclass(frozen=True)
+class SoftValue:
+    """A value network fitted to agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy."""
+
+    aggregate: Aggregate = "min"
+    lr: float = 3e-4
+    hidden: tuple[int, ...] = (256, 256)
+    activation: str = "relu"
+
+
+@dataclass(frozen=True)
+class Critics:
+    """An ensemble Q_1 .. Q_N and its loss, coef sum_j (Q_j - y)^2."""
+
+    num: int = 2
+    hidden: tuple[int, ...] = (256, 256)  # widths of each critic
+    activation: str = "relu"
+    layer_norm: bool = False  # normalise each hidden layer before its activation
+    lr: float = 3e-4
+    coef: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"critic.num must be >= 1, got {self.num}")
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The actor climbs Q through its action, held by the entropy and, with `inverse_step`, by the policy pi_k of up to `refresh_steps` ago."""
+
+    aggregate: Aggregate = "min"  # which Q
+    inverse_step: float | None = None  # 1/t, weight of the divergence from pi_k; None: 1/t = lam, which drops pi_k
+    refresh_steps: int = 1000  # environment steps between pi_k <- pi
+    penalty: float = 0.0  # weight of mean mu^2 + mean log^2 std
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.refresh_steps < 1:
+            raise ValueError(f"actor.refresh_steps must be >= 1, got {self.refresh_steps}")
+        if self.inverse_step is not None and self.inverse_step <= 0.0:
+            raise ValueError(f"actor.inverse_step (1/t) must be > 0, got {self.inverse_step}; None leaves the old policy out")
+
+
+@dataclass(frozen=True)
+class FixedTemperature:
+    """The weight of the entropy stays; 0 leaves the entropy out."""
+
+    lam: float = 0.2  # reward units per nat
+    q: float = 1.0  # index of Tsallis' entropy, 1 is Shannon's
+    per_dimension: bool = False  # sum log_q over the action's entries, as published code does, in place of log_q of the joint density
+
+    def __post_init__(self) -> None:
+        if self.lam < 0.0:
+            raise ValueError(f"temperature.lam must be >= 0, got {self.lam}")
+        if not 1.0 <= self.q <= 2.0:
+            raise ValueError(f"Tsallis index temperature.q must lie in [1, 2], got {self.q}")
+
+
+@dataclass(frozen=True)
+class TunedTemperature:
+    """The weight of the entropy follows a dual variable that holds the entropy at a target."""
+
+    lam: float = 1.0  # at the start
+    target_entropy_nats: float | None = None  # of actions in [-1, 1]; None: -dim(A)
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.lam <= 0.0:
+            raise ValueError(f"temperature.lam must start > 0, got {self.lam}; FixedTemperature(0.0) leaves the entropy out")
+
+
+Temperature = FixedTemperature | TunedTemperature
+
+
+@dataclass(frozen=True)
+class OffPolicy:
+    """Settings of the off-policy actor-critic; see docs/interface.md for the order in which data flows through the slots."""
+
+    num_env_steps: int = 1_000_000  # environment steps in total
+    num_envs: int = 1  # stepped side by side
+    num_steps: int = 1000  # steps per environment between two reports
+    learning_starts: int = 10_000  # environment steps with uniform actions, before the first update
+    replay_size: int = 1_000_000  # transitions kept
+    batch_size: int = 256
+    gamma: float = 0.99  # discount per step
+    utd: float = 1.0  # updates per environment step, fractions allowed
+    policy_delay: int = 1  # critic steps per step of actor, temperature and targets
+    polyak: float = 0.005  # targets <- (1 - polyak) targets + polyak networks
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' products; losses and weights stay float32
+    policy: Policy = field(default_factory=Squashed)
+    target: Target = field(default_factory=SoftTarget)
+    value: SoftValue | None = None
+    critic: Critics = field(default_factory=Critics)
+    actor: Ascent = field(default_factory=Ascent)
+    temperature: Temperature = field(default_factory=TunedTemperature)
+
+    def __post_init__(self) -> None:
+        for name in ("num_env_steps", "num_envs", "num_steps", "replay_size", "batch_size", "policy_delay"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.learning_starts < 0:
+            raise ValueError(f"learning_starts must be >= 0, got {self.learning_starts}")
+        if not self.utd > 0.0:
+            raise ValueError(f"utd (updates per environment step) must be > 0, got {self.utd}")
+        if not 0.0 < self.polyak <= 1.0:
+            raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}; it is the share of the new weights (tau), often 0.005")
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
+        if isinstance(self.target, ValueTarget) != (self.value is not None):
+            raise ValueError("a value network serves ValueTarget alone, and ValueTarget needs one: set target=ValueTarget() and value=SoftValue()")
+        if isinstance(self.policy, Deterministic) and (self.entropic or self.actor.inverse_step is not None):
+            raise ValueError(
+                "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "
+                "actor.inverse_step=None, or policy=Squashed()"
+            )
+
+    @property
+    def entropic(self) -> bool:
+        """Does the policy's entropy enter?"""
+        return not (isinstance(self.temperature, FixedTemperature) and self.temperature.lam == 0.0)

@@ -1,0 +1,601 @@
+"""Every row of the off-policy table: values, gradients, limits, invariance, resume, bad input; and what replay, critics and driver promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import re
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.control import ControlAgent
+from markovia.agents.critics import QEnsemble
+from markovia.agents.interface import Agent
+from markovia.algos.off_policy import losses
+from markovia.algos.off_policy.collect import ReplayCollector
+from markovia.algos.off_policy.driver import OffPolicyDriver
+from markovia.algos.off_policy.method import (
+    Ascent,
+    Critics,
+    Deterministic,
+    FixedTemperature,
+    OffPolicy,
+    SmoothedTarget,
+    SoftTarget,
+    SoftValue,
+    Squashed,
+    TunedTemperature,
+    ValueTarget,
+)
+from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.off_policy.replay import Batch, Replay
+from markovia.algos.off_policy.update import ActorCritic
+from markovia.algos.presets import configure, override
+from markovia.algos.setup import build, make_driver
+from markovia.algos.systems import find
+from markovia.runs import train
+
+torch.set_num_threads(1)
+F64 = torch.float64
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+BOX = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 4.0], np.float32))
+TINY: dict[str, Any] = {"policy": {"hidden": [8], "activation": "tanh"}, "critic": {"hidden": [8, 8], "activation": "tanh"}}
+SHORT: dict[str, Any] = {**TINY, "learning_starts": 6, "num_steps": 15, "num_env_steps": 60, "batch_size": 8}
+
+
+def tiny(method_id: str, **changes: Any) -> OffPolicy:
+    """A row with small smooth networks."""
+    method = override(OFF_POLICY[method_id].value, TINY)
+    if method.value is not None:
+        method = override(method, {"value": {"hidden": [8], "activation": "tanh"}})
+    return dataclasses.replace(method, **changes)
+
+
+def make_agent(method: OffPolicy, seed: int = 0) -> ControlAgent:
+    torch.manual_seed(seed)
+    agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
+    agent.net.double()
+    shake(agent.net)
+    return agent
+
+
+def shake(net: torch.nn.Module, size: float = 0.3, seed: int = 4) -> None:
+    """Move every parameter by a normal of standard deviation `size`."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
+
+
+def made(method: OffPolicy) -> ActorCritic:
+    """Networks in float64, no two of them alike, so that a mix-up of target, old and current ones is seen."""
+    update = ActorCritic(method, make_agent(method), 0)
+    for i, net in enumerate([*update.nets.values(), *(r.net for r in update.references.values())]):
+        shake(net, 0.2, seed=10 + i)
+    return update
+
+
+def minibatch(n: int = 6, seed: int = 0) -> tuple[Batch, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
+    ends = torch.arange(n) % 3 == 0
+    batch = Batch(normal(n, 3), normal(n, 2).tanh(), normal(n), normal(n, 3), 1.0 - ends.to(F64), torch.arange(n) % 3 == 1)
+    return batch, normal(3, n, 2)
+
+
+def everything(update: ActorCritic) -> torch.Tensor:
+    """All numbers that an update moves, targets included."""
+    nets = [update.agent.net, *update.nets.values(), *(r.net for r in update.references.values())]
+    extra = [] if update.log_lam is None else [update.log_lam.detach().reshape(1).to(F64)]
+    return torch.cat([p.detach().reshape(-1) for net in nets for p in net.parameters()] + extra)
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_row_is_whole(method_id: str) -> None:
+    row = OFF_POLICY[method_id]
+    assert row.id == method_id and row.claim and row.new and re.fullmatch(r"\d{4}\.\d{5}", row.paper)
+    assert row.parent is None or find(row.parent)
+    texts = []
+    for where in row.functions:
+        module, _, name = where.partition(":")
+        texts.append(getattr(importlib.import_module(module), name).__doc__)
+    assert all(re.search(r"\d{4}\.\d{5}", text) for text in texts)
+
+
+# -- 1: values -----------------------------------------------------------------------------------------------------------------------------
+
+
+def one(*x: float) -> torch.Tensor:
+    return torch.tensor(x, dtype=F64)
+
+
+def test_equations_by_hand() -> None:
+    # 1 + 0.5 * 2, and 1 alone where the step terminated
+    assert losses.bootstrap(one(1, 1), one(1, 0), one(2, 2), gamma=0.5).tolist() == [2.0, 1.0]
+    # 3 - 0.5 * (-1)
+    assert losses.soft_value(one(3), one(-1), lam=0.5).item() == 3.5
+    # (4^0.5 - 1) / 0.5, 4 - 1, log 4
+    assert [losses.log_q(one(4).log(), q=q).item() for q in (1.5, 2.0, 1.0)] == pytest.approx([2.0, 3.0, math.log(4.0)])
+    # (1 - 2)^2 + (3 - 2)^2
+    assert losses.td_error(torch.tensor([[1.0], [3.0]]), one(2)).item() == 2.0
+    # 0.2 * 1 pushes 0.9 over the edge; 0.2 * 10 is cut to 0.5
+    assert losses.smoothed_action(one(0.9, 0.0), one(1, 10), std=0.2, clip=0.5).tolist() == [1.0, 0.5]
+    # -1 + (0.2 - 1) * (-3) - 2
+    assert losses.mirror_objective(one(2), one(-1), one(-3), lam=0.2, inverse_step=1.0, q=1.0).item() == pytest.approx(-0.6)
+    # 0.5 + 1.5 * (0.2 - 1) * 0.25 - 2
+    assert losses.mirror_objective(one(2), one(0.5), one(0.25), lam=0.2, inverse_step=1.0, q=1.5).item() == pytest.approx(-1.8)
+    # -0.5 * (-1 - 2)
+    assert losses.temperature_loss(one(0.5), one(-1), target_entropy_nats=-2.0).item() == 1.5
+    # (1 + 9) / 2 + (4 + 0) / 2
+    assert losses.parameter_penalty(one(1, 3), one(2, 0)).item() == 7.0
+    q = torch.tensor([[1.0, 5.0], [3.0, 1.0]])
+    assert [losses.aggregate(q, how).tolist() for how in ("min", "mean", "first")] == [[1.0, 1.0], [2.0, 3.0], [1.0, 5.0]]
+
+
+def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.tanh() if i < len(layers) - 1 else x
+    return x
+
+
+def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """Each member by itself."""
+    stacked = [*critic.hidden, critic.head]
+    x = torch.cat([obs, action], 1)
+    return [linear_layers(x, [(layer.weight[j], layer.bias[j, 0]) for layer in stacked])[:, 0] for j in range(critic.num)]
+
+
+def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
+    net = agent.net["policy"]
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    return linear_layers(obs, [(m.weight.T, m.bias) for m in layers])
+
+
+def v_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
+    return linear_layers(obs, [(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)])[:, 0]
+
+
+def density_by_hand(params: torch.Tensor, action: torch.Tensor, q: float) -> torch.Tensor:
+    """log_q of the density of tanh(u) at `action` in (-1, 1), by torch.distributions."""
+    mean, log_std = params[:, :2], params[:, 2:]
+    base = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), [TanhTransform()])
+    p = base.log_prob(action).exp()
+    return p.log() if q == 1.0 else (p ** (q - 1) - 1) / (q - 1)
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
+    method = tiny(method_id)
+    update, (batch, noise) = made(method), minibatch()
+    lam, agent = 0.2, update.agent
+    q = getattr(method.temperature, "q", 1.0)
+    if method_id == "td3":
+        mean = policy_by_hand(update.references["target"], batch.next_obs).tanh()
+        action = torch.clip(mean + torch.clip(0.2 * noise[0], -0.5, 0.5), -1, 1)
+        value = torch.minimum(*q_by_hand(update.nets["target"], batch.next_obs, action))
+    elif method_id == "sac":
+        params = policy_by_hand(agent, batch.next_obs)
+        action = (params[:, :2] + params[:, 2:].exp() * noise[0]).tanh()
+        value = torch.minimum(*q_by_hand(update.nets["target"], batch.next_obs, action)) - lam * density_by_hand(params, action, 1.0)
+    else:
+        value = v_by_hand(update.nets["target"], batch.next_obs)
+    y = batch.reward + 0.99 * batch.continuation * value
+    torch.testing.assert_close(update.target(batch, noise[0], lam), y)
+    errors = [(one_q - y).square().mean() for one_q in q_by_hand(update.nets["critic"], batch.obs, batch.action)]
+    torch.testing.assert_close(update.critic_loss(batch, y)[0], sum(errors) * (1.0 if method_id == "td3" else 0.5))
+    params = policy_by_hand(agent, batch.obs)
+    if method_id == "td3":
+        expected = -q_by_hand(update.nets["critic"], batch.obs, params.tanh())[0].mean()
+    else:
+        mean, log_std = params[:, :2], params[:, 2:]
+        action = (mean + log_std.exp() * noise[2]).tanh()
+        values = q_by_hand(update.nets["critic"], batch.obs, action)
+        density = density_by_hand(params, action, q)
+        if method_id == "sac":
+            expected = (lam * density - torch.minimum(*values)).mean()
+        else:
+            old = density_by_hand(policy_by_hand(update.references["old"], batch.obs), action, q)
+            expected = (density + q * (lam - 1.0) * old - values[0]).mean() + 1e-3 * (mean.square().mean() + log_std.square().mean())
+            action = (mean + log_std.exp() * noise[1]).tanh()
+            goal = torch.minimum(*q_by_hand(update.nets["critic"], batch.obs, action)) - lam * density_by_hand(params, action, q)
+            error = 0.5 * (v_by_hand(update.nets["value"], batch.obs) - goal).square().mean()
+            torch.testing.assert_close(update.value_loss(batch, noise[1], lam)[0], error)
+    torch.testing.assert_close(update.actor_loss(batch, noise[2], lam)[0], expected)
+
+
+def test_temperature_moves_towards_the_target_entropy() -> None:
+    batch, noise = minibatch()
+    for target, sign in ((-50.0, -1.0), (50.0, 1.0)):
+        update = made(tiny("sac", temperature=TunedTemperature(target_entropy_nats=target)))
+        stats = update(batch, noise, True)
+        assert math.copysign(1.0, update.log_lam.item()) == sign and float(stats["lam"]) > 0
+    assert made(tiny("sac")).target_entropy_nats == -2.0
+
+
+# -- 2: gradients --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_gradients_match_finite_differences(method_id: str) -> None:
+    update, (batch, noise) = made(tiny(method_id)), minibatch(4)
+    lam = 0.3
+    y = update.target(batch, noise[0], lam)
+    checks: list[tuple[Any, list[torch.Tensor]]] = [
+        (lambda: update.critic_loss(batch, y)[0], list(update.nets["critic"].parameters())),
+        (lambda: update.actor_loss(batch, noise[2], lam)[0], list(update.agent.parameters("policy"))),
+    ]
+    if "value" in update.nets:
+        checks.append((lambda: update.value_loss(batch, noise[1], lam)[0], list(update.nets["value"].parameters())))
+    for loss, params in checks:
+        found = torch.autograd.grad(loss(), params)
+        for p, grad in zip(params, found, strict=True):
+            for i in range(0, p.numel(), max(1, p.numel() // 5)):
+                values = []
+                with torch.no_grad():
+                    for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
+                        p.view(-1)[i] += h
+                        values.append(float(loss()))
+                assert float(grad.reshape(-1)[i]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+def test_only_the_network_of_a_loss_gets_a_gradient() -> None:
+    update, (batch, noise) = made(tiny("mdpo-off")), minibatch()
+    for p in [*update.agent.net.parameters(), *(p for n in update.nets.values() for p in n.parameters())]:
+        p.grad = torch.full_like(p, 7.0)
+    update.descend("actor", update.actor_loss(batch, noise[2], 0.2)[0])
+    assert all(bool((p.grad == 7.0).all()) for n in update.nets.values() for p in n.parameters())
+    assert all(not p.requires_grad for p in update.nets["target"].parameters())
+
+
+# -- 3: the parent as a limit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, SoftValue(hidden=(8,), activation="tanh")])
+def test_mdpo_with_the_step_of_the_temperature_is_sac(value: SoftValue | None) -> None:
+    """1/t = lam drops the old policy: the same critic, Q reduction and no penalty give SAC's numbers after 200 updates."""
+    target = SoftTarget() if value is None else ValueTarget()
+    sac = tiny("sac", temperature=FixedTemperature(0.2), target=target, value=value, actor=Ascent(aggregate="first"))
+    mdpo = tiny("mdpo-off", target=target, value=value, actor=Ascent(aggregate="first", inverse_step=0.2))
+    ends = []
+    for method in (sac, mdpo):
+        update = ActorCritic(method, make_agent(method), 0)
+        start = everything(update)
+        for i in range(200):
+            update(*minibatch(seed=i), True)
+        assert float((everything(update) - start).abs().max()) > 0.01
+        update.references.clear()  # SAC has none
+        ends.append(everything(update))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
+
+
+def test_tsallis_at_index_one_is_mdpo() -> None:
+    batch, noise = minibatch()
+    kl, tsallis = (made(tiny(m)) for m in ("mdpo-off", "mdpo-off/tsallis"))
+    tsallis.method = dataclasses.replace(tsallis.method, temperature=FixedTemperature(0.2, q=1.0 + 1e-7))
+    for update in (kl, tsallis):
+        update(batch, noise, True)
+    torch.testing.assert_close(everything(kl), everything(tsallis), rtol=0, atol=1e-7)
+
+
+def test_td3_is_sac_without_entropy_and_noise() -> None:
+    batch, noise = minibatch()
+    td3 = tiny("td3", target=SmoothedTarget(noise=0.0), critic=Critics(hidden=(8,)), policy_delay=1)
+    sac = tiny("sac", temperature=FixedTemperature(0.0), critic=Critics(hidden=(8,)), actor=Ascent(aggregate="first"))
+    a, b = (ActorCritic(m, make_agent(m), 0) for m in (td3, sac))
+    with torch.no_grad():
+        b.agent.net.load_state_dict({k: v if v.shape == x.shape else torch.cat([v, torch.zeros_like(v)]) for (k, v), x in zip(
+            a.agent.net.state_dict().items(), b.agent.net.state_dict().values(), strict=True)})  # fmt: skip
+        b.agent.net["policy"].head.bias[2:] = -20.0  # the least standard deviation, 2e-9
+    y = a.target(batch, noise[0], 0.0)
+    torch.testing.assert_close(b.target(batch, noise[0], 0.0), y, rtol=0, atol=1e-7)
+    torch.testing.assert_close(a.actor_loss(batch, noise[2], 0.0)[0], b.actor_loss(batch, noise[2], 0.0)[0], rtol=0, atol=1e-7)
+    torch.testing.assert_close(a.critic_loss(batch, y)[0], b.critic_loss(batch, y)[0])
+
+
+# -- 4: invariance -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
+    batch, noise = minibatch()
+    ends = []
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for index in (torch.arange(6), order, torch.cat([order, order])):
+        update = made(tiny(method_id))
+        update(batch.map(lambda x, index=index: x[index]), noise[:, index], True)
+        ends.append(everything(update))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
+    update, (batch, noise) = made(tiny(method_id)), minibatch()
+    y = update.target(batch, noise[0], 0.2)
+    ended = batch.continuation == 0
+    torch.testing.assert_close(y[ended], batch.reward[ended])
+    assert bool((y[~ended] != batch.reward[~ended]).all())
+    batch.truncated = ~batch.truncated
+    assert torch.equal(update.target(batch, noise[0], 0.2), y)
+
+
+# -- 5: resume -----------------------------------------------------------------------------------------------------------------------------
+
+
+def pendulum(method_id: str, **changes: Any) -> OffPolicyDriver:
+    method = override(OFF_POLICY[method_id].value, {**SHORT, **changes})
+    driver: OffPolicyDriver = make_driver(method, build("Pendulum-v1", method, 5), seed=5)
+    return driver
+
+
+@pytest.mark.parametrize("method_id", OFF_POLICY)
+def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
+    """Through a file on disk, the replay having wrapped around, bit for bit."""
+    changes: dict[str, Any] = {"replay_size": 20, "num_envs": 2, "utd": 0.5, "actor": {"refresh_steps": 10}}
+    straight = pendulum(method_id, **changes)
+    straight.step()
+    straight.boundary()
+    save_tensors(tmp_path / "state.safetensors", *straight.state())
+    stats = straight.step()
+    resumed = pendulum(method_id, **changes)
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    resumed.boundary()
+    assert resumed.step() == stats
+    a, meta_a = straight.state()
+    b, meta_b = resumed.state()
+    assert meta_a == meta_b and a.keys() == b.keys() and straight.num_updates > 20
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:
+    method = override(configure("sac", "Pendulum-v1"), {**SHORT, "num_steps": 200, "num_env_steps": 800, "utd": 0.1})
+    options: dict[str, Any] = {"num_checkpoints": 4, "eval_episodes": 1, "progress": False}
+    whole = train(method, "Pendulum-v1", out=tmp_path / "whole", **options)
+    stopped = train(method, "Pendulum-v1", out=tmp_path / "parts", callbacks=[lambda info: info.iteration < 2], **options)
+    assert stopped.done["num_env_steps"] == 400
+    resumed = train(method, "Pendulum-v1", out=tmp_path / "parts", resume=True, **options)
+    assert resumed.done["evaluation"] == whole.done["evaluation"] and resumed.done["num_env_steps"] == 800
+    assert all(torch.equal(v, resumed.agent.state()[k]) for k, v in whole.agent.state().items())
+    again = Agent.load(max((tmp_path / "parts" / "checkpoints").iterdir()) / "agent")
+    assert all(torch.equal(v, again.state()[k]) for k, v in whole.agent.state().items())
+
+
+# -- 6: bad input --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: OffPolicy(batch_size=0), "batch_size must be >= 1, got 0"),
+        (lambda: OffPolicy(utd=0.0), r"utd \(updates per environment step\) must be > 0"),
+        (lambda: OffPolicy(polyak=0.0), r"share of the new weights"),
+        (lambda: OffPolicy(gamma=1.5), r"gamma must lie in \[0, 1\]"),
+        (lambda: OffPolicy(learning_starts=-1), "learning_starts must be >= 0"),
+        (lambda: OffPolicy(target=ValueTarget()), r"set target=ValueTarget\(\) and value=SoftValue\(\)"),
+        (lambda: OffPolicy(value=SoftValue()), "a value network serves ValueTarget alone"),
+        (lambda: OffPolicy(policy=Deterministic()), "a deterministic policy has no density"),
+        (lambda: Deterministic(noise=0.0), "explores nothing"),
+        (lambda: Ascent(inverse_step=0.0), "None leaves the old policy out"),
+        (lambda: Ascent(refresh_steps=0), "refresh_steps must be >= 1"),
+        (lambda: FixedTemperature(q=3.0), r"must lie in \[1, 2\], got 3.0"),
+        (lambda: FixedTemperature(lam=-1.0), "must be >= 0"),
+        (lambda: TunedTemperature(lam=0.0), r"FixedTemperature\(0.0\) leaves the entropy out"),
+        (lambda: Critics(num=0), "critic.num must be >= 1"),
+        (lambda: QEnsemble(OBS, 2, num=0), "at least 1 critic"),
+        (lambda: QEnsemble(OBS, 2, activation="rellu"), "unknown activation 'rellu'"),
+        (lambda: Replay(0), "room for at least 1"),
+        (lambda: Replay(4).sample(2, torch.Generator()), "the replay is empty"),
+        (lambda: Replay(4).add(minibatch()[0]), "raise replay_size"),
+        (lambda: build("CartPole-v1", OffPolicy()), r"continuous actions.*Discrete\(2\); use ppo"),
+        (lambda: build("Pendulum-v1", OffPolicy(), agent_options={"squash": False}), None),
+        (lambda: configure("sac", "markovia/Tabular-v0"), "sac serves control"),
+    ],
+)
+def test_bad_input_is_answered(make: Any, match: str | None) -> None:
+    if match is None:
+        setup = make()
+        with pytest.raises(ValueError, match="needs bounded actions"):
+            OffPolicyDriver(OffPolicy(), setup.agent, setup.collector)
+        return
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+class Count(gym.Env):
+    """Observation 10 x episode + step; an episode is 3 steps long, odd ones terminate and even ones are truncated."""
+
+    def __init__(self, reward: float = 1.0, bound: float = 1.0) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = spaces.Box(-bound, bound, (1,), np.float32)
+        self.episode, self.reward = -1, reward
+
+    def _obs(self) -> np.ndarray:
+        return np.array([10 * self.episode + self.t], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        self.action = action
+        over = self.t == 3
+        return self._obs(), self.reward * float(action[0]), over and self.episode % 2 == 1, over and self.episode % 2 == 0, {}
+
+
+def counting(mode: AutoresetMode, **kwargs: Any) -> tuple[ReplayCollector, ControlAgent]:
+    venv = SyncVectorEnv([lambda: Count(**kwargs)], autoreset_mode=mode)
+    agent = ControlAgent.from_spaces(
+        venv.single_observation_space, venv.single_action_space, critic=False, normalize_obs=False, **Squashed(hidden=(4,)).agent_options()
+    )
+    return ReplayCollector(venv, agent, Replay(100)), agent
+
+
+def test_infinite_box_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"infinite bounds.*give it finite bounds"):
+        counting(AutoresetMode.SAME_STEP, bound=math.inf)
+
+
+def test_reward_that_is_not_finite_is_refused() -> None:
+    collector, agent = counting(AutoresetMode.SAME_STEP, reward=math.nan)
+    with pytest.raises(ValueError, match="environment 0 returned the reward nan"):
+        collector.step(agent, torch.Generator())
+
+
+# -- replay and collection -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_replay_keeps_final_observations_and_both_kinds_of_end(mode: AutoresetMode) -> None:
+    collector, agent = counting(mode, bound=2.0)
+    generator = torch.Generator().manual_seed(0)
+    steps = [collector.step(agent, generator, uniform=i % 2 == 0) for i in range(11)]
+    n = sum(steps)
+    assert n == collector.replay.size == (11 if mode is AutoresetMode.SAME_STEP else 9)  # two steps only reset
+    rows = collector.replay.store.map(lambda x: x[:n])
+    start = rows.obs[0, 0].item()  # number of resets before
+    t = torch.arange(n)
+    assert torch.equal(rows.obs[:, 0], start + 10 * (t // 3) + t % 3)
+    assert torch.equal(rows.next_obs[:, 0], rows.obs[:, 0] + 1)  # never the next episode's first observation
+    odd = (rows.obs[:, 0] // 10) % 2 == 1
+    assert torch.equal(rows.continuation == 0, (t % 3 == 2) & odd)
+    assert torch.equal(rows.truncated, (t % 3 == 2) & ~odd)
+    assert bool((rows.action.abs() <= 1).all())
+    torch.testing.assert_close(rows.reward, 2.0 * rows.action[:, 0])  # the Box reaches to 2
+    whole = rows.reward[: 3 * (n // 3)].view(-1, 3).sum(1)
+    torch.testing.assert_close(torch.tensor(collector.episodes), whole)
+
+
+def test_replay_forgets_the_oldest_and_saves_what_was_written() -> None:
+    replay = Replay(10)
+    batch, _ = minibatch(4)
+    for k in range(3):
+        replay.add(dataclasses.replace(batch, reward=4.0 * k + torch.arange(4.0)))
+    assert replay.size == 10 and replay.cursor == 2
+    assert replay.store.reward.tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    young = Replay(1000)
+    young.add(batch)
+    assert {v.shape[0] for v in young.state().values() if v.dim()} == {4}  # not the room for 1000
+    other = Replay(10)
+    other.load_state(replay.state())
+    a, b = (r.sample(64, torch.Generator().manual_seed(1)).named() for r in (replay, other))
+    assert all(torch.equal(a[k], b[k]) for k in a) and set(a["reward"].tolist()) == set(range(2, 12))
+
+
+def test_dictionary_observations_are_kept_by_key() -> None:
+    replay = Replay(3)
+    obs = {"a": torch.arange(2.0), "b": torch.ones(2, 2)}
+    zeros = torch.zeros(2)
+    replay.add(Batch(obs, zeros[:, None], zeros, {k: v + 5 for k, v in obs.items()}, zeros, zeros > 0))
+    other = Replay(3)
+    other.load_state(replay.state())
+    found = other.sample(8, torch.Generator().manual_seed(0))
+    assert torch.equal(found.next_obs["a"], found.obs["a"] + 5) and found.obs["b"].shape == (8, 2)
+
+
+# -- critics, policies, driver ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_twin_critics_equal_two_separate_networks(layer_norm: bool) -> None:
+    torch.manual_seed(0)
+    twin = QEnsemble(OBS, 2, num=2, hidden=(8, 8), layer_norm=layer_norm).double()
+    shake(twin)
+    obs, action = torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
+    weights = torch.randn(2, 5, dtype=F64)
+    (twin(obs, action) * weights).sum().backward()
+    for j in range(2):
+        parts: list[torch.nn.Module] = []
+        for layer in twin.hidden:
+            n_in, n_out = layer.weight.shape[1:]
+            linear = torch.nn.Linear(n_in, n_out, dtype=F64)
+            linear.load_state_dict({"weight": layer.weight[j].T, "bias": layer.bias[j, 0]})
+            parts.append(linear)
+            if layer_norm:
+                norm = torch.nn.LayerNorm(n_out, dtype=F64)
+                norm.load_state_dict({"weight": layer.scale[j, 0], "bias": layer.shift[j, 0]})
+                parts.append(norm)
+            parts.append(torch.nn.ReLU())
+        head = torch.nn.Linear(8, 1, dtype=F64)
+        head.load_state_dict({"weight": twin.head.weight[j].T, "bias": twin.head.bias[j, 0]})
+        alone = torch.nn.Sequential(*parts, head)
+        out = alone(torch.cat([obs, action], 1))[:, 0]
+        torch.testing.assert_close(twin(obs, action)[j], out)
+        torch.testing.assert_close(twin(obs, action, members=1)[0], out) if j == 0 else None
+        (out * weights[j]).sum().backward()
+        torch.testing.assert_close(twin.hidden[0].weight.grad[j].T, parts[0].weight.grad)
+        torch.testing.assert_close(twin.head.bias.grad[j, 0], head.bias.grad)
+
+
+def test_policies_are_bounded_and_their_mode_is_what_is_evaluated() -> None:
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    for method in (tiny("sac"), tiny("td3")):
+        agent = make_agent(method)
+        agent.net.float()
+        action, logp = agent.act(agent.observe(obs), generator=torch.Generator().manual_seed(0))
+        unit = agent.unit_action(action)
+        assert bool((unit.abs() <= 1).all()) and torch.isfinite(logp).all()
+        low, high = torch.tensor(BOX.low), torch.tensor(BOX.high)
+        np.testing.assert_allclose(agent.env_action(action), (low + 0.5 * (unit + 1) * (high - low)).numpy(), rtol=1e-6, atol=1e-6)
+        params = policy_by_hand(agent, torch.from_numpy(obs))
+        mode = low + 0.5 * (params[:, :2].tanh() + 1) * (high - low)
+        np.testing.assert_allclose(agent.predict(obs, deterministic=True)[0], mode.detach().numpy(), rtol=1e-5, atol=1e-6)
+    noise = agent.policy(agent.observe(obs)).log_std
+    assert torch.allclose(noise, torch.full_like(noise, math.log(0.1)))
+
+
+def test_updates_follow_steps_delay_and_refresh() -> None:
+    driver = pendulum("td3", num_steps=10, learning_starts=4, utd=2.0)
+    start = {k: v.clone() for k, v in driver.update.nets["target"].state_dict().items()}
+    actors = []
+    inner = driver.update.actor_loss
+    driver.update.actor_loss = lambda *a: (actors.append(1), inner(*a))[1]  # type: ignore[method-assign]
+    driver.step()
+    assert driver.num_env_steps == 10 and driver.num_updates == 12 and len(actors) == 6
+    assert any(not torch.equal(v, start[k]) for k, v in driver.update.nets["target"].state_dict().items())
+    for refresh, same in ((8, True), (20, False)):
+        half = pendulum("mdpo-off", num_steps=9, learning_starts=4, utd=0.5, actor={"refresh_steps": refresh})
+        half.step()
+        assert half.num_updates == 2 and half.num_env_steps == 9  # int(0.5 * 5), the last of them at step 8
+        old, new = (a.net["policy"].head.weight for a in (half.update.references["old"], half.agent))
+        assert torch.equal(old, new) == same
+
+
+def test_targets_follow_by_polyak() -> None:
+    update, (batch, noise) = made(tiny("td3", polyak=0.25)), minibatch()
+    pairs = [(update.nets["target"], update.nets["critic"]), (update.references["target"].net, update.agent.net)]
+    before = [[p.clone() for p in t.parameters()] for t, _ in pairs]
+    update(batch, noise, False)
+    assert all(torch.equal(p, q) for (t, _), old in zip(pairs, before, strict=True) for p, q in zip(t.parameters(), old, strict=True))
+    update(batch, noise, True)
+    for (target, source), old in zip(pairs, before, strict=True):
+        for p, q, s in zip(target.parameters(), old, source.parameters(), strict=True):
+            torch.testing.assert_close(p, 0.75 * q + 0.25 * s)
+
+
+def test_bfloat16_stays_close_and_keeps_float32_weights() -> None:
+    ends = []
+    for precision in ("float32", "bfloat16"):
+        update = pendulum("sac", precision=precision).update
+        batch, noise = minibatch()
+        batch = Batch(batch.obs, batch.action[:, :1], batch.reward, batch.next_obs, batch.continuation, batch.truncated)
+        stats = update(batch.map(lambda x: x.float() if x.is_floating_point() else x), noise[..., :1].float(), True)
+        assert all(p.dtype == torch.float32 for p in update.nets["critic"].parameters())
+        ends.append(torch.stack([stats[k] for k in ("critic_loss", "actor_loss", "q")]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0.03, atol=0.03)
+    assert not torch.equal(ends[0], ends[1])
