@@ -56,10 +56,10 @@ def card(method_id: str, env: str | None = None) -> str:
     row = find(method_id)
     settings = row.value
     if env is not None:
-        from markovia.runs import check_env
+        from markovia.envs.control.vector import env_spec
         from markovia.runs import resolve as resolve_method
 
-        check_env(env)
+        env_spec(env)
         settings = resolve_method(method_id, env)[1]
     lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}"]
     lines.append(f"  kinds   {', '.join(row.kinds)}")

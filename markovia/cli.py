@@ -149,11 +149,12 @@ def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) ->
 
     import tyro
 
-    from markovia.runs import check_env, resolve
+    from markovia.envs.control.vector import env_spec
+    from markovia.runs import resolve
 
     settings = row.value
     if env is not None:
-        check_env(env)
+        env_spec(env)
         _, settings, _ = resolve(method_id, env)
 
     unprefixed = tyro.conf.arg(name="")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markovia.envs.control.vector import env_spec
 from markovia.report import Sink, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json
 from markovia.settings import differences, from_json, to_json
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
-    from markovia.algos.systems import Method
+    from markovia.algos.on_policy.method import OnPolicy
 
 SCHEMA = 1
 SMALL = 1_000_000  # parameters; below this a run computes on one thread
@@ -51,23 +52,6 @@ class RunResult:
     done: dict[str, Any]
 
 
-def check_env(env: str) -> None:
-    """Raise ValueError with the nearest ids when Gymnasium knows no environment of that id."""
-    import gymnasium as gym
-
-    from markovia.envs import register_all
-
-    register_all()
-    try:
-        gym.spec(env)
-    except gym.error.Error as e:
-        from markovia.algos.table import nearest
-
-        raise ValueError(f"unknown environment {env!r}{nearest(env, gym.registry)} (`markovia envs` lists all)") from e
-    except ModuleNotFoundError as e:
-        raise ValueError(f"environment {env!r} names a module that can't be imported: {e}") from e
-
-
 def default_folder(method_id: str, env: str, seed: int) -> Path:
     """runs/<env>/<method>-seed<seed>, with slashes and colons made plain."""
     clean = [re.sub(r"[^\w.=+-]+", "-", part) for part in (env.removeprefix("markovia/"), method_id)]
@@ -98,7 +82,7 @@ def commit() -> str | None:
     return head + ("+" if changes.strip() else "")
 
 
-def resolve(method: str | Method, env: str, method_id: str | None = None) -> tuple[str, Method, dict[str, Any]]:
+def resolve(method: str | OnPolicy, env: str, method_id: str | None = None) -> tuple[str, OnPolicy, dict[str, Any]]:
     """(id, settings, agent options) of a method given by id, or by value with the id it came from (None: its class's name).
 
     Raises ValueError for an unknown id, and for a kind of MDP that the method does not serve.
@@ -113,7 +97,7 @@ def resolve(method: str | Method, env: str, method_id: str | None = None) -> tup
 
 
 def train(
-    method: str | Method,
+    method: str | OnPolicy,
     env: str,
     *,
     seed: int = 0,
@@ -144,9 +128,10 @@ def train(
     """
     import torch
 
-    from markovia.algos.setup import build, make_driver
+    from markovia.algos.on_policy.driver import OnPolicyDriver
+    from markovia.algos.setup import build
 
-    check_env(env)
+    env_spec(env)
     name, settings, options = resolve(method, env, method_id)
     options |= agent_options or {}
     if num_checkpoints < 1:
@@ -172,7 +157,7 @@ def train(
     if track:
         tracker(track)
     setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
-    driver = make_driver(settings, setup, seed)
+    driver = OnPolicyDriver(settings, setup.agent, setup.collector, seed)
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
@@ -353,8 +338,8 @@ class LoadedRun:
 def load_run(run: str | Path) -> LoadedRun:
     """Rebuild a run's task and agent. Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it."""
     from markovia.agents.checkpoint import read_agent
+    from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build
-    from markovia.algos.systems import Method
 
     run = Path(run)
     config = _own_config(run)
@@ -363,7 +348,7 @@ def load_run(run: str | Path) -> LoadedRun:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
     setup = build(
         config["env"],
-        from_json(Method, config["settings"]),
+        from_json(OnPolicy, config["settings"]),
         config["seed"],
         env_kwargs=config["env_kwargs"],
         agent_options=config["agent_options"],

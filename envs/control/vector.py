@@ -59,7 +59,7 @@ def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         bare = {i.rpartition("/")[2]: i for i in ids}
         # The name alone is compared too, so that a forgotten namespace is found.
         near = difflib.get_close_matches(name, ids, 4, 0.5) + [bare[n] for n in difflib.get_close_matches(name, list(bare), 2, 0.7)]
-        hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else "; gymnasium.pprint_registry() lists all"
+        hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else "; gymnasium.pprint_registry() lists all"
         raise ValueError(f"no environment has the id {env_id!r}{hint}") from error
 
 
