@@ -19,7 +19,7 @@ from markovia.settings import differences, from_json, to_json
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
-    from markovia.algos.on_policy.method import OnPolicy
+    from markovia.algos.systems import Method
 
 SCHEMA = 1
 SMALL = 1_000_000  # parameters; below this a run computes on one thread
@@ -82,7 +82,7 @@ def commit() -> str | None:
     return head + ("+" if changes.strip() else "")
 
 
-def resolve(method: str | OnPolicy, env: str, method_id: str | None = None) -> tuple[str, OnPolicy, dict[str, Any]]:
+def resolve(method: str | Method, env: str, method_id: str | None = None) -> tuple[str, Method, dict[str, Any]]:
     """(id, settings, agent options) of a method given by id, or by value with the id it came from (None: its class's name).
 
     Raises ValueError for an unknown id, and for a kind of MDP that the method does not serve.
@@ -97,7 +97,7 @@ def resolve(method: str | OnPolicy, env: str, method_id: str | None = None) -> t
 
 
 def train(
-    method: str | OnPolicy,
+    method: str | Method,
     env: str,
     *,
     seed: int = 0,
@@ -128,8 +128,7 @@ def train(
     """
     import torch
 
-    from markovia.algos.on_policy.driver import OnPolicyDriver
-    from markovia.algos.setup import build
+    from markovia.algos.setup import build, make_driver
 
     env_spec(env)
     name, settings, options = resolve(method, env, method_id)
@@ -157,7 +156,7 @@ def train(
     if track:
         tracker(track)
     setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
-    driver = OnPolicyDriver(settings, setup.agent, setup.collector, seed)
+    driver = make_driver(settings, setup, seed)
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
@@ -338,8 +337,8 @@ class LoadedRun:
 def load_run(run: str | Path) -> LoadedRun:
     """Rebuild a run's task and agent. Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it."""
     from markovia.agents.checkpoint import read_agent
-    from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build
+    from markovia.algos.systems import Method
 
     run = Path(run)
     config = _own_config(run)
@@ -348,7 +347,7 @@ def load_run(run: str | Path) -> LoadedRun:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
     setup = build(
         config["env"],
-        from_json(OnPolicy, config["settings"]),
+        from_json(Method, config["settings"]),
         config["seed"],
         env_kwargs=config["env_kwargs"],
         agent_options=config["agent_options"],
