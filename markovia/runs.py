@@ -349,8 +349,8 @@ def load_run(run: str | Path) -> LoadedRun:
         config["env"],
         from_json(Method, config["settings"]),
         config["seed"],
-        env_kwargs=config["env_kwargs"],
-        agent_options=config["agent_options"],
+        env_kwargs=from_json(dict[str, Any], config["env_kwargs"]),
+        agent_options=from_json(dict[str, Any], config["agent_options"]),
         device="cpu",
     )
     setup.agent.load_state(read_agent(found[-1] / "agent")[1])

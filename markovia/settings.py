@@ -34,7 +34,7 @@ def from_json(hint: Any, data: Any) -> Any:
     """Rebuild what `to_json` wrote, `hint` being the type of the field. Raises ValueError for what doesn't fit the type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(data, dict) and "python" in data:
-        raise ValueError(f"this setting was a Python object ({data['python']}) and can't be rebuilt from JSON; run it from the Python API")
+        raise ValueError(f"this setting was a Python object ({data['python']}) and can't be rebuilt from JSON; use the agent that train() returned")
     if origin in (typing.Union, types.UnionType):
         return _from_union(args, data)
     if dataclasses.is_dataclass(hint):
@@ -42,6 +42,8 @@ def from_json(hint: Any, data: Any) -> Any:
     if origin is tuple:
         hints = args[:1] * len(data) if args[1:] == (...,) else args
         return tuple(from_json(h, d) for h, d in zip(hints, data, strict=True))
+    if origin is dict:
+        return {k: from_json(args[1], v) for k, v in data.items()}
     if hint is float and isinstance(data, str):
         return float(data)
     return data

@@ -141,6 +141,12 @@ def assert_whole(folder, made):
     assert len(text.splitlines()) == len(Metrics(folder).read()) and (not text or text.endswith("\n"))
 
 
+def test_a_run_with_a_python_task_says_why_it_cannot_be_evaluated_from_its_folder(tmp_path):
+    run(TEXT, tmp_path / "run", env_kwargs={"task": scored(lambda n: [1.0] * n)})
+    with pytest.raises(ValueError, match=r"Python object \(.*scored.*lambda.*\).*use the agent that train\(\) returned"):
+        load_run(tmp_path / "run")
+
+
 @pytest.mark.parametrize("mistake", FOUND)
 def test_a_broken_reward_of_sequences_leaves_whole_files(mistake, tmp_path, monkeypatch):
     env, value, message = FOUND[mistake]
