@@ -45,10 +45,19 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def _pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+def _pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], **header: Any) -> bytes:
     # Shared and non-contiguous tensors are refused by safetensors, hence the copies.
     packed = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return safetensors.torch.save(packed, metadata={META_KEY: json.dumps({"schema": SCHEMA, "meta": dict(meta)})})
+    return safetensors.torch.save(packed, metadata={META_KEY: json.dumps({"schema": SCHEMA, "meta": dict(meta), **header})})
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """sha256 of names, values and meta: safetensors itself would not notice a changed number."""
+    sha = hashlib.sha256(json.dumps(dict(meta)).encode())
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def _disk_error(error: OSError, target: Path) -> OSError:
@@ -62,7 +71,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
     Raises OSError when the disk refuses (the old file, if any, stays), TypeError when `meta` is not JSON.
     """
     path = Path(path)
-    data = _pack(tensors, meta or {})
+    data = _pack(tensors, meta or {}, sha256=_digest(tensors, meta or {}))
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +100,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(header, dict) or "schema" not in header:
         raise CheckpointError(f"{path} was not written by markovia: its header lacks {META_KEY!r}")
     _check_schema(header["schema"], path)
+    if "sha256" in header and header["sha256"] != _digest(tensors, header["meta"]):
+        raise CheckpointError(f"{path} is damaged: its content does not match the hash in its header; nothing in it was run")
     return tensors, header["meta"]
 
 

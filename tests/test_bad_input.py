@@ -213,7 +213,7 @@ def damaged(file, how, thing):
         file.write_bytes({"cut": data[: len(data) // 2], "flip": data[:-1] + bytes([data[-1] ^ 1]), "pickle": pickle.dumps(thing)}[how])
 
 
-@pytest.mark.parametrize("how", ["cut", "pickle", "torch"])
+@pytest.mark.parametrize("how", ["cut", "flip", "pickle", "torch"])
 def test_a_damaged_or_foreign_checkpoint_is_not_resumed(how, tmp_path, trap):
     folder, (thing, proof) = tmp_path / "run", trap
     run(PLAIN, folder)

@@ -83,6 +83,17 @@ def test_tensors_round_trip_shared_strided_and_typed(tmp_path):
     assert same(got, tensors) and got_meta == meta
 
 
+def test_one_changed_bit_is_noticed(tmp_path):
+    path = save_tensors(tmp_path / "t.safetensors", {"w": torch.ones(4), "n": torch.tensor([True, False])}, {"step": 3})
+    good = path.read_bytes()
+    for place in (len(good) - 1, len(good) - 9, good.index(b"step") + len('step\\": ')):  # either tensor, and the number 3
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(CheckpointError, match="does not match the hash"):
+            load_tensors(path)
+    path.write_bytes(good)
+    assert load_tensors(path)[1] == {"step": 3}
+
+
 def full_disk(monkeypatch):
     def write(path, data):
         path.write_bytes(data[:10])
