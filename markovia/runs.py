@@ -112,9 +112,11 @@ def train(
     eval_episodes: int = 10,
     eval_checkpoints: bool = False,
     max_seconds: float | None = None,
+    compile: bool | None = None,
     track: str | None = None,
     progress: bool = True,
     method_id: str | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> RunResult:
     """Train `method` (an id, or a settings value) on the Gymnasium id `env`; everything is written to the folder `out`.
 
@@ -122,13 +124,16 @@ def train(
                      that was killed and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions).
                      Fewer where the reset would come before an episode of full length can end (num_envs x the environment's time limit)
     max_seconds      ends the run after the iteration in which this time is over
+    compile          whether updates are compiled (torch.compile); None: where the run is long enough to repay it. Compiled and eager updates
+                     agree to rounding, so a run is resumed as it was begun
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
     callbacks        called with a `RunInfo` after each iteration; False ends the run
+    prepare          called with the `Setup` before its first step, to wrap its collector's environments (`setup.collector.venv`)
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
     """
     import torch
 
-    from markovia.algos.setup import build, make_driver
+    from markovia.algos.setup import build, make_driver, worth_compiling
 
     env_spec(env)
     name, settings, options = resolve(method, env, method_id)
@@ -136,7 +141,7 @@ def train(
     if num_checkpoints < 1:
         raise ValueError(f"num_checkpoints must be >= 1, got {num_checkpoints}")
     run = Path(out) if out is not None else default_folder(name, env, seed)
-    config = {
+    config: dict[str, Any] = {
         "schema": SCHEMA,
         "method": name,
         "settings": to_json(settings),
@@ -148,6 +153,7 @@ def train(
         "device": device,
         "num_checkpoints": num_checkpoints,
         "eval_episodes": eval_episodes,
+        "compile": compile,
         "python": platform.python_version(),
         "versions": versions(),
         "commit": commit(),
@@ -156,7 +162,9 @@ def train(
     if track:
         tracker(track)
     setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
-    driver = make_driver(settings, setup, seed)
+    if prepare is not None:
+        prepare(setup)
+    driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
@@ -184,6 +192,7 @@ def train(
         "iteration": driver.iteration,
         "num_env_steps": driver.num_env_steps,
         "seconds": round(time.monotonic() - loop.began, 3),
+        "compile_seconds": round(driver.compile_seconds, 3),
         "evaluation": summary(setup.evaluate(setup.agent, eval_episodes, seed)) if eval_episodes else None,
     }
     if eval_checkpoints and eval_episodes:
@@ -268,14 +277,14 @@ class _Loop:
         """Why the run ended: "budget", "callback" or "seconds"."""
         driver, why = self.driver, "budget"
         while not driver.finished:
-            part, before, clock = self._part(), driver.num_env_steps, time.monotonic()
+            part, before, clock, compiled = self._part(), driver.num_env_steps, time.monotonic(), driver.compile_seconds
             stats: dict[str, Any] = dict(driver.step())
             now = time.monotonic()
             stats |= {
                 "iteration": int(driver.iteration),
                 "num_env_steps": int(driver.num_env_steps),
                 "seconds": round(now - self.began, 4),
-                "steps_per_second": (driver.num_env_steps - before) / max(now - clock, 1e-9),
+                "steps_per_second": (driver.num_env_steps - before) / max(now - clock - (driver.compile_seconds - compiled), 1e-9),
             }
             verdict = self._ask(stats)
             if self.max_seconds is not None and now - self.began >= self.max_seconds and verdict is None:
