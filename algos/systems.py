@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.on_policy.method import OnPolicy
@@ -13,7 +14,7 @@ Method = OnPolicy | OffPolicy  # what a driver can be built for, one settings cl
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values(), *OFF_POLICY.values()])
+    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values()])
 
 
 def find(method_id: str) -> Row:

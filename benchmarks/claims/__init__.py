@@ -18,6 +18,7 @@ class Claim(NamedTuple):
 
 
 _HERE = "markovia.claims.on_policy:"
+_DENOISING = "markovia.claims.denoising:"
 _TREE = (
     "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
     "rloo", "rloo/reinforce", "ppo-rlhf",
@@ -32,4 +33,11 @@ CLAIMS: dict[str, Claim] = {
     "ppo@digits": Claim(_HERE + "digits", "slow", {"method": "ppo"}),
     "rloo@sentiment": Claim("markovia.claims.sentiment:sentiment_rloo", "slow"),
     "ddpo@digits": Claim(_HERE + "digits", "slow", {"method": "ddpo"}),
+    "rlg": Claim(_DENOISING + "rlg"),
+    "fk-steering": Claim(_DENOISING + "fk_mixture_law"),
+    "fk-steering@expected-reward": Claim(_DENOISING + "fk_expected_reward"),
+    "fk-steering@masked-text": Claim(_DENOISING + "fk_masked_text"),
+    "itps": Claim(_DENOISING + "itps"),
+    "adjoint-matching": Claim(_DENOISING + "adjoint_matching"),
+    "adjoint-matching@memoryless": Claim(_DENOISING + "adjoint_memoryless"),
 }

@@ -156,7 +156,7 @@ class GaussianKernel:
         """The kernel whose clean sample does not depend on the starting noise (`memory` near 0) and whose every step has a density.
 
         ddim with eta = 1, ddpm as it is, flow_sde with eta = sqrt(2): the noise for which KL-regularised control ends in exactly the tilted law
-        p exp(r/beta) whatever the start.                                                   [Domingo-Enrich 2024, 2409.08861, proposition 1]
+        p exp(r/beta) whatever the start.                                                   [Domingo-Enrich 2024, 2409.08861]
         """
         eta = math.sqrt(2.0) if schedulers.is_flow(scheduler) else 1.0
         return cls.from_scheduler(scheduler, num_inference_steps, eta=eta, final=final, **options)
@@ -261,6 +261,15 @@ class GaussianKernel:
     def x0_from(self, model_output: Tensor, x: Tensor, step: int | Tensor) -> Tensor:
         """The network's estimate of the clean sample (clipped if the kernel clips); for `direct`, the mean."""
         return self._clipped(model_output, x, step)[0]
+
+    def add_to_eps(self, model_output: Tensor, change: Tensor, step: int | Tensor) -> Tensor:
+        """The model output whose eps estimate is larger by `change`, in whatever the network predicts: eps = eps_x x + eps_m m, so m + change/eps_m.
+
+        Raises ValueError for a `direct` kernel, whose output is the mean and says nothing about eps.
+        """
+        if self.kind == "direct":
+            raise ValueError("a direct kernel has no eps estimate to guide; use a kernel read from a scheduler.")
+        return model_output + change / self._at(self._estimate, step, model_output)[3]
 
     def mean_std(self, model_output: Tensor, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Mean (*batch, *sample_shape) and std (*batch, 1, ...) of the next sample (equation 1)."""

@@ -1,0 +1,494 @@
+"""Steering and training of denoisers: hand-computed values, limit cases, exact optima, resume, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.denoising import DenoisingAgent
+from markovia.algos.collect import SequenceCollector
+from markovia.algos.denoising.adjoint import AdjointMatching, chain_of, lean_adjoint, matching_loss, reward_gradient, strata
+from markovia.algos.denoising.driver import AdjointDriver
+from markovia.algos.denoising.itps import ITPS, STRATEGIES, alignment, ranking, resample_path
+from markovia.algos.denoising.methods import DENOISING
+from markovia.algos.denoising.particles import (
+    POTENTIALS,
+    FKSteering,
+    History,
+    effective_size,
+    last_log_potential,
+    log_potential,
+    resample,
+)
+from markovia.algos.denoising.rlg import RLGuidance
+from markovia.algos.denoising.sampling import denoise, predictor
+from markovia.algos.on_policy.method import Descent
+from markovia.algos.systems import find
+from markovia.claims import CLAIMS
+from markovia.envs.denoising.env import DenoisingTask
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.denoising.networks import GuidedDenoiser, MLPDenoiser
+from markovia.envs.denoising.tasks import make_task
+from markovia.envs.exact.denoisers import GMMDenoiser, LinearGaussianDenoising
+
+diffusers = pytest.importorskip("diffusers")
+torch.set_num_threads(1)
+F64 = torch.float64
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ddim(**options: Any) -> Any:
+    return diffusers.DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2", **options})
+
+
+def gaussian_task(mean: float = 0.3, var: float = 0.64, num_steps: int = 10, reward: Any = None, **options: Any) -> DenoisingTask:
+    """The exact denoiser of N(mean, var) in one dimension; reward -(x - 2)^2/2."""
+    network = GMMDenoiser([[mean]], var**0.5).network(ddim().alphas_cumprod)
+    kernel = GaussianKernel.from_scheduler(ddim(), num_steps, **options)
+    return DenoisingTask(network, kernel, reward or (lambda x, c: -0.5 * (x[:, 0] - 2).square()), (1,), name="gaussian")
+
+
+def path_task(num_steps: int = 20, conditions: Any = None) -> DenoisingTask:
+    """Arcs above and below a line, 8 points each, shifted by the condition where there is one."""
+    across = torch.linspace(-1, 1, 8, dtype=F64)
+    arcs = torch.stack([torch.stack([across, s * 0.6 * torch.cos(1.5 * across)], -1).flatten() for s in (1, -1)])
+    exact = GMMDenoiser(arcs, 0.05).network(ddim().alphas_cumprod)
+
+    def network(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        shift = 0.0 if cond is None else (ddim().alphas_cumprod.to(x)[t].sqrt()[:, None, None] * cond.to(x)[:, None])
+        return exact((x - shift).flatten(1), t).reshape(x.shape)
+
+    kernel = GaussianKernel.from_scheduler(ddim(), num_steps, kind="ddpm", clip_x0=1.5)
+    return DenoisingTask(network, kernel, lambda x, c: x.sum((1, 2)), (8, 2), conditions, name="paths")
+
+
+SKETCH = torch.stack([torch.linspace(-1, 1, 5), torch.full((5,), -0.4)], -1)
+
+
+# -- the table -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", DENOISING)
+def test_row_is_whole(method_id: str) -> None:
+    row = DENOISING[method_id]
+    assert row.id == method_id and row.new and row.kinds == ("denoising",) and re.fullmatch(r"\d{4}\.\d{5}", row.paper)
+    assert row.parent is None or find(row.parent)
+    assert row.claim in CLAIMS and (len(row.checks) == 6 or row.not_checked)
+    from markovia.catalogue import card, resolve
+
+    texts = [resolve(f).__doc__ or "" for f in row.functions]
+    assert all(texts) and method_id in card(method_id) and f"arxiv.org/abs/{row.paper}" in card(method_id)
+
+
+# -- sampling and RL guidance --------------------------------------------------------------------------------------------------------------
+
+
+def test_denoise_is_the_chain_of_the_agent() -> None:
+    task = make_task("linear_gaussian")
+    agent = DenoisingAgent.from_task(task, critic_hidden=None)
+    starts = task.starts(5, gen(1))
+    ours = denoise(task.kernel, predictor(task.kernel, task.network), starts["x"], gen(2))
+    torch.testing.assert_close(ours, agent.generate(starts, gen(2)).outcome["x"])
+
+
+def test_repeats_renoise_the_clean_estimate_to_the_same_level() -> None:
+    # with the exact denoiser of N(m, v) the corrector keeps the level's law: x0 of variance v rho, noised again, has less spread than the level,
+    # so a single extra visit is written out here instead
+    task = gaussian_task(num_steps=1)
+    x, z = torch.full((1, 1), 0.7), torch.randn(2, 1, 1, generator=gen(3))
+    step = torch.tensor([0])
+    m = task.network(x, task.kernel.timestep(step))
+    again = task.kernel.add_noise(task.kernel.x0_from(m, x, step), z[0], step)
+    mean, std = task.kernel.mean_std(task.network(again, task.kernel.timestep(step)), again, step)
+    torch.testing.assert_close(denoise(task.kernel, predictor(task.kernel, task.network), x, gen(3), repeats=2), mean + std * z[1])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_rlg_between_and_at_its_ends(scale: float) -> None:
+    task, tuned = gaussian_task(), gaussian_task(1.0, 0.4).network
+    x = RLGuidance(scale).sample(task, tuned, 6, gen(1))["x"]
+    plain = DenoisingTask(tuned if scale else task.network, task.kernel, task.reward, (1,))
+    starts = plain.starts(6, g := gen(1))
+    torch.testing.assert_close(x, denoise(task.kernel, predictor(task.kernel, plain.network), starts["x"], g))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 5.0])
+def test_rlg_is_exactly_beta_over_w_for_gaussians_with_a_linear_reward(scale: float) -> None:
+    # the tilt of N(m, v) by exp(q x/beta) is N(m + v q/beta, v); w moves its mean to m + v q w/beta
+    m, v, q, beta = 0.3, 0.64, 1.5, 0.7
+    base, tuned, exact = (
+        gaussian_task(mean, v, eta=0.0) for mean in (m, m + v * q / beta, m + v * q * scale / beta)
+    )
+    start = torch.randn(5, 1, dtype=F64, generator=gen())
+    for k in range(10):
+        t = torch.full((5,), int(base.kernel.timestep(k)))
+        found = base.network(start, t) + scale * (tuned.network(start, t) - base.network(start, t))
+        torch.testing.assert_close(found, exact.network(start, t), rtol=1e-12, atol=1e-12)
+
+
+# -- Feynman-Kac steering --------------------------------------------------------------------------------------------------------------
+
+
+def test_potentials_by_hand() -> None:
+    # one particle that saw 1 and 3 before, looks at 2 now, lam = 10
+    one = torch.ones(1, 1)
+    history = History(last=3 * one, best=3 * one, total=4 * one, spent=7 * one)
+    found = {p: float(log_potential(2 * one, history, potential=p, lam=10.0)) for p in POTENTIALS}
+    assert found == {"diff": -10.0, "max": 30.0, "add": 60.0, "rt": 20.0}
+    assert float(last_log_potential(2 * one, history, lam=10.0)) == 13.0
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_without_resampling_every_potential_is_importance_sampling(potential: str) -> None:
+    task = gaussian_task()
+    found = FKSteering(num_particles=8, lam=1.7, potential=potential, threshold=0.0).sample(task, 3, gen())
+    torch.testing.assert_close(found.log_weight, 1.7 * found.reward, rtol=1e-9, atol=1e-9)
+
+
+def test_resampling_keeps_the_mean_weight_and_follows_the_weights() -> None:
+    log_weight = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf], [1.0, 1.0, 1.0, 1.0]])
+    assert effective_size(log_weight).tolist() == [1.0, 4.0]
+    index, after = resample(log_weight, 0.5, gen())
+    assert index.tolist() == [[0, 0, 0, 0], [0, 1, 2, 3]]  # one heavy particle is copied, an even population stays
+    assert after[0].tolist() == pytest.approx([math.log(0.25)] * 4) and after[1].tolist() == [1.0] * 4
+    shares = torch.bincount(resample(torch.tensor([0.2, 0.8]).log().repeat(1, 5000), 1.0, gen())[0].flatten() % 2) / 10_000
+    assert float(shares[1]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_populations_do_not_touch_each_other() -> None:
+    """A population of bad particles next to one of good ones: copies stay at home."""
+
+    def step(x: Tensor, k: int, generator: Any) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros(len(x))
+
+    x = torch.tensor([[0.0, 1.0], [10.0, 11.0]])
+    found = FKSteering(num_particles=2, lam=50.0, potential="diff").steer(x, 10, step, lambda x, k: x, gen())
+    assert found.x.tolist() == [[1.0, 1.0], [11.0, 11.0]]
+    assert found.best()["x"].tolist() == found.draw(gen())["x"].tolist() == [1.0, 11.0]
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_particles_reach_the_exact_tilt_of_a_gaussian_chain(potential: str) -> None:
+    # the base chain of a Gaussian is Gaussian, N(m, c) at its end; tilted by exp(-lam (x - 2)^2/2): precision 1/c + lam, mean (m/c + 2 lam)/(...)
+    task, lam = gaussian_task(num_steps=20), 1.0
+    m, c = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
+    points = torch.tensor([[0.0], [1.0]], dtype=F64)
+    for k in range(20):
+        mean, std = task.kernel.mean_std(task.network(points, task.kernel.timestep(torch.full((2,), k))), points, k)
+        gain = mean[1] - mean[0]
+        m, c = mean[0] + gain * m, gain.square() * c + std[0].square()
+    expected = float((m / c + 2 * lam) / (1 / c + lam))
+    found = FKSteering(num_particles=2048, lam=lam, potential=potential).sample(task, 4, gen(1))
+    assert float(found.mean(found.x[..., 0])) == pytest.approx(expected, abs=0.04)
+    assert float(task.rewards(torch.full((1, 1), float(m))).item()) < float(found.mean(found.reward))
+
+
+def test_a_proposal_is_weighted_back_to_the_base() -> None:
+    # particles moved by a denoiser of another mean still estimate the base's own mean (lam = 0)
+    task = gaussian_task(mean=0.3, num_steps=6, final="mid")
+    shifted = gaussian_task(mean=0.6, num_steps=6).network
+    found = FKSteering(num_particles=4096, lam=0.0, threshold=0.0).sample(task, 2, gen(), proposal=shifted)
+    plain = FKSteering(num_particles=4096, lam=0.0, threshold=0.0).sample(task, 2, gen())
+    assert float(found.x.mean()) > 0.5
+    assert float(found.mean(found.x[..., 0])) == pytest.approx(float(plain.x.mean()), abs=0.05)
+    with pytest.raises(ValueError, match="a proposal divides by the std of every step"):
+        FKSteering().sample(gaussian_task(), 2, gen(), proposal=shifted)
+
+
+def masked_text(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+    """A law over 3^4 texts, a reward, and the chain that fills one masked place (-1) after another from the exact conditional."""
+    texts = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    p = torch.randn(81, dtype=F64, generator=gen(seed)).mul(3.0).softmax(0)
+    reward = torch.randn(81, dtype=F64, generator=gen(seed + 1))
+
+    def posterior(x: Tensor) -> Tensor:
+        fits = ((x[:, None] == texts) | (x[:, None] < 0)).all(-1)
+        weight = fits * p
+        return weight / weight.sum(1, keepdim=True)
+
+    def step(x: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        place = torch.where(x < 0, torch.rand(x.shape, generator=generator), -1.0).argmax(1, keepdim=True)
+        text = texts[torch.multinomial(posterior(x), 1, generator=generator).squeeze(1)]
+        return x.scatter(1, place, text.gather(1, place)), torch.zeros(len(x))
+
+    return p, reward, texts, step, lambda x, k: posterior(x) @ reward
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_particles_of_masked_text_reach_the_enumerated_tilt(potential: str) -> None:
+    p, reward, _, step, promise = masked_text()
+    tilt = (p.log() + 0.5 * reward).softmax(0)
+    method = FKSteering(num_particles=16_384, lam=0.5, potential=potential, first=0.25, every=0.25, last=0.75)
+    found = method.steer(torch.full((1, 16_384, 4), -1), 4, step, promise, gen(2))
+    number = (found.x[0] * torch.tensor([27, 9, 3, 1])).sum(-1)
+    law = torch.zeros(81, dtype=F64).scatter_add_(0, number, found.log_weight[0].softmax(0))
+    assert float(0.5 * (law - tilt).abs().sum()) < 0.05 < 0.09 < float(0.5 * (p - tilt).abs().sum())
+
+
+def test_looks_follow_the_shares() -> None:
+    assert FKSteering().looks(100) == [20, 40, 60, 80] and FKSteering().looks(50) == [10, 20, 30, 40]
+    assert FKSteering(first=0.0, every=0.5, last=1.0).looks(4) == [2]
+
+
+def test_conditional_populations_share_a_condition() -> None:
+    conditions = torch.tensor([[0.0], [5.0]])
+    task = DenoisingTask(lambda x, t, c: 0.5 * x + c, GaussianKernel.direct([0.1] * 4), lambda x, c: -(x - c)[:, 0].abs(), (1,), conditions)
+    found = FKSteering(num_particles=3).sample(task, 8, gen())
+    assert found.cond is not None and bool((found.cond == found.cond[:, :1]).all()) and found.cond.unique().tolist() == [0.0, 5.0]
+    assert found.best()["cond"].shape == (8, 1)
+
+
+# -- inference-time policy steering ----------------------------------------------------------------------------------------------------------
+
+
+def test_path_functions_by_hand() -> None:
+    sketch = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
+    assert resample_path(sketch, 5).tolist() == [[0, 0], [0.5, 0], [1, 0], [1, 1], [1, 2]]
+    assert resample_path(sketch[:1] + 3, 2).tolist() == [[3, 3], [3, 3]]
+    # distances 5 and 0 from the sketch's two points: mean 2.5
+    assert float(alignment(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))) == 2.5
+    # d = (0, 1): softmax(20, 0)
+    assert ranking(torch.tensor([0.0, 1.0]))[0] == pytest.approx(1 / (1 + math.exp(-20)))
+    assert float(ranking(torch.rand(3, 7, generator=gen())).sum()) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_pull_on_eps_is_the_same_whatever_the_network_predicts(prediction: str) -> None:
+    kernel = GaussianKernel.from_scheduler(ddim(prediction_type=prediction), 10)
+    x, m, change = torch.randn(3, 4, 2, dtype=F64, generator=gen()).unbind(0)
+    step = torch.tensor([1, 4, 6, 9])
+    after = kernel.add_to_eps(m, change, step)
+    signal, noise = (torch.tensor(v, dtype=F64)[step][:, None] for v in (kernel.tables.signal, kernel.tables.noise))
+    moved = (x - signal * kernel.x0_from(after, x, step)) / noise - (x - signal * kernel.x0_from(m, x, step)) / noise
+    torch.testing.assert_close(moved, change, rtol=1e-9, atol=1e-9)
+
+
+def test_strategies_in_their_limits() -> None:
+    task = path_task()
+    x = {s: ITPS(s, rho=2.0, repeats=2, candidates=16).sample(task, SKETCH, 12, gen())["x"] for s in STRATEGIES if s != "op"}
+    assert torch.equal(ITPS("gd", rho=0.0).sample(task, SKETCH, 12, gen())["x"], x["rs"])
+    assert torch.equal(ITPS("ss", rho=2.0, repeats=1).sample(task, SKETCH, 12, gen())["x"], x["gd"])
+    assert torch.equal(ITPS("pr", candidates=1).sample(task, SKETCH, 12, gen())["x"], x["rs"])
+    target = resample_path(SKETCH, 8)
+    d = {s: float(alignment(v, target).mean()) for s, v in x.items()}
+    assert d["ss"] < d["gd"] < d["rs"] and d["pr"] < d["rs"] and d["bi"] < d["rs"]
+
+
+def test_output_perturbation_starts_where_the_sketch_starts() -> None:
+    task = path_task(conditions=[[0.0, 0.0]])
+    far = SKETCH + torch.tensor([0.0, 1.5])
+    x = ITPS("op").sample(task, far, 8, gen())
+    assert torch.equal(x["cond"], far[0].expand(8, 2))
+    assert float(x["x"][..., 1].mean()) > 0.5 > abs(float(ITPS("rs").sample(task, far, 8, gen())["x"][..., 1].mean()))
+
+
+def test_pr_is_the_best_of_its_candidates() -> None:
+    task, target = path_task(8), resample_path(SKETCH, 8)
+    many = ITPS("rs").sample(task, SKETCH, 6 * 5, gen())["x"].unflatten(0, (6, 5))
+    best = many[torch.arange(6), alignment(many, target).argmin(1)]
+    assert torch.equal(ITPS("pr", candidates=5).sample(task, SKETCH, 6, gen())["x"], best)
+
+
+# -- adjoint matching -----------------------------------------------------------------------------------------------------------------------
+
+
+def small_driver(seed: int = 0, **options: Any) -> AdjointDriver:
+    task = make_task("linear_gaussian")
+    method = AdjointMatching(**{"num_env_steps": 256, "num_envs": 16, "lam": 2.0, "solver": Descent(lr=0.01, epochs=2, minibatch=32), **options})
+    agent = DenoisingAgent.from_task(task, critic_hidden=None)
+    return AdjointDriver(method, agent, SequenceCollector(task, method.num_envs), seed)
+
+
+def test_matching_loss_by_hand_and_its_gradient() -> None:
+    # u = (1, -2), a = (3, 1), s = 0.5: (1 + 1.5)^2 + (-2 + 0.5)^2 = 6.25 + 2.25 = 8.5
+    u, a, s = torch.tensor([[1.0, -2.0]], dtype=F64, requires_grad=True), torch.tensor([[3.0, 1.0]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
+    assert matching_loss(u, a, s).tolist() == [8.5] and matching_loss(u, a, s, "mean").tolist() == [4.25]
+    assert torch.autograd.gradcheck(lambda u: matching_loss(u, a, s), (u,))
+    held = a.clone().requires_grad_(True)
+    matching_loss(u, held, s).sum().backward()
+    assert held.grad is None
+
+
+def test_lean_adjoint_is_the_product_of_the_references_jacobians() -> None:
+    net = MLPDenoiser((2,), 8, 1).double()
+    kernel = GaussianKernel.memoryless(ddim(), 4)
+    predict = predictor(kernel, net)
+    chain, gradient = torch.randn(3, 5, 2, dtype=F64, generator=gen()), torch.randn(3, 2, dtype=F64, generator=gen(1))
+
+    def mean(x: Tensor, k: int) -> Tensor:
+        return kernel.mean_std(predict(x, k), x, k)[0]
+
+    found = lean_adjoint(mean, chain, gradient, lam=0.7)
+    assert torch.equal(found[:, -1], -0.7 * gradient)
+    for i in range(3):
+        row = -0.7 * gradient[i]
+        for k in (3, 2, 1, 0):
+            row = row @ torch.autograd.functional.jacobian(lambda x, k=k: mean(x[None], k)[0], chain[i, k])
+            torch.testing.assert_close(found[i, k], row, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+def test_the_closed_form_optimum_is_the_fixed_point_of_the_next_index_only(num_steps: int) -> None:
+    """Everything is affine, so E[a_{k+1} | x_k] is the adjoint of the noise-free continuation under the optimal policy."""
+    problem = LinearGaussianDenoising([[1 - 0.5 / num_steps]], [0.1], num_steps**-0.5, [[1.0]], [0.8], beta=0.5, num_steps=num_steps)
+    G, h = problem.optimal()
+    worst = {"next": 0.0, "current": 0.0}
+    for k in range(num_steps):
+        chain = [torch.tensor([[-1.0], [2.0]], dtype=F64)]
+        for j in range(k, num_steps):
+            chain.append(chain[-1] @ G[j].T + h[j])
+        at_end = problem.q - chain[-1] @ problem.Q
+        adjoint = lean_adjoint(lambda x, j, k=k: x @ problem.A[k + j].T + problem.b[k + j], torch.stack(chain, 1), at_end, lam=1 / problem.beta)
+        control = (chain[1] - (chain[0] @ problem.A[k].T + problem.b[k])) / problem.s[k]
+        for name, i in (("next", 1), ("current", 0)):
+            worst[name] = max(worst[name], float((control + problem.s[k] * adjoint[:, i]).abs().max()))
+    assert worst["next"] < 1e-12 and worst["current"] > 1e-2
+
+
+def test_adjoint_matching_learns_the_closed_form_optimum() -> None:
+    problem = LinearGaussianDenoising()
+    solver = Descent(lr=0.02, epochs=1, minibatch=None, max_grad_norm=100.0)
+    driver = small_driver(num_env_steps=4096, num_envs=64, lam=1 / problem.beta, solver=solver)
+    while not driver.finished:
+        driver.step()
+    policy = driver.agent.net["policy"]
+    assert problem.gap_fraction(policy.G, policy.h) < 0.02
+
+
+def test_reward_gradients_against_the_closed_form() -> None:
+    task, problem = make_task("linear_gaussian"), LinearGaussianDenoising()
+    x = torch.randn(4, 2, dtype=F64, generator=gen())
+    torch.testing.assert_close(reward_gradient(task, x), problem.q - x @ problem.Q)
+
+
+def test_strata_draw_one_step_from_each_part() -> None:
+    drawn = strata(500, 12, 4, gen())
+    assert bool((drawn.unflatten(1, (4, 3)).sum(-1) == 1).all()) and drawn.float().mean(0).tolist() == pytest.approx([1 / 3] * 12, abs=0.08)
+    assert bool(strata(3, 5, 9, gen()).all())  # more strata than steps: every step
+
+
+def test_only_drawn_steps_are_trained_and_outliers_are_left_out() -> None:
+    driver = small_driver(steps_per_chain=2)
+    rollout = driver.collector.collect(driver.agent, gen())
+    driver.prepare(rollout)
+    assert bool((rollout.mask.sum(1) == 2).all()) and torch.equal(chain_of(rollout)[:, :-1], rollout.obs["x"])
+    strict = small_driver(drop_quantile=0.5)
+    strict.prepare(rollout := strict.collector.collect(strict.agent, gen()))
+    every = small_driver().loss(rollout)[0].detach()
+    assert bool(strict.loss(rollout)[0].detach() < every) and strict.root_loss_limit is not None
+
+
+def test_the_index_chooses_the_adjoint() -> None:
+    columns = []
+    for index in ("next", "current"):
+        driver = small_driver(index=index)
+        driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
+        columns.append(rollout.columns["adjoint"])
+    assert torch.equal(columns[0][:, :-1], columns[1][:, 1:])
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Any) -> None:
+    options = {"steps_per_chain": 4, "drop_quantile": 0.9}
+    whole, first, second = (small_driver(**options) for _ in range(3))
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        first.step()
+    save_tensors(tmp_path / "state.safetensors", *first.state())
+    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    for _ in range(2):
+        second.step()
+    for name, value in whole.state()[0].items():
+        assert torch.equal(value, second.state()[0][name]), name
+    assert second.state()[1] == whole.state()[1] and whole.num_env_steps == 64
+
+
+def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
+    driver = small_driver()
+    driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
+    with torch.no_grad():
+        driver.agent.net["policy"].h.add_(0.1)
+    order = torch.randperm(16, generator=gen())
+    torch.testing.assert_close(driver.loss(rollout)[0], driver.loss(rollout.rows(order))[0])
+
+
+# -- agents: ratios and guidance -------------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> None:
+    net = GuidedDenoiser(MLPDenoiser((2,), 16, 1, cond_dim=3), 3.0)
+    kernel = GaussianKernel.from_scheduler(ddim(), 6)
+    task = DenoisingTask(net, kernel, lambda x, c: x.sum(-1), (2,), torch.eye(3))
+    agent = DenoisingAgent.from_task(task, critic_hidden=None)
+    record = agent.generate(task.starts(7, gen()), gen())
+    logp = agent.evaluate(record, ("logp",)).logp
+    assert logp is not None
+    torch.testing.assert_close(logp[record.mask], record.logp_old[record.mask], rtol=1e-5, atol=1e-5)
+    assert bool((record.columns["guidance"] == 3.0).all())
+    plain = DenoisingAgent(net.inner, kernel, (2,), cond_dim=3, critic_hidden=None)
+    with pytest.raises(ValueError, match="sampled with guidance 3, but this agent evaluates with 1"):
+        plain.evaluate(record, ("logp",))
+    again = DenoisingAgent.from_config(agent.config())
+    assert again.guidance == 3.0
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: FKSteering(potential="maximum"), "Did you mean 'max'"),
+        (lambda: FKSteering(num_particles=0), "at least 1 chain"),
+        (lambda: FKSteering(lam=-1.0), "finite strength"),
+        (lambda: FKSteering(first=0.9, last=0.2), "expected shares"),
+        (lambda: FKSteering(threshold=2.0), "share of the particles"),
+        (lambda: RLGuidance(math.nan), "0 for the reference"),
+        (lambda: ITPS("gds"), "Did you mean 'gd'"),
+        (lambda: ITPS(repeats=0), "counts >= 1"),
+        (lambda: ITPS(start=1.0), "share in"),
+        (lambda: ITPS().sample(gaussian_task(), SKETCH, 2), r"no paths; expected \(H, 2\)"),
+        (lambda: ITPS().sample(path_task(), torch.zeros(3), 2), "at least one point"),
+        (lambda: ITPS("op").sample(path_task(), SKETCH, 2), "condition is missing"),
+        (lambda: AdjointMatching(lam=0.0), "1/beta"),
+        (lambda: AdjointMatching(index="nxt"), "Did you mean 'next'"),
+        (lambda: AdjointMatching(steps_per_chain=0), "at least 1"),
+        (lambda: AdjointMatching(drop_quantile=1.0), r"share in \(0, 1\)"),
+        (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), start=10), "0 to 9"),
+        (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), repeats=0), "at least 1 visit"),
+        (lambda: GaussianKernel.direct([0.1]).add_to_eps(torch.zeros(1), torch.zeros(1), 0), "no eps estimate"),
+        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: [0.0] * len(x)), torch.zeros(2, 1)), "no gradient.*it returned list"),
+        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: (x[:, 0] > 0).float()), torch.zeros(2, 1)), "Tensor without a graph"),
+        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: x[:, 0].abs().sqrt()), torch.zeros(2, 1)), "not finite"),
+        (lambda: adjoint_on(eta=1.0), "final='mid'"),
+        (lambda: adjoint_on(eta=0.3, final="mid"), "remembers its starting noise"),
+        (lambda: DenoisingAgent.from_task(make_task("mixture2d", eta=0.0)), "eta = 0"),
+    ],
+)
+def test_bad_input_is_explained(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def adjoint_on(**options: Any) -> AdjointDriver:
+    """Adjoint matching of a small network on a kernel of one's own."""
+    kernel = GaussianKernel.from_scheduler(ddim(), 10, **options)
+    task = DenoisingTask(MLPDenoiser((1,), 8, 1), kernel, lambda x, c: x[:, 0], (1,))
+    return AdjointDriver(AdjointMatching(), DenoisingAgent.from_task(task, critic_hidden=None), SequenceCollector(task, 4))
+
+
+def test_other_kinds_of_agents_are_refused() -> None:
+    other: Any = SimpleNamespace(kind="language")
+    with pytest.raises(ValueError, match="trains denoising agents, got kind 'language'"):
+        AdjointDriver(AdjointMatching(), other, SequenceCollector(make_task("linear_gaussian"), 2))
