@@ -13,6 +13,7 @@ import torch
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector, StepCollector
+from markovia.algos.compiled import can_compile
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.on_policy.driver import OnPolicyDriver
@@ -22,6 +23,7 @@ from markovia.algos.systems import Method
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
+COMPILE_STEPS = 30_000  # optimiser steps; each saves a little under a millisecond
 Evaluate = Callable[[Agent, int, int], dict[str, Any]]
 
 
@@ -60,10 +62,18 @@ def build(
         return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
 
 
-def make_driver(method: Method, setup: Setup, seed: int = 0) -> Any:
+def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False) -> Any:
     """The driver whose slots the method fills: `OnPolicyDriver` or `OffPolicyDriver`."""
-    driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
-    return driver(method, setup.agent, setup.collector, seed)
+    if isinstance(method, OffPolicy):
+        return OffPolicyDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile)
+
+
+def worth_compiling(method: Method, setup: Setup) -> bool:
+    """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
+    if setup.kind == "language" or isinstance(method, OffPolicy) or method.num_optimizer_steps < COMPILE_STEPS:
+        return False
+    return can_compile(setup.agent.device.type)
 
 
 def _gamma(method: OnPolicy) -> float:

@@ -101,6 +101,7 @@ class TrainFlags:
     eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out
     eval_checkpoints: bool = False  # evaluate at every checkpoint too
     max_seconds: float | None = None  # end after this time
+    compile: bool | None = None  # compile the updates (takes up to half a minute the first time); None: where the run is long enough to repay it
     track: str | None = None  # wandb or trackio: log there too
     progress: bool = True  # show progress
 

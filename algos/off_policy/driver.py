@@ -13,9 +13,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
+from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
-from markovia.algos.off_policy.update import NOISES, ActorCritic
+from markovia.algos.off_policy.update import NOISES, Update
 from markovia.algos.on_policy.driver import Statistics
 from markovia.algos.streams import stream, stream_seed
 
@@ -45,11 +46,12 @@ def check_action_box(space: Any) -> None:
 class OffPolicyDriver:
     """Trains `agent` with `method` on what `collector` puts into its replay. Raises ValueError at construction when the three do not fit."""
 
-    def __init__(self, method: OffPolicy, agent: ControlAgent, collector: Source, seed: int = 0) -> None:
+    def __init__(self, method: OffPolicy, agent: ControlAgent, collector: Source, seed: int = 0, compile: bool = False) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = self.num_env_steps = self.num_updates = 0
         self._check()
-        self.update = ActorCritic(method, agent, seed)
+        self.nets = ActorCritic(method, agent, seed)
+        self.update = Update(self.nets, compile)
         self.collector.reset(stream_seed(seed, "env", 0))
 
     def _check(self) -> None:
@@ -58,6 +60,11 @@ class OffPolicyDriver:
             raise ValueError("an off-policy agent needs bounded actions; build it with squash=True (sac, mdpo-off) or tanh_mean=True (td3)")
         if "normalizer" in self.agent.net:
             raise ValueError("a replay keeps observations as they were stored, so no running normaliser can be used; build with normalize_obs=False")
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling the update has taken so far."""
+        return 0.0
 
     @property
     def finished(self) -> bool:
@@ -83,7 +90,7 @@ class OffPolicyDriver:
             self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts)
             while self.num_updates < self.updates_due():
                 stats.add(self.improve(minibatch))
-            if "old" in self.update.references and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:
+            if "old" in self.nets.references and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:
                 self.update.refresh()
             if self.finished:
                 break
@@ -118,17 +125,10 @@ class OffPolicyDriver:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs, the written part of the replay included, as tensors and JSON."""
-        u = self.update
         tensors = {f"agent.{k}": v for k, v in self.agent.state().items()}
-        for name, net in u.nets.items():
-            tensors |= {f"net.{name}.{k}": v for k, v in net.state_dict().items()}
-        for name, ref in u.references.items():
-            tensors |= {f"reference.{name}.{k}": v for k, v in ref.net.state_dict().items()}
-        for name, optimizer in u.optimizers.items():
-            for index, entry in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{name}.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
-        if u.log_lam is not None:
-            tensors["log_lam"] = u.log_lam.detach()
+        tensors |= {f"net.{k}": v for k, v in self.nets.state().items()}
+        for name, optimizer in self.update.optimizers.items():
+            tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
         tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
         meta = {
             "iteration": self.iteration,
@@ -140,25 +140,14 @@ class OffPolicyDriver:
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, task and seed."""
-        u = self.update
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.agent.load_state(part("agent."))
-        for name, net in u.nets.items():
-            net.load_state_dict(part(f"net.{name}."))
-        for name, ref in u.references.items():
-            ref.net.load_state_dict(part(f"reference.{name}."))
-        for name, optimizer in u.optimizers.items():
-            saved: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(f"optimizer.{name}.").items():
-                index, field = key.split(".", 1)
-                saved.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        if u.log_lam is not None:
-            with torch.no_grad():
-                u.log_lam.copy_(tensors["log_lam"])
+        self.nets.load_state(part("net."))
+        for name, optimizer in self.update.optimizers.items():
+            optimizer.load_state(part(f"optimizer.{name}."))
         self.collector.load_state(part("collector."))
         self.iteration, self.num_env_steps, self.num_updates = meta["iteration"], meta["num_env_steps"], meta["num_updates"]
         self.collector.episodes[:] = meta["episodes"]

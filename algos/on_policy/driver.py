@@ -103,6 +103,11 @@ class OnPolicyDriver:
                     raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
 
     @property
+    def compile_seconds(self) -> float:
+        """What tracing and compiling the updates has taken so far."""
+        return sum(u.compiled.seconds for u in self.updates.values() if u.compiled is not None)
+
+    @property
     def finished(self) -> bool:
         return self.num_env_steps >= self.method.num_env_steps
 

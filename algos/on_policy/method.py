@@ -140,3 +140,10 @@ class OnPolicy:
             raise ValueError(f"a sequence ratio is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean'")
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Minibatch steps that the first-order solvers will take over num_env_steps."""
+        batch = self.num_envs * self.num_steps
+        descents = [s for s in (self.solver, self.value.separate if self.advantage.needs_critic else None) if isinstance(s, Descent)]
+        return sum(-(-batch // (s.minibatch or batch)) * s.epochs for s in descents) * (self.num_env_steps // batch)
