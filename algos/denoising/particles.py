@@ -20,7 +20,7 @@ from markovia.envs.denoising.likelihood import control_pair, delta
 from markovia.envs.denoising.tables import choose
 
 Potential = Literal["diff", "max", "add", "rt"]
-POTENTIALS = ("diff", "max", "add", "rt")
+POTENTIALS: tuple[Potential, ...] = ("diff", "max", "add", "rt")
 
 # One step of the base chain or of a proposal: (x, k, generator) -> x', log p(x'|x)/q(x'|x) per particle (zeros when q = p)
 Step = Callable[[Tensor, int, torch.Generator | None], tuple[Tensor, Tensor]]

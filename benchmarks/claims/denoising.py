@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from markovia.algos.denoising.itps import ITPS, alignment
-from markovia.algos.denoising.particles import POTENTIALS, FKSteering, Particles
+from markovia.algos.denoising.particles import POTENTIALS, FKSteering, Particles, Potential
 from markovia.algos.denoising.sampling import predictor
 from markovia.envs.denoising.env import DenoisingTask
 from markovia.envs.denoising.kernel import GaussianKernel
@@ -188,7 +188,8 @@ def fk_expected_reward(seeds: int = 5, runs: int = 600) -> dict[str, Any]:
         method = FKSteering(num_particles=1024, lam=1.0, potential=p)
         errors[p] = [_share(method.sample(task, 1, _generator(seed)), target, base) for seed in range(seeds)]
     best = {}
-    for name, lam, potential in (("best_of_4", 0.0, "max"), ("max", 1.0, "max"), ("diff", 1.0, "diff")):
+    strengths: tuple[tuple[str, float, Potential], ...] = (("best_of_4", 0.0, "max"), ("max", 1.0, "max"), ("diff", 1.0, "diff"))
+    for name, lam, potential in strengths:
         method = FKSteering(num_particles=4, lam=lam, potential=potential)
         best[name] = float(method.sample(task, runs, _generator(200)).reward.amax(1).mean())
     others = max(max(errors[p]) for p in ("max", "add", "rt"))
@@ -309,7 +310,7 @@ def adjoint_matching(bound: float = 0.02, seeds: int = 3) -> dict[str, Any]:
         driver = AdjointDriver(method, agent, SequenceCollector(task, method.num_envs), seed)
         while not driver.finished:
             driver.step()
-        policy = agent.net["policy"]
+        policy: Any = agent.net["policy"]
         gaps.append(problem.gap_fraction(policy.G, policy.h))
     return {"measured": max(gaps), "bound": bound, "holds": max(gaps) <= bound, "gap_fraction": gaps}
 

@@ -126,7 +126,8 @@ class GuidedDenoiser(nn.Module):
             alone: Tensor = self.inner(x, timestep, cond)
             return alone
         both = self.inner(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([torch.zeros_like(cond), cond]))
-        return extrapolate(*both.chunk(2), self.guidance)
+        none, given = both.chunk(2)
+        return extrapolate(none, given, self.guidance)
 
 
 class MLPClassifier(nn.Module):
