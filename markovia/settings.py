@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -14,7 +15,7 @@ TYPE = "type"  # key that names a nested dataclass
 def to_json(value: Any) -> Any:
     """Plain JSON of a settings value: a dataclass becomes {"type": its name, field: ...}, an infinite float its name.
 
-    What JSON can't hold (a callable, a module) becomes {"python": its name}, which `from_json` refuses to rebuild.
+    What JSON can't hold (a callable, a module) becomes {"python": repr}, which `from_json` refuses to rebuild.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {TYPE: type(value).__name__} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
@@ -26,8 +27,8 @@ def to_json(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    # A function's repr holds its address, which no other process shares: its run could not be resumed.
-    return {"python": f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)}
+    # No other process shares an address: a run with a function among its settings could not be resumed.
+    return {"python": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))}
 
 
 def from_json(hint: Any, data: Any) -> Any:

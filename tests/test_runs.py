@@ -171,14 +171,15 @@ def test_an_edited_or_foreign_configuration_is_refused(tmp_path):
         for use in (lambda: train(small(env), env, out=run, method_id="ppo", resume=True, **QUIET), lambda: load_run(run)):
             with pytest.raises(RunError, match=rf"edited or belongs to another run.*{told}.*checkpoints.*in its place"):
                 use()
+    (run / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config.json is damaged.*restore it"):
+        load_run(run)
     shutil.copy(checkpoints(run)[-1] / "config.json", run)  # the mend that the message tells
     assert train(small(env), env, out=run, method_id="ppo", resume=True, **QUIET).done["ended"] == "budget"
 
 
-def test_a_python_function_in_the_arguments_has_a_name_that_other_processes_share():
-    assert to_json({"task": small, "net": torch.nn.Linear}) == {
-        "task": {"python": f"{__name__}:small"}, "net": {"python": "torch.nn.modules.linear:Linear"}
-    }  # fmt: skip
+def test_python_objects_in_the_arguments_are_told_without_their_address():
+    assert to_json({"task": small, "net": torch.nn.Identity()}) == {"task": {"python": "<function small>"}, "net": {"python": "Identity()"}}
 
 
 @pytest.mark.slow
