@@ -64,14 +64,13 @@ def build(
 
 def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False) -> Any:
     """The driver whose slots the method fills: `OnPolicyDriver` or `OffPolicyDriver`."""
-    if isinstance(method, OffPolicy):
-        return OffPolicyDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
-    return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile)
+    driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
+    return driver(method, setup.agent, setup.collector, seed, compile)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, OffPolicy) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 

@@ -64,7 +64,7 @@ class OffPolicyDriver:
     @property
     def compile_seconds(self) -> float:
         """What compiling the update has taken so far."""
-        return 0.0
+        return 0.0 if self.update.compiled is None else self.update.compiled.seconds
 
     @property
     def finished(self) -> bool:

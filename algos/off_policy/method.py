@@ -182,6 +182,11 @@ class OffPolicy:
             )
 
     @property
+    def num_optimizer_steps(self) -> int:
+        """Updates over the whole budget."""
+        return int(self.utd * max(0, self.num_env_steps - self.learning_starts))
+
+    @property
     def entropic(self) -> bool:
         """Does the policy's entropy enter?"""
         return not (isinstance(self.temperature, FixedTemperature) and self.temperature.lam == 0.0)

@@ -1,255 +1,164 @@
-"""One minibatch update of actor, critics, value, temperature and targets: what a row's slots say, on tensors of static shapes.
+"""One minibatch update: value -> critic -> actor -> temperature -> targets, eagerly, or compiled as one function.
 
-The order is that of the slots: target -> value -> critic -> actor -> temperature -> Polyak. Randomness comes in as `noise`; nothing here draws,
-loops over data, logs or waits for a number. Each loss is differentiated for its own network alone: while the actor climbs Q, the gradient of
-the critics' weights is not computed.
+Each loss is differentiated for its own network alone: while the actor climbs Q, no gradient of the critics' weights is computed.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from markovia.agents.control import ControlAgent
-from markovia.agents.critics import QEnsemble
-from markovia.agents.distributions import Gaussian
-from markovia.agents.networks import Trunk, ValueNet
-from markovia.agents.records import Obs
-from markovia.algos.off_policy.losses import (
-    Aggregate,
-    aggregate,
-    bootstrap,
-    log_q,
-    mirror_objective,
-    parameter_penalty,
-    smoothed_action,
-    soft_value,
-    td_error,
-    temperature_loss,
-)
-from markovia.algos.off_policy.method import Deterministic, FixedTemperature, OffPolicy, SmoothedTarget, TunedTemperature, ValueTarget
+from markovia.algos.compiled import Compiled
+from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.replay import Batch
-from markovia.algos.streams import stream_seed
+from markovia.algos.optimizer import Optimizer, Rule
 
 NOISES = ("target", "value", "actor")  # what the first axis of `noise` (3, b, d) is for
-Stats = dict[str, Tensor]
+State = dict[str, list[Tensor]]  # tensors of each optimiser, as `Optimizer.tensors` lays them out
 
 
-def log_density(dist: Gaussian, action: Tensor, temperature: FixedTemperature | TunedTemperature) -> Tensor:
-    """log_q pi(a|s) as the temperature slot counts it, (b,); `action` in policy coordinates."""
-    if isinstance(temperature, TunedTemperature):
-        return dist.log_prob(action)
-    if temperature.per_dimension:
-        return log_q(dist.log_probs(action), q=temperature.q).sum(-1)
-    return log_q(dist.log_prob(action), q=temperature.q)
+class _Body(nn.Module):
+    """The networks around the update, so that torch can run it with other tensors in the place of their parameters."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.nets = update.nets
+        self.call = update.body
+
+    def forward(self, state: State, params: State, followers: Sequence[Tensor], batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
+        return self.call(state, params, followers, batch, noise, move_actor)
 
 
-class ActorCritic:
-    """The agent, its critics and everything else that an update moves. Critics start from the stream (seed, "init-critic").
+class Update:
+    """Optimisers of an `ActorCritic` and its update; weights of each network are one vector, targets and pi_k vectors of the same layout."""
 
-    `nets` holds critics and value network with their targets, `references` frozen policies: "target" (smoothed targets), "old" (mirror descent).
-    """
-
-    def __init__(self, method: OffPolicy, agent: ControlAgent, seed: int) -> None:
-        self.method, self.agent = method, agent
-        c, v, space = method.critic, method.value, agent.observation_space
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(seed, "init-critic"))
-            self.nets: dict[str, nn.Module] = {"critic": QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)}
-            if v is not None:
-                self.nets["value"] = ValueNet(Trunk(space, v.hidden, v.activation))
-        followed = "value" if isinstance(method.target, ValueTarget) else "critic"
-        like = next(agent.net.parameters())
-        for net in self.nets.values():
-            net.to(like.device, like.dtype)
-        self.nets["target"] = _frozen_copy(self.nets[followed])
-        self.references: dict[str, ControlAgent] = {}
-        if isinstance(method.target, SmoothedTarget):
-            self.references["target"] = _reference(agent)
-        if method.actor.inverse_step is not None:
-            self.references["old"] = _reference(agent)
-        self.followers: list[tuple[Tensor, Tensor]] = list(zip(self.nets["target"].parameters(), self.nets[followed].parameters(), strict=True))
-        if "target" in self.references:
-            self.followers += _pairs(self.references["target"], agent)
-        self.log_lam: Tensor | None = None
-        self.target_entropy_nats = -float(agent.action_size)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        if v is not None:
-            self._optimizer("value", self.nets["value"].parameters(), v.lr)
-        self._optimizer("critic", self.nets["critic"].parameters(), c.lr)
-        self._optimizer("actor", iter(agent.parameters("policy")), method.actor.lr)
-        if isinstance(method.temperature, TunedTemperature):
-            if method.temperature.target_entropy_nats is not None:
-                self.target_entropy_nats = method.temperature.target_entropy_nats
-            self.log_lam = torch.tensor(method.temperature.lam, device=agent.device).log().requires_grad_(True)
-            self._optimizer("temperature", iter([self.log_lam]), method.temperature.lr)
-
-    def _optimizer(self, name: str, params: Iterator[Tensor], lr: float) -> None:
-        self.optimizers[name] = torch.optim.Adam(list(params), lr=lr, fused=True)
-
-    # -- forward passes ---------------------------------------------------------------------------------------------------------------
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.agent.device.type, torch.bfloat16, enabled=self.method.precision == "bfloat16")
-
-    def q(self, name: str, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
-        """Values of the ensemble `name`, (N, b), or of its first `members` alone."""
-        with self._cast():
-            values: Tensor = self.nets[name](obs, action, members)
-        return values.to(action.dtype)
-
-    def one_q(self, name: str, obs: Obs, action: Tensor, how: Aggregate) -> Tensor:
-        """One value per state and action, (b,)."""
-        return aggregate(self.q(name, obs, action, 1 if how == "first" else None), how)
-
-    def v(self, name: str, obs: Obs, dtype: torch.dtype) -> Tensor:
-        """Values of a value network, (b,)."""
-        with self._cast():
-            values: Tensor = self.nets[name](obs)
-        return values[..., 0].to(dtype)
-
-    def policy(self, agent: ControlAgent, obs: Obs, dtype: torch.dtype) -> Gaussian:
-        """An agent's action distribution, its parameters computed in the method's precision."""
-        with self._cast():
-            params = agent.net["policy"](obs)[0]
-        dist = agent.distribution(params.to(dtype))
-        assert isinstance(dist, Gaussian)
-        return dist
-
-    def lam(self) -> Tensor | float:
-        """Weight of the entropy, no gradient."""
-        if self.log_lam is not None:
-            return self.log_lam.detach().exp()
-        assert isinstance(self.method.temperature, FixedTemperature)
-        return self.method.temperature.lam
-
-    def choose(self, dist: Gaussian, noise: Tensor) -> Tensor:
-        """The policy's action in its own coordinates, reparameterised; its mode when it is deterministic."""
-        return dist.mode() if isinstance(self.method.policy, Deterministic) else dist.at(noise)
-
-    # -- losses -----------------------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sampled_value(self, critic: str, obs: Obs, noise: Tensor, lam: Tensor | float, how: Aggregate, entropy: bool) -> Tensor:
-        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,)."""
-        dist = self.policy(self.agent, obs, noise.dtype)
-        raw = self.choose(dist, noise)
-        value = self.one_q(critic, obs, self.agent.unit_action(raw), how)
-        if not (entropy and self.method.entropic):
-            return value
-        return soft_value(value, log_density(dist, raw, self.method.temperature), lam=lam)
-
-    @torch.no_grad()
-    def target(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Tensor:
-        """y (b,) of the slot `target`."""
-        t, obs = self.method.target, batch.next_obs
-        if isinstance(t, ValueTarget):
-            value = self.v("target", obs, noise.dtype)
-        elif isinstance(t, SmoothedTarget):
-            mean = self.agent.unit_action(self.policy(self.references["target"], obs, noise.dtype).mode())
-            value = self.one_q("target", obs, smoothed_action(mean, noise, std=t.noise, clip=t.clip), t.aggregate)
-        else:
-            value = self.sampled_value("target", obs, noise, lam, t.aggregate, t.entropy)
-        return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
-
-    def critic_loss(self, batch: Batch, y: Tensor) -> tuple[Tensor, Stats]:
-        """coef mean sum_j (Q_j(s, a) - y)^2."""
-        q = self.q("critic", batch.obs, batch.action)
-        loss = self.method.critic.coef * td_error(q, y).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
-
-    def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> tuple[Tensor, Stats]:
-        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy."""
-        assert self.method.value is not None
-        goal = self.sampled_value("critic", batch.obs, noise, lam, self.method.value.aggregate, True)
-        loss = 0.5 * (self.v("value", batch.obs, noise.dtype) - goal).square().mean()
-        return loss, {"value_loss": loss.detach()}
-
-    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> tuple[Tensor, Tensor | None, Stats]:
-        """(mean objective, log pi of the sampled actions or None, statistics) of the slot `actor`."""
-        m, slot = self.method, self.method.actor
-        dist = self.policy(self.agent, batch.obs, noise.dtype)
-        raw = self.choose(dist, noise)
-        value = self.one_q("critic", batch.obs, self.agent.unit_action(raw), slot.aggregate)
-        density: Tensor | float = 0.0
-        density_old: Tensor | float = 0.0
-        step: Tensor | float = lam if slot.inverse_step is None else slot.inverse_step
-        if m.entropic or slot.inverse_step is not None:
-            density = log_density(dist, raw, m.temperature)
-        if slot.inverse_step is not None:
-            # pi_k is evaluated at the action that pi has just taken, and the gradient flows through that action.
-            density_old = log_density(self.policy(self.references["old"], batch.obs, noise.dtype), raw, m.temperature)
-        order = m.temperature.q if isinstance(m.temperature, FixedTemperature) else 1.0
-        objective = mirror_objective(value, density, density_old, lam=lam, inverse_step=step, q=order)
-        assert isinstance(objective, Tensor)
-        loss = objective.mean()
-        stats = {"actor_loss": loss.detach()}
-        if slot.penalty:
-            loss = loss + slot.penalty * parameter_penalty(dist.mean, dist.log_std).mean()
-        logp = density if isinstance(m.temperature, TunedTemperature) else None
-        if isinstance(density, Tensor):
-            with torch.no_grad():
-                stats["entropy_nats"] = -(logp if logp is not None else dist.log_prob(raw)).mean()
-        return loss, logp if isinstance(logp, Tensor) else None, stats
-
-    # -- the update -------------------------------------------------------------------------------------------------------------------
+    def __init__(self, nets: ActorCritic, compile: bool = False) -> None:
+        m = nets.method
+        self.nets = nets
+        wanted = {
+            "value": (nets.value, m.value.lr if m.value is not None else 0.0),
+            "critic": (nets.critic, m.critic.lr),
+            "actor": (nets.policy, m.actor.lr),
+        }
+        self.optimizers = {name: _adam(list(net.parameters()), lr) for name, (net, lr) in wanted.items() if net is not None}
+        if nets.log_lam is not None:
+            self.optimizers["temperature"] = _adam([nets.log_lam], m.temperature.lr)  # type: ignore[union-attr]
+        self.sources = [nets.followed] + ["actor"] * ("target" in nets.references)
+        self.followers = [_tied(nets.target, self.optimizers[nets.followed])]
+        for name in nets.references:
+            tied = _tied(nets.reference_policies[name], self.optimizers["actor"])
+            if name == "target":
+                self.followers.append(tied)
+            else:
+                self.old = tied
+        self.compiled: Compiled | None = None
+        if compile:
+            self._prepare_compiled()
 
     def __call__(self, batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
         """Move everything by one minibatch (b rows, noise (3, b, d)); actor, temperature and targets only when `move_actor`."""
-        lam = self.lam()
+        if self.compiled is not None:
+            return self._compiled_step(batch, noise, move_actor)
+        state = {name: o.tensors() for name, o in self.optimizers.items()}
+        params: State = {name: list(o.params) for name, o in self.optimizers.items()}
+        return self.body(state, params, self.followers, batch, noise, move_actor)
+
+    def body(self, state: State, params: State, followers: Sequence[Tensor], batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
+        """The update on given tensors: `state` and `followers` are changed in place, `params` are what the networks' parameters are just now."""
+        nets = self.nets
         stats: Stats = {}
-        y = self.target(batch, noise[0], lam)
-        if self.method.value is not None:
-            loss, found = self.value_loss(batch, noise[1], lam)
+
+        def descend(name: str, loss: Tensor) -> None:
+            grads = torch.autograd.grad(loss, params[name])
+            self.optimizers[name].move(state[name], self.optimizers[name].flatten(grads))
+
+        lam = nets.lam()
+        y = nets.goal(batch, noise[0], lam)
+        if nets.value is not None:
+            loss, found = nets.value_loss(batch, noise[1], lam)
             stats |= found
-            self.descend("value", loss)
-        loss, found = self.critic_loss(batch, y)
+            descend("value", loss)
+        loss, found = nets.critic_loss(batch, y)
         stats |= found
-        self.descend("critic", loss)
+        descend("critic", loss)
         if not move_actor:
             return stats
-        loss, logp, found = self.actor_loss(batch, noise[2], lam)
+        loss, found = nets.actor_loss(batch, noise[2], lam)
         stats |= found
-        self.descend("actor", loss)
-        if self.log_lam is not None:
-            assert logp is not None
-            self.descend("temperature", temperature_loss(self.log_lam, logp, target_entropy_nats=self.target_entropy_nats).mean())
-            stats["lam"] = self.log_lam.detach().exp()
-        self.follow(self.method.polyak)
+        descend("actor", loss)
+        if nets.log_lam is not None:
+            descend("temperature", nets.temperature_loss(found["entropy_nats"]))
+            stats["lam"] = torch.as_tensor(lam)
+        with torch.no_grad():
+            for follower, source in zip(followers, self.sources, strict=True):
+                follower.lerp_(state[source][0], nets.method.polyak)
         return stats
-
-    def descend(self, name: str, loss: Tensor) -> None:
-        optimizer = self.optimizers[name]
-        params = optimizer.param_groups[0]["params"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=params)
-        optimizer.step()
-
-    @torch.no_grad()
-    def follow(self, rate: float) -> None:
-        """Targets <- (1 - rate) targets + rate networks."""
-        for target, source in self.followers:
-            target.lerp_(source, rate)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """pi_k <- pi."""
-        for old, new in _pairs(self.references["old"], self.agent):
-            old.copy_(new)
+        self.old.copy_(self.optimizers["actor"].flat)
+
+    # -- the same as one compiled function ----------------------------------------------------------------------------------------------
+
+    def _prepare_compiled(self) -> None:
+        self._module = _Body(self)
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        self._names = {name: [names[id(p)] for p in o.params] for name, o in self.optimizers.items()}
+        frozen = [self.nets.target, *self.nets.reference_policies.values()]
+        self._frozen_names = [[names[id(p)] for p in net.parameters()] for net in frozen]
+        # The vectors of `frozen`, in its order, and whose layout each has.
+        self._vectors = [*self.followers, *([self.old] if "old" in self.nets.references else [])]
+        self._layouts = [self.nets.followed] + ["actor"] * (len(self._vectors) - 1)
+        self._stats: dict[bool, list[str]] = {}
+        self.compiled = Compiled(self._pure, static=sum(len(o.tensors()) for o in self.optimizers.values()) + len(self._vectors))
+
+    def _compiled_step(self, batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
+        assert self.compiled is not None
+        self._template, self._move_actor = batch, move_actor
+        columns = list(batch.named().values())
+        args = [*(t for o in self.optimizers.values() for t in o.tensors()), *self._vectors, *columns, noise]
+        (stats,) = self.compiled((move_actor, noise.shape), args)
+        if stats.device.type == "cuda":
+            stats = stats.clone()  # the next replay of the graph writes to the same place
+        return dict(zip(self._stats[move_actor], stats.unbind(), strict=True))
+
+    def _pure(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """`body` on tensors alone: those of the optimisers, targets and pi_k (changed in place), the minibatch's columns, noise."""
+        rest = list(args)
+
+        def take(n: int) -> list[Tensor]:
+            taken = rest[:n]
+            del rest[:n]
+            return taken
+
+        state = {name: take(len(o.tensors())) for name, o in self.optimizers.items()}
+        vectors = take(len(self._vectors))
+        batch = Batch.from_named(dict(zip(self._template.named(), take(len(rest) - 1), strict=True)))
+        with torch.enable_grad():
+            params = {name: [v.detach().requires_grad_() for v in o.views(state[name][0])] for name, o in self.optimizers.items()}
+            named = {n: p for name, names in self._names.items() for n, p in zip(names, params[name], strict=True)}
+            for names, layout, vector in zip(self._frozen_names, self._layouts, vectors, strict=True):
+                named |= dict(zip(names, self.optimizers[layout].views(vector), strict=True))
+            followers = vectors[: len(self.followers)]
+            stats = functional_call(self._module, named, (state, params, followers, batch, rest[0], self._move_actor))
+        self._stats[self._move_actor] = list(stats)
+        return (torch.stack([s.to(rest[0].dtype) for s in stats.values()]),)
 
 
-def _reference(agent: ControlAgent) -> ControlAgent:
-    frozen = agent.reference()
-    assert isinstance(frozen, ControlAgent)
-    return frozen
+def _adam(params: list[nn.Parameter], lr: float) -> Optimizer:
+    return Optimizer([(params, lr)], Rule(eps=1e-8), math.inf)
 
 
-def _pairs(reference: ControlAgent, agent: ControlAgent) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(reference.net["policy"].parameters(), agent.net["policy"].parameters(), strict=True))
-
-
-def _frozen_copy(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).requires_grad_(False)
+def _tied(net: nn.Module, layout: Optimizer) -> Tensor:
+    """A vector laid out like an optimiser's, of which the parameters of `net`, a copy of the network it moves, become views."""
+    vector = torch.zeros_like(layout.flat)
+    with torch.no_grad():
+        for p, view in zip(net.parameters(), layout.views(vector), strict=True):
+            view.copy_(p)
+            p.data = view
+    return vector

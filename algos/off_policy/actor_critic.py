@@ -1,0 +1,200 @@
+"""All networks of an off-policy method and the losses that its slots ask for, on tensors of static shapes.
+
+Randomness comes in as `noise`, standard normal; nothing here draws, steps, logs or waits for a number.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from markovia.agents.control import ControlAgent
+from markovia.agents.critics import QEnsemble
+from markovia.agents.distributions import Gaussian
+from markovia.agents.networks import Trunk, ValueNet
+from markovia.agents.records import Obs
+from markovia.algos.off_policy.losses import (
+    Aggregate,
+    aggregate,
+    bootstrap,
+    log_q,
+    mirror_objective,
+    parameter_penalty,
+    smoothed_action,
+    soft_value,
+    td_error,
+    temperature_loss,
+)
+from markovia.algos.off_policy.method import Deterministic, FixedTemperature, OffPolicy, SmoothedTarget, TunedTemperature, ValueTarget
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.streams import stream_seed
+
+Stats = dict[str, Tensor]
+Loss = tuple[Tensor, Stats]
+
+
+def log_density(dist: Gaussian, action: Tensor, temperature: FixedTemperature | TunedTemperature) -> Tensor:
+    """log_q pi(a|s) as the temperature slot counts it, (b,); `action` in policy coordinates."""
+    if isinstance(temperature, TunedTemperature):
+        return dist.log_prob(action)
+    if temperature.per_dimension:
+        return log_q(dist.log_probs(action), q=temperature.q).sum(-1)
+    return log_q(dist.log_prob(action), q=temperature.q)
+
+
+class ActorCritic(nn.Module):
+    """The agent's policy, critics, value network, the targets that follow them, and frozen policies of earlier steps.
+
+    critic  Q_1 .. Q_N          target      follows `critic`, or `value` where targets bootstrap from it
+    value   V, or absent        references  "target": policy of smoothed targets; "old": pi_k of mirror descent
+    Critics start from the stream (seed, "init-critic").
+    """
+
+    def __init__(self, method: OffPolicy, agent: ControlAgent, seed: int) -> None:
+        super().__init__()
+        self.method, self.agent = method, agent
+        self.policy: nn.Module = agent.net["policy"]
+        c, v, space = method.critic, method.value, agent.observation_space
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init-critic"))
+            self.critic: nn.Module = QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
+            self.value = None if v is None else ValueNet(Trunk(space, v.hidden, v.activation))
+        self.followed = "value" if isinstance(method.target, ValueTarget) else "critic"
+        self.target = copy.deepcopy(getattr(self, self.followed)).requires_grad_(False)
+        wanted = {"target": isinstance(method.target, SmoothedTarget), "old": method.actor.inverse_step is not None}
+        self.references: dict[str, ControlAgent] = {name: _frozen(agent) for name, needed in wanted.items() if needed}
+        self.reference_policies = nn.ModuleDict({name: ref.net["policy"] for name, ref in self.references.items()})
+        temperature = method.temperature
+        tuned = isinstance(temperature, TunedTemperature)
+        self.log_lam = nn.Parameter(torch.tensor(temperature.lam).log()) if tuned else None
+        given = temperature.target_entropy_nats if isinstance(temperature, TunedTemperature) else None
+        self.target_entropy_nats = -float(agent.action_size) if given is None else given
+        like = next(agent.net.parameters())
+        self.to(like.device, like.dtype)
+
+    # -- forward passes ---------------------------------------------------------------------------------------------------------------
+
+    def _cast(self) -> torch.autocast:
+        return torch.autocast(self.agent.device.type, torch.bfloat16, enabled=self.method.precision == "bfloat16")
+
+    def q(self, critic: nn.Module, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
+        """Values of an ensemble, (N, b), or of its first `members` alone."""
+        with self._cast():
+            values: Tensor = critic(obs, action, members)
+        return values.to(action.dtype)
+
+    def one_q(self, critic: nn.Module, obs: Obs, action: Tensor, how: Aggregate) -> Tensor:
+        """One value per state and action, (b,)."""
+        return aggregate(self.q(critic, obs, action, 1 if how == "first" else None), how)
+
+    def v(self, net: nn.Module | None, obs: Obs, dtype: torch.dtype) -> Tensor:
+        """Values of a value network, (b,)."""
+        assert net is not None
+        with self._cast():
+            values: Tensor = net(obs)
+        return values[..., 0].to(dtype)
+
+    def dist(self, agent: ControlAgent, obs: Obs, dtype: torch.dtype) -> Gaussian:
+        """An agent's action distribution, its parameters computed in the method's precision."""
+        with self._cast():
+            params = agent.net["policy"](obs)[0]
+        dist = agent.distribution(params.to(dtype))
+        assert isinstance(dist, Gaussian)
+        return dist
+
+    def choose(self, dist: Gaussian, noise: Tensor) -> Tensor:
+        """The policy's action in its own coordinates, reparameterised; its mode when it is deterministic."""
+        return dist.mode() if isinstance(self.method.policy, Deterministic) else dist.at(noise)
+
+    def lam(self) -> Tensor | float:
+        """Weight of the entropy, no gradient."""
+        if self.log_lam is not None:
+            return self.log_lam.detach().exp()
+        assert isinstance(self.method.temperature, FixedTemperature)
+        return self.method.temperature.lam
+
+    # -- losses -----------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sampled_value(self, critic: nn.Module, obs: Obs, noise: Tensor, lam: Tensor | float, how: Aggregate, entropy: bool) -> Tensor:
+        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,)."""
+        dist = self.dist(self.agent, obs, noise.dtype)
+        raw = self.choose(dist, noise)
+        value = self.one_q(critic, obs, self.agent.unit_action(raw), how)
+        if not (entropy and self.method.entropic):
+            return value
+        return soft_value(value, log_density(dist, raw, self.method.temperature), lam=lam)
+
+    @torch.no_grad()
+    def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Tensor:
+        """y (b,) of the slot `target`."""
+        t, obs = self.method.target, batch.next_obs
+        if isinstance(t, ValueTarget):
+            value = self.v(self.target, obs, noise.dtype)
+        elif isinstance(t, SmoothedTarget):
+            mean = self.agent.unit_action(self.dist(self.references["target"], obs, noise.dtype).mode())
+            value = self.one_q(self.target, obs, smoothed_action(mean, noise, std=t.noise, clip=t.clip), t.aggregate)
+        else:
+            value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
+        return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
+
+    def critic_loss(self, batch: Batch, y: Tensor) -> Loss:
+        """coef mean sum_j (Q_j(s, a) - y)^2."""
+        q = self.q(self.critic, batch.obs, batch.action)
+        loss = self.method.critic.coef * td_error(q, y).mean()
+        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
+
+    def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Loss:
+        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy."""
+        assert self.method.value is not None
+        goal = self.sampled_value(self.critic, batch.obs, noise, lam, self.method.value.aggregate, True)
+        loss = 0.5 * (self.v(self.value, batch.obs, noise.dtype) - goal).square().mean()
+        return loss, {"value_loss": loss.detach()}
+
+    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Loss:
+        """Mean objective of the slot `actor`; the statistics hold -mean log pi as `entropy_nats` where the policy has a density."""
+        m, slot = self.method, self.method.actor
+        dist = self.dist(self.agent, batch.obs, noise.dtype)
+        raw = self.choose(dist, noise)
+        value = self.one_q(self.critic, batch.obs, self.agent.unit_action(raw), slot.aggregate)
+        objective = -value
+        stats: Stats = {}
+        if m.entropic or slot.inverse_step is not None:
+            density_old: Tensor | float = 0.0
+            if slot.inverse_step is not None:
+                # pi_k is evaluated at the action that pi has just taken, and the gradient flows through that action.
+                density_old = log_density(self.dist(self.references["old"], batch.obs, noise.dtype), raw, m.temperature)
+            step = lam if slot.inverse_step is None else slot.inverse_step
+            order = m.temperature.q if isinstance(m.temperature, FixedTemperature) else 1.0
+            density = log_density(dist, raw, m.temperature)
+            objective = mirror_objective(value, density, density_old, lam=lam, inverse_step=step, q=order)
+            stats["entropy_nats"] = -dist.log_prob(raw).detach().mean()
+        loss = objective.mean()
+        stats["actor_loss"] = loss.detach()
+        if slot.penalty:
+            loss = loss + slot.penalty * parameter_penalty(dist.mean, dist.log_std).mean()
+        return loss, stats
+
+    def temperature_loss(self, entropy_nats: Tensor) -> Tensor:
+        """Mean of `losses.temperature_loss`, which is linear in log pi, at the entropy of the actor's step."""
+        assert self.log_lam is not None
+        return temperature_loss(self.log_lam, -entropy_nats, target_entropy_nats=self.target_entropy_nats)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor but those of the policy, which belongs to the agent."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("policy.")}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put `state()` back, in place."""
+        own = {k: v for k, v in self.state_dict().items() if k.startswith("policy.")}
+        self.load_state_dict({**own, **state})
+
+
+def _frozen(agent: ControlAgent) -> ControlAgent:
+    reference = agent.reference()
+    assert isinstance(reference, ControlAgent)
+    return reference
