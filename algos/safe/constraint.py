@@ -1,0 +1,109 @@
+"""The constraint slot: limits in cost per episode, the multiplier, how reward and cost advantages mix, and soft termination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from markovia.algos.safe.dual import Dual, FixedDual, PIDDual
+from markovia.algos.safe.termination import SoftTermination
+
+Mix = Literal["sum", "plain", "difference"]
+
+
+def limits(cost_limit: float | Sequence[float]) -> np.ndarray:
+    """(m,) limits. Raises ValueError for none, for a negative and for NaN."""
+    out = np.atleast_1d(np.asarray(cost_limit, dtype=np.float64))
+    if out.ndim != 1 or not len(out):
+        raise ValueError(f"cost_limit must be a number, or one number per cost, got {cost_limit!r}")
+    if not (out >= 0).all():
+        raise ValueError(f"cost_limit must be >= 0, got {cost_limit}; costs are >= 0, so that no policy meets a lower limit")
+    return out
+
+
+def discounted_limit(limit: float | np.ndarray, gamma: float, horizon: int) -> float | np.ndarray:
+    """The limit of an episode as a limit of the discounted cost, for an even stream of cost.
+
+    D(d, gamma, T) = d (1 - gamma^T) / ((1 - gamma) T); d itself for gamma = 1
+    """
+    if not (0 <= gamma <= 1 and horizon >= 1):
+        raise ValueError(f"expected gamma in [0, 1] and horizon >= 1, got gamma={gamma}, horizon={horizon}")
+    return limit if gamma == 1 else limit * (1 - gamma**horizon) / ((1 - gamma) * horizon)
+
+
+def mix_advantages(adv: Tensor, cost_adv: Tensor, weight: Tensor, how: Mix = "sum") -> Tensor:
+    """One advantage of reward and costs; adv (B, T), cost_adv (B, T, m), weight (m,) >= 0.
+
+    sum         (A_r - sum_i w_i A_i) / (1 + sum_i w_i)      keeps the size of a step as the weights grow
+    plain       A_r - sum_i w_i A_i
+    difference  (1 - sum_i w_i) A_r - sum_i w_i A_i          needs sum_i w_i <= 1
+    Raises ValueError for another name, for negative weights, and for `difference` with a sum over 1.
+    """
+    if (weight < 0).any():
+        raise ValueError(f"weights must be >= 0, got {weight.tolist()}; a negative one would reward cost")
+    total, priced = weight.sum(), cost_adv @ weight.to(cost_adv)
+    if how == "sum":
+        return (adv - priced) / (1.0 + total)
+    if how == "plain":
+        return adv - priced
+    if how == "difference":
+        if total > 1:
+            raise ValueError(f"mix='difference' needs weights that sum to at most 1, got {float(total)}; set the dual's weight_max=1")
+        return (1.0 - total) * adv - priced
+    raise ValueError(f"mix must be 'sum', 'plain' or 'difference', got {how!r}")
+
+
+def centred(cost_adv: Tensor, mask: Tensor) -> Tensor:
+    """Cost advantages (B, T, m) minus their mean over mask, each column. Not divided by a deviation: that would make the multiplier's unit
+    depend on the batch."""
+    m = mask.to(cost_adv.dtype)[..., None]
+    return cost_adv - (cost_adv * m).sum((0, 1)) / m.sum().clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """max J(pi) subject to J_c^i(pi) <= cost_limit_i for every cost column i."""
+
+    cost_limit: float | tuple[float, ...] = 25.0  # what an episode may cost; one number per cost of info["cost"]
+    dual: Dual = field(default_factory=lambda: PIDDual(optimizer="adam"))
+    mix: Mix = "sum"
+    cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
+    gamma: float = 0.99  # discount of the cost advantages
+    lam: float = 0.95  # exponential average of the cost advantages
+    termination: SoftTermination | None = None
+
+    def __post_init__(self) -> None:
+        limits(self.cost_limit)
+        for name in ("cost_gamma", "gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.termination is not None and not isinstance(self.dual, FixedDual):
+            raise ValueError("constraints as terminations need no multiplier: set dual=FixedDual(0.0)")
+
+    @property
+    def limits(self) -> np.ndarray:
+        """(m,)."""
+        return limits(self.cost_limit)
+
+    @property
+    def num_costs(self) -> int:
+        return len(self.limits)
+
+
+def checked_cost(cost: Tensor | None, num_costs: int) -> Tensor:
+    """The record's cost column (B, T, m). Raises ValueError when the environment told none, another number of them, or NaN."""
+    if cost is None:
+        raise ValueError(
+            "a constraint needs a cost, but the environment puts no 'cost' into info; use a task with one (`markovia envs` lists Safe... ids), "
+            "or write the step's cost to info['cost']"
+        )
+    if cost.shape[-1] != num_costs:
+        raise ValueError(f"info['cost'] has {cost.shape[-1]} column(s) but {num_costs} limit(s) are set; give one cost_limit per cost")
+    if not torch.isfinite(cost).all():
+        raise ValueError("info['cost'] holds NaN or infinity; costs must be finite numbers")
+    return cost
