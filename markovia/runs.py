@@ -161,7 +161,13 @@ def train(
     _check_folder(run, config, resume)
     if track:
         tracker(track)
-    setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
+    try:
+        setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
+    except TypeError as e:
+        if "unexpected keyword argument" not in str(e):
+            raise
+        given = f"env_kwargs {sorted(env_kwargs or {})}, agent_options {sorted(options)}"
+        raise ValueError(f"{env} or its agent does not know one of the arguments that were given ({given}): {e}") from e
     if prepare is not None:
         prepare(setup)
     driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)

@@ -90,6 +90,9 @@ REFUSED = {
     "text actions": (control(spaces.Text(3)), "Text; a control agent serves Box, Discrete, MultiDiscrete and MultiBinary"),
     "tuple actions": (control(spaces.Tuple([spaces.Discrete(2)])), "Tuple; a control agent serves"),
     "tokenizer without EOS": (lambda out: run("markovia/Arithmetic-v0", out, env_kwargs={"task": without_eos}), "no EOS token.*eos_token ="),
+    "argument of a task": (lambda out: run("markovia/Digits-v0", out, env_kwargs={"wantd": 3}), "does not know .*keyword argument 'wantd'"),
+    "argument of an environment": (lambda out: run("CartPole-v1", out, env_kwargs={"gravty": 1}), "keyword argument 'gravty'"),
+    "option of the agent": (lambda out: run("CartPole-v1", out, agent_options={"hiden": [8]}), "keyword argument 'hiden'"),
     "checkpoints": (lambda out: run("CartPole-v1", out, num_checkpoints=0), "num_checkpoints must be >= 1"),
     "tracker": (lambda out: run("CartPole-v1", out, track="wandbb"), "'wandb' or 'trackio'"),
 }
