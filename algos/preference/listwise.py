@@ -209,5 +209,5 @@ class Listwise:
         loss = self.loss(s, r, valid)
         if self.best_nll:
             best = at.gather(1, fill(r, valid).argmax(1, keepdim=True)).squeeze(1)
-            loss = loss - self.best_nll * (valid.sum(1) - 1).square() * scores.sums()[best]
+            loss = loss - self.best_nll * (valid.sum(1) - 1).square().to(s.dtype) * scores.sums()[best]
         return loss if views.weight is None else loss * views.weight

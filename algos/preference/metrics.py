@@ -59,7 +59,7 @@ class Generalisation(NamedTuple):
 
 
 def generalisation(margins: Mapping[str, Tensor], inside: str) -> Generalisation:
-    """Accuracy E 1[score_w > score_l] of a reward model per set of pairs, and its drops against the set called `inside`.
+    """Accuracy of a reward model per set of pairs, A = E 1[score_w > score_l], and its drops against the set called `inside`.
 
     For DPO's implicit reward margins are beta (l_w - l_l), for an explicit one r_w - r_l; margins[name] (P,).        [Lin 2024; arXiv 2409.03650]
     Raises ValueError when `inside` is not one of the sets, or the only one.

@@ -35,7 +35,7 @@ def logistic(z: Tensor) -> Tensor:
 def hinge(z: Tensor, *, delta: float) -> Tensor:
     """Separate the pair by delta and then leave it alone.
 
-    max(0, delta - z)                                                                               [Zhao 2023; arXiv 2305.10425]
+    L = max(0, delta - z)                                                                           [Zhao 2023; arXiv 2305.10425]
     """
     return torch.relu(delta - z)
 
@@ -43,7 +43,7 @@ def hinge(z: Tensor, *, delta: float) -> Tensor:
 def squared(z: Tensor, *, target: float) -> Tensor:
     """Regress z on a finite target, so that certain labels do not push it to infinity.
 
-    (z - 1 / (2 tau))^2;  target = 1 / (2 tau)                                                        [Azar 2023, eq. 17; arXiv 2310.12036]
+    L = (z - 1 / (2 tau))^2;  target = 1 / (2 tau)                                                        [Azar 2023, eq. 17; arXiv 2310.12036]
     """
     return (z - target).square()
 

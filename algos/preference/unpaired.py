@@ -22,7 +22,7 @@ from markovia.algos.table import nearest
 def kto(s: Tensor, label: Tensor, z0: Tensor, *, beta: float, desirable: float, undesirable: float) -> Tensor:
     """Prospect theory: gains and losses are judged against a reference point, so no pairs are needed.
 
-    desirable: lam_D (1 - s(beta (l - z0)));  undesirable: lam_U (1 - s(beta (z0 - l)))                [Ethayarajh 2024, eq. 8; arXiv 2402.01306]
+    L = lam_D (1 - s(beta (l - z0))) if desirable, lam_U (1 - s(beta (z0 - l))) if not              [Ethayarajh 2024, eq. 8; arXiv 2402.01306]
     z0 () nats, without gradient: max(0, mean log-ratio of mismatched prompts and responses), beta outside it.
     """
     sign = torch.where(label, 1.0, -1.0).to(s.dtype)
@@ -41,7 +41,7 @@ def classify(s: Tensor, label: Tensor, *, beta: float) -> Tensor:
 def win_rate_regression(s: Tensor, rate: Tensor, *, eta: float) -> Tensor:
     """SPPO: one step of multiplicative weights as a regression of log pi / pi_t on the win rate against pi_t.
 
-    (s - eta (P(y > pi_t) - 1/2))^2;  hard labels put P in {0, 1}, targets +- eta / 2                            [Wu 2024; arXiv 2405.00675]
+    L = (s - eta (P(y > pi_t) - 1/2))^2;  hard labels put P in {0, 1}, targets +- eta / 2                            [Wu 2024; arXiv 2405.00675]
     """
     return (s - eta * (rate - 0.5)).square()
 
@@ -49,7 +49,7 @@ def win_rate_regression(s: Tensor, rate: Tensor, *, eta: float) -> Tensor:
 def dro(s: Tensor, r: Tensor, value: Tensor, *, tau: float) -> Tensor:
     """DRO-V: single rewards; the policy's step is rescaled by 1 / tau so that one learning rate serves policy and value.
 
-    (1 / (2 tau)) (r - sg V - tau l)^2 + (1/2) (r - V - tau sg l)^2, both from (1/2) (r - V - tau l)^2   [Richemond 2024; arXiv 2405.19107]
+    L = (1 / (2 tau)) (r - sg V - tau l)^2 + (1/2) (r - V - tau sg l)^2, both from (1/2) (r - V - tau l)^2   [Richemond 2024; arXiv 2405.19107]
     Optimum pi = ref e^(r / tau) / Z, V = tau log Z; policy gradient -(r - V) grad S + (tau / 2) grad l^2.
     """
     return (0.5 / tau) * (r - value.detach() - tau * s).square() + 0.5 * (r - value - tau * s.detach()).square()
