@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from markovia.algos.denoising import adjoint
 from markovia.algos.off_policy import method as off_policy
 from markovia.algos.on_policy import divergence, method, surrogates
 from markovia.algos.on_policy.method import NaturalGradient
@@ -16,7 +17,7 @@ from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
-_MODULES = (divergence, method, surrogates, off_policy)
+_MODULES = (divergence, method, surrogates, off_policy, adjoint)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }
@@ -70,6 +71,8 @@ def configure(method_id: str, env_id: str) -> Any:
     row, kind = find(method_id), kind_of(env_id)
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
+    if not isinstance(row.value, Method):
+        raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing, it works on a finished model; see `markovia show {method_id}`")
     value: Method = row.value
     for where, changes in preset_sources(method_id, env_id):
         # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.

@@ -14,6 +14,8 @@ from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector, StepCollector
 from markovia.algos.compiled import can_compile
+from markovia.algos.denoising.adjoint import AdjointMatching
+from markovia.algos.denoising.driver import AdjointDriver
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.on_policy.driver import OnPolicyDriver
@@ -55,6 +57,10 @@ def build(
     kind, options = kind_of(env_id), dict(agent_options or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
+        if isinstance(method, AdjointMatching):
+            if kind != "denoising":
+                raise ValueError(f"adjoint matching trains denoising tasks; {env_id} is a {kind} task")
+            return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
         if kind in ("control", "tabular"):
@@ -63,14 +69,16 @@ def build(
 
 
 def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False) -> Any:
-    """The driver whose slots the method fills: `OnPolicyDriver` or `OffPolicyDriver`."""
+    """The driver whose slots the method fills, by the class of its settings."""
+    if isinstance(method, AdjointMatching):
+        return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
     return driver(method, setup.agent, setup.collector, seed, compile)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, AdjointMatching) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 
@@ -135,16 +143,19 @@ def _prior(venv: gym.vector.VectorEnv) -> torch.Tensor | None:
     return torch.cat([table, torch.zeros_like(table[:1])])
 
 
-def _sequences(kind: str, env_id: str, method: OnPolicy, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
+def _sequences(
+    kind: str, env_id: str, method: OnPolicy | AdjointMatching, env_kwargs: dict[str, Any], options: dict[str, Any], device: str
+) -> Setup:
     bare = env_id.rpartition(":")[2]
     kwargs = {**gym.spec(bare).kwargs, **env_kwargs}
+    critic = isinstance(method, OnPolicy) and method.advantage.needs_critic
     agent: Agent
-    if kind == "denoising":
+    if isinstance(method, AdjointMatching) or kind == "denoising":
         from markovia.agents.denoising import DenoisingAgent
         from markovia.envs.denoising.tasks import make_task
 
         task: Any = make_task(**kwargs)
-        hidden = options.pop("critic_hidden", 128) if method.advantage.needs_critic else None
+        hidden = options.pop("critic_hidden", 128) if critic else None
         agent = DenoisingAgent.from_task(task, critic_hidden=hidden, **options)
         agent.to(device)
     else:
@@ -156,7 +167,7 @@ def _sequences(kind: str, env_id: str, method: OnPolicy, env_kwargs: dict[str, A
         base = options.pop("model", task.model)
         if base is None:
             raise ValueError(f"{env_id} names no model of its own; say which to train with the agent option model=<name or folder>")
-        agent = LanguageAgent.from_name(base, value_head=method.advantage.needs_critic, **options)
+        agent = LanguageAgent.from_name(base, value_head=critic, **options)
         agent.to(device)
     collector = SequenceCollector(task, method.num_envs)
 

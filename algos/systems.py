@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from markovia.algos.denoising.adjoint import AdjointMatching
 from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
@@ -9,7 +10,7 @@ from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy  # what a driver can be built for, one settings class per family
+Method = OnPolicy | OffPolicy | AdjointMatching  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:

@@ -44,6 +44,7 @@ class AdjointDriver:
         self.optimizer = make_optimizer(method.solver, [(agent.parameters("policy"), method.solver.lr)])
         self.iteration = self.num_env_steps = 0
         self.root_loss_limit: float | None = None
+        self.compile_seconds = 0.0  # nothing is compiled
         self.boundary()
 
     @property

@@ -232,7 +232,8 @@ class GaussianKernel:
             dead = [k for k, live in enumerate(self.in_likelihood.tolist()) if not live]
             raise ValueError(
                 f"{purpose} divides by the std of every step, but it is 0 at step {', '.join(map(str, dead))} of {self.num_steps}; "
-                "build the kernel with final='mid' (or 'floor' or 'train0'), e.g. GaussianKernel.memoryless(scheduler, K)."
+                "build the kernel with final='mid' (or 'floor' or 'train0'), e.g. GaussianKernel.memoryless(scheduler, K); ready tasks take "
+                "final='mid' too (--env-kwargs '{\"final\": \"mid\"}')."
             )
 
     def timestep(self, step: int | Tensor) -> Tensor:

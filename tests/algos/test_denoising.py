@@ -31,6 +31,8 @@ from markovia.algos.denoising.particles import (
 from markovia.algos.denoising.rlg import RLGuidance
 from markovia.algos.denoising.sampling import denoise, predictor
 from markovia.algos.on_policy.method import Descent
+from markovia.algos.presets import configure
+from markovia.algos.setup import build, make_driver
 from markovia.algos.systems import find
 from markovia.claims import CLAIMS
 from markovia.envs.denoising.env import DenoisingTask
@@ -447,7 +449,7 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
 
 
 @pytest.mark.parametrize(
-    "build, message",
+    "call, message",
     [
         (lambda: FKSteering(potential="maximum"), "Did you mean 'max'"),
         (lambda: FKSteering(num_particles=0), "at least 1 chain"),
@@ -476,9 +478,9 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
         (lambda: DenoisingAgent.from_task(make_task("mixture2d", eta=0.0)), "eta = 0"),
     ],
 )
-def test_bad_input_is_explained(build: Any, message: str) -> None:
+def test_bad_input_is_explained(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build()
+        call()
 
 
 def adjoint_on(**options: Any) -> AdjointDriver:
@@ -486,6 +488,17 @@ def adjoint_on(**options: Any) -> AdjointDriver:
     kernel = GaussianKernel.from_scheduler(ddim(), 10, **options)
     task = DenoisingTask(MLPDenoiser((1,), 8, 1), kernel, lambda x, c: x[:, 0], (1,))
     return AdjointDriver(AdjointMatching(), DenoisingAgent.from_task(task, critic_hidden=None), SequenceCollector(task, 4))
+
+
+def test_trainers_are_built_from_the_table_and_samplers_are_refused() -> None:
+    env = "markovia/LinearGaussian-v0"
+    setup = build(env, configure("adjoint-matching", env))
+    assert isinstance(make_driver(configure("adjoint-matching", env), setup), AdjointDriver) and setup.agent.critic is None
+    for method_id in ("rlg", "fk-steering", "itps"):
+        with pytest.raises(ValueError, match="trains nothing"):
+            configure(method_id, env)
+    with pytest.raises(ValueError, match="CartPole-v1 is a control task"):
+        build("CartPole-v1", AdjointMatching())
 
 
 def test_other_kinds_of_agents_are_refused() -> None:
