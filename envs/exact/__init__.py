@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from markovia.envs.exact.cmdp import CMDP, CMDPSolution
 from markovia.envs.exact.divergences import FDivergence, f_divergence, f_optimum
+from markovia.envs.exact.preference import PreferenceBandit, PreferenceGame
 from markovia.envs.exact.tabular import TabularMDP
 from markovia.envs.exact.token_mdp import EnumerableTokenMDP, best_of_n_kl_bound, binary_fixed_point
 
@@ -17,6 +18,8 @@ __all__ = [
     "FDivergence",
     "GMMDenoiser",
     "LinearGaussianDenoising",
+    "PreferenceBandit",
+    "PreferenceGame",
     "TabularMDP",
     "best_of_n_kl_bound",
     "binary_fixed_point",

@@ -87,8 +87,8 @@ class PreferenceBandit:
 
 
 def _squared_log_inverse(s: np.ndarray) -> np.ndarray:
-    """u with log u / u = s on the branch u <= e: l e^-l = s, so l = -W0(-s)."""
-    return np.exp(-lambertw(-np.minimum(s, 1.0 / np.e)).real)
+    """u with log u / u = s on the branch u <= e: l e^-l = s, so l = -W0(-s); at the branch point itself scipy has no value."""
+    return np.exp(-lambertw(-np.minimum(s, (1.0 - 1e-14) / np.e)).real)
 
 
 SQUARED_LOG = FDivergence(
@@ -157,7 +157,7 @@ class PreferenceGame:
         Raises ValueError where it does not settle: a small tau needs a damping nearer 0.
         """
         logp = self.logp_ref
-        for _ in range(100_000):
+        for _ in range(10_000):
             best = self.response(self.logp_ref, logp, tau)
             if np.abs(best - logp).max() < tolerance:
                 return best
