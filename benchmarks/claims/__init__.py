@@ -19,6 +19,7 @@ class Claim(NamedTuple):
 
 _HERE = "markovia.claims.on_policy:"
 _DENOISING = "markovia.claims.denoising:"
+_OFF_POLICY = "markovia.claims.off_policy:"
 _TREE = (
     "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
     "rloo", "rloo/reinforce", "ppo-rlhf",
@@ -33,6 +34,13 @@ CLAIMS: dict[str, Claim] = {
     "ppo@digits": Claim(_HERE + "digits", "slow", {"method": "ppo"}),
     "rloo@sentiment": Claim("markovia.claims.sentiment:sentiment_rloo", "slow"),
     "ddpo@digits": Claim(_HERE + "digits", "slow", {"method": "ddpo"}),
+    "sac": Claim(_OFF_POLICY + "pendulum", "slow", {"method": "sac", "bound": -220.0}),
+    "td3": Claim(_OFF_POLICY + "pendulum", "slow", {"method": "td3", "bound": -220.0}),
+    "td3@twin-minimum": Claim(_OFF_POLICY + "twin_minimum", "slow"),
+    "mdpo-off": Claim(_OFF_POLICY + "regularised_optimum", "fast", {"q": 1.0}),
+    "mdpo-off@pendulum": Claim(_OFF_POLICY + "pendulum", "slow", {"method": "mdpo-off", "bound": -250.0}),
+    "mdpo-off/tsallis": Claim(_OFF_POLICY + "regularised_optimum", "fast", {"q": 1.5}),
+    "mdpo-off/tsallis@pendulum": Claim(_OFF_POLICY + "pendulum", "slow", {"method": "mdpo-off/tsallis", "bound": -250.0}),
     "rlg": Claim(_DENOISING + "rlg"),
     "fk-steering": Claim(_DENOISING + "fk_mixture_law"),
     "fk-steering@expected-reward": Claim(_DENOISING + "fk_expected_reward"),
