@@ -12,6 +12,7 @@ from markovia.algos.denoising import adjoint
 from markovia.algos.off_policy import method as off_policy
 from markovia.algos.on_policy import divergence, method, surrogates
 from markovia.algos.on_policy.method import NaturalGradient
+from markovia.algos.preference.method import Preference
 from markovia.algos.systems import Method, find
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
@@ -71,6 +72,8 @@ def configure(method_id: str, env_id: str) -> Any:
     row, kind = find(method_id), kind_of(env_id)
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
+    if isinstance(row.value, Preference):
+        raise ValueError(f"{method_id} learns from preferences, not from the rewards of {env_id}; `markovia show {method_id}` says what it reads")
     if not isinstance(row.value, Method):
         raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing, it works on a finished model; see `markovia show {method_id}`")
     value: Method = row.value

@@ -8,6 +8,7 @@ from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
+from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.table import Row, nearest, table
 
 Method = OnPolicy | OffPolicy | AdjointMatching  # what a driver can be built for, one settings class per family
@@ -15,7 +16,7 @@ Method = OnPolicy | OffPolicy | AdjointMatching  # what a driver can be built fo
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values()])
+    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values()])
 
 
 def find(method_id: str) -> Row:

@@ -788,3 +788,10 @@ def test_views_check(changes: dict[str, torch.Tensor], match: str) -> None:
     views.check(B)
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(views, **changes).check(B)
+
+
+def test_environments_are_no_preference_data() -> None:
+    from markovia.algos.presets import configure
+
+    with pytest.raises(ValueError, match="dpo learns from preferences, not from the rewards of markovia/Sentiment-v0"):
+        configure("dpo", "markovia/Sentiment-v0")
