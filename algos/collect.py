@@ -122,7 +122,7 @@ class StepCollector:
             self._episode(r, live, done, None if cost is None else cost[:, t])
             if trunc.any():
                 who = np.flatnonzero(trunc)
-                finals.append((who, t, _rows(self._raw, who) if self.next_step else _final(infos, who, self.venv)))
+                finals.append((who, t, _rows(self._raw, who) if self.next_step else final_obs(infos, who, self.venv)))
             self._starting = done if self.next_step else np.zeros(B, dtype=bool)
         who = np.flatnonzero(valid[:, -1] & ~terminated[:, -1] & ~truncated[:, -1])
         if len(who):
@@ -207,7 +207,7 @@ def _rows(obs: Any, who: np.ndarray) -> Any:
     return {k: v[who].copy() for k, v in obs.items()} if isinstance(obs, dict) else obs[who].copy()
 
 
-def _final(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
+def final_obs(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
     """Final observations of the environments `who` (SAME_STEP); a vector environment without them raises ValueError."""
     if "final_obs" not in infos:
         raise ValueError(

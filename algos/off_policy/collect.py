@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
-from markovia.algos.collect import StepCollector, _final
+from markovia.algos.collect import StepCollector, final_obs
 from markovia.algos.off_policy.replay import Batch, Replay
 
 
@@ -77,7 +77,7 @@ def _like(x: np.ndarray, unit: Tensor) -> Tensor:
 
 def _with_final(raw: Any, infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
     """A copy of the batched observation with the final observations of the environments `who` in place of their next episode's first."""
-    final = _final(infos, who, venv)
+    final = final_obs(infos, who, venv)
     if isinstance(raw, dict):
         out = {k: v.copy() for k, v in raw.items()}
         for k, v in out.items():

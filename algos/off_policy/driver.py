@@ -22,7 +22,7 @@ from markovia.algos.streams import stream, stream_seed
 
 
 class Source(Protocol):
-    """What the driver needs of its source of transitions; a fixed dataset is one whose `step` adds nothing."""
+    """What the driver needs of its source of transitions: a replay, and steps of the budget; those of a fixed dataset add nothing and count one."""
 
     replay: Replay
     episodes: list[float]

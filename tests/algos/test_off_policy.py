@@ -22,7 +22,7 @@ from markovia.agents.control import ControlAgent
 from markovia.agents.critics import QEnsemble
 from markovia.agents.interface import Agent
 from markovia.algos.off_policy import losses
-from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.actor_critic import ActorCritic, log_density
 from markovia.algos.off_policy.collect import ReplayCollector
 from markovia.algos.off_policy.driver import OffPolicyDriver
 from markovia.algos.off_policy.method import (
@@ -216,6 +216,17 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     torch.testing.assert_close(nets.actor_loss(batch, noise[2], lam)[0], expected)
 
 
+def test_log_q_can_be_summed_over_entries() -> None:
+    nets, (batch, noise) = made(tiny("mdpo-off/tsallis")).nets, minibatch()
+    dist = nets.dist(nets.agent, batch.obs, F64)
+    raw = dist.at(noise[0])
+    slopes = 1.0 - raw.tanh().square()
+    each = Normal(dist.mean, dist.log_std.exp()).log_prob(raw).exp() / slopes
+    joint, summed = (log_density(dist, raw, FixedTemperature(q=1.5, per_dimension=p)) for p in (False, True))
+    torch.testing.assert_close(joint, 2.0 * (each.prod(1).sqrt() - 1.0))
+    torch.testing.assert_close(summed, 2.0 * (each.sqrt() - 1.0).sum(1))
+
+
 def test_temperature_moves_towards_the_target_entropy() -> None:
     batch, noise = minibatch()
     for target, sign in ((-50.0, -1.0), (50.0, 1.0)):
@@ -405,6 +416,9 @@ def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:
         (lambda: build("CartPole-v1", OffPolicy()), r"continuous actions.*Discrete\(2\); use ppo"),
         (lambda: build("Pendulum-v1", OffPolicy(), agent_options={"squash": False}), None),
         (lambda: configure("sac", "markovia/Tabular-v0"), "sac serves control"),
+        (lambda: ControlAgent.from_spaces(OBS, BOX, std="own"), "std must be 'shared', 'state' or 'fixed', got 'own'"),  # type: ignore[arg-type]
+        (lambda: ControlAgent.from_spaces(OBS, BOX, squash=True, tanh_mean=True), "leave tanh_mean out"),
+        (lambda: ControlAgent.from_spaces(OBS, spaces.Discrete(2), std="state"), "std='state' needs a Box action space.*leave std out"),
     ],
 )
 def test_bad_input_is_answered(make: Any, match: str | None) -> None:
@@ -576,6 +590,35 @@ def test_updates_follow_steps_delay_and_refresh() -> None:
         assert half.num_updates == 2 and half.num_env_steps == 9  # int(0.5 * 5), the last of them at step 8
         old, new = (a.net["policy"].head.weight for a in (half.nets.references["old"], half.agent))
         assert torch.equal(old, new) == same
+
+
+class Logged:
+    """A dataset as a source: nothing is added to its replay, and a step of the budget is one update."""
+
+    def __init__(self, rows: Batch) -> None:
+        self.replay, self.episodes = Replay(len(rows.reward)), []
+        self.replay.add(rows)
+
+    def step(self, agent: Any, generator: torch.Generator, uniform: bool = False) -> int:
+        return 1
+
+    def reset(self, seed: int) -> None:
+        return
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def test_a_fixed_dataset_is_a_source_like_any_other() -> None:
+    method = tiny("td3", learning_starts=0, num_env_steps=12, num_steps=8, batch_size=4)
+    source = Logged(minibatch(30)[0])
+    driver = OffPolicyDriver(method, make_agent(method), source)  # type: ignore[arg-type]
+    before = everything(driver.update)
+    while not driver.finished:
+        driver.step()
+    assert driver.num_updates == 12 and source.replay.size == 30
+    assert not torch.equal(everything(driver.update), before)
+    assert not any(k.startswith("collector.") for k in driver.state()[0])
 
 
 def test_targets_follow_by_polyak() -> None:
