@@ -21,6 +21,8 @@ commands
   show METHOD             sentence, equation, paper, parent, source and settings of a method
   systems                 all methods
   envs                    all environments of markovia (any Gymnasium id can be trained on as well)
+  dataset [ID]            what an offline dataset holds, as a page and a PNG; without ID: those on this machine
+  collect ENV             train, then record random, medium, medium-replay, medium-expert and expert datasets
   claims [ID ...]         measure what the methods promise
   demo                    train on control, text and digits, check the results, write a page
 
@@ -292,6 +294,76 @@ def envs_command(argv: list[str]) -> None:
     _list(argv, _parser("envs", about), environments, lambda e: f"{e['kind']:<10} {e['kwargs'] or ''}")
 
 
+# -- offline data ---------------------------------------------------------------------------------------------------------------------
+
+
+def dataset_command(argv: list[str]) -> None:
+    parser = _parser("dataset", "What an offline dataset holds: episodes, returns, ends, coverage. A Minari id, a D4RL file or fixture:NAME.")
+    parser.add_argument("id", nargs="?", metavar="ID", help="without it: list the Minari datasets on this machine")
+    parser.add_argument("--reference", metavar="ID", help="what coverage (SACo) is measured against (default: the medium-replay tier beside it)")
+    parser.add_argument("--env-id", help="D4RL id of a file whose name does not tell, for its time limit and reference returns")
+    parser.add_argument("--horizon", type=int, help="time limit of a file without timeouts")
+    parser.add_argument("-o", "--out", type=Path, help="PNG to write (default <ID>.png)")
+    parser.add_argument("--json", action="store_true", help="print JSON, write no PNG unless --out is given")
+    args = parser.parse_args(argv)
+    from markovia.envs.offline.minari_io import local_ids
+    from markovia.envs.offline.validate import DatasetError
+
+    if args.id is None:
+        print("\n".join(local_ids()))
+        return
+    from markovia.dataset import default_png, describe, show, write_png
+
+    try:
+        page, data = describe(args.id, args.reference, args.env_id, args.horizon)
+    except DatasetError as e:
+        raise Failed(str(e)) from e
+    if args.json:
+        print(json.dumps(page, indent=1))
+    else:
+        show(page)
+    if args.out is not None or not args.json:
+        path = write_png(data, args.out or default_png(args.id))
+        print(path, file=sys.stderr if args.json else sys.stdout)
+
+
+def collect_command(argv: list[str]) -> None:
+    parser = _parser("collect", "Train to a return, then record five tiers as Minari datasets. Recipes: see markovia/recipes.py; flags change them.")
+    parser.add_argument("env", metavar="ENV", help="Gymnasium id, e.g. Pendulum-v1")
+    parser.add_argument("--method", help="id of the method that trains")
+    parser.add_argument("--num-env-steps", type=int, help="steps of training")
+    parser.add_argument("--medium-return", type=float, help="the first evaluation that reaches it is the medium policy")
+    parser.add_argument("--num-steps", type=int, help="transitions per tier")
+    parser.add_argument("--eval-every", type=int, help="environment steps between two evaluations")
+    parser.add_argument("--tiers", nargs="+", metavar="TIER", help="which tiers (default all)")
+    parser.add_argument("--expert-run", type=Path, metavar="RUN", help="run whose newest checkpoint is the best policy; nothing is trained")
+    parser.add_argument("--medium-run", type=Path, metavar="RUN", help="run whose newest checkpoint is the medium policy")
+    parser.add_argument("--namespace", default="markovia", help="first part of the dataset ids (default markovia)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    parser.add_argument("--out", type=Path, help="working folder (default runs/<env>/collect-seed<seed>)")
+    parser.add_argument("--resume", action="store_true", help="go on with that folder")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress")
+    args = parser.parse_args(argv)
+    from markovia.collect import TIERS, collect, out_of_order
+    from markovia.recipes import Recipe, recipe
+
+    changes = {k: getattr(args, k) for k in ("method", "num_env_steps", "medium_return", "num_steps", "eval_every")}
+    if args.expert_run is not None:
+        given = {k: v for k, v in changes.items() if v is not None and k == "num_steps"}
+        chosen = Recipe(args.env, None, **given)
+    else:
+        chosen = recipe(args.env, **changes)
+    options = {k: getattr(args, k) for k in ("seed", "out", "resume", "namespace", "medium_run", "expert_run", "progress")}
+    tiers = collect(chosen, tiers=args.tiers or TIERS, **options)
+    width = max(len(t.dataset_id) for t in tiers)
+    for t in tiers:
+        size = f"{t.num_steps:>9,} steps  {t.num_episodes:>7,} episodes"
+        print(f"{t.dataset_id:<{width}}  {size}  return {t.mean_return:>10.5g}  score {t.score_pct:>6.1f} %")
+    wrong = out_of_order(tiers)
+    if wrong:
+        raise Failed(f"the tiers' mean returns do not rise: {'; '.join(wrong)}")
+
+
 def claims_command(argv: list[str]) -> None:
     parser = _parser("claims", "Measure what the methods promise. Without ids: all that have no result in the file yet.")
     parser.add_argument("ids", nargs="*", metavar="ID")
@@ -339,6 +411,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "show": show_command,
     "systems": systems_command,
     "envs": envs_command,
+    "dataset": dataset_command,
+    "collect": collect_command,
     "claims": claims_command,
     "demo": demo_command,
 }

@@ -100,6 +100,19 @@ def points_png(points: np.ndarray, title: str) -> bytes:
     return _png(figure)
 
 
+def histograms_png(panels: dict[str, dict[str, np.ndarray]], title: str) -> bytes:
+    """One histogram per panel, {label of the axis: {name of the line: values}}, side by side, PNG bytes."""
+    figure, axes = _axes(3.4, 2.8, len(panels))
+    for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+        for name, values in lines.items():
+            ax.hist(values, bins=30, histtype="stepfilled" if len(lines) == 1 else "step", color="#1f4e8c" if len(lines) == 1 else None, label=name)
+        ax.set(xlabel=label, ylabel="count")
+        if len(lines) > 1:
+            ax.legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
+    return _png(figure)
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -91,14 +92,20 @@ def _check_episode(k: int, ep: Any) -> list[Fault]:
 
 def check_minari(dataset: Any) -> Report:
     """Everything that is wrong with a dataset (an id, or a MinariDataset), without raising; rows are counted within their episode."""
-    dataset = open_minari(dataset) if isinstance(dataset, str) else dataset
+    return _read(open_minari(dataset) if isinstance(dataset, str) else dataset)[1]
+
+
+def _read(dataset: Any) -> tuple[list[Any], Report]:
+    """All episodes, as far as the file gives them, and what is wrong with them."""
+    episodes: list[Any] = []
     faults: list[Fault] = []
     try:
-        for k, ep in enumerate(dataset.iterate_episodes()):
-            faults += _check_episode(k, ep)
+        episodes += dataset.iterate_episodes()
     except (OSError, KeyError) as error:
         faults.append(Fault("main_data.hdf5", None, f"can't be read ({error}); the file is damaged or lacks a key, record or fetch it again"))
-    return Report(dataset.id, tuple(faults))
+    for k, ep in enumerate(episodes):
+        faults += _check_episode(k, ep)
+    return episodes, Report(dataset.id, tuple(faults))
 
 
 def load_minari(dataset: Any, obs_keys: Iterable[str] | None = None, download: bool = False) -> Transitions:
@@ -108,11 +115,10 @@ def load_minari(dataset: Any, obs_keys: Iterable[str] | None = None, download: b
     What infos an episode holds is left out. Raises DatasetError with the whole report, ValueError for an unknown id.
     """
     dataset = open_minari(dataset, download) if isinstance(dataset, str) else dataset
-    report = check_minari(dataset)
+    episodes, report = _read(dataset)
     report.check()
     for fault in report.faults[:3]:
         warnings.warn(f"{dataset.id}: {fault.field}, row {fault.row}: {fault.problem}", stacklevel=2)
-    episodes = list(dataset.iterate_episodes())
     if not episodes:
         raise DatasetError(f"{dataset.id} has no episodes")
     join = lambda name: np.concatenate([np.asarray(getattr(ep, name)) for ep in episodes])  # noqa: E731
@@ -191,12 +197,22 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
 
 
 def _metadata(data: Transitions, dataset_id: str, version: str, extra: dict[str, Any]) -> dict[str, Any]:
-    own: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": version}
+    own: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": version, "content_sha256": content_sha256(data)}
     if data.about.reference is not None:
         own |= {"ref_min_score": data.about.reference.minimum, "ref_max_score": data.about.reference.maximum}
     # Minari hands authors about as sets.
     sets = {k: set(v) for k, v in extra.items() if k in ("author", "author_email") and not isinstance(v, str)}
     return {**own, **extra, **sets}
+
+
+def content_sha256(data: Transitions) -> str:
+    """Hash of all rows as little-endian float32, episode borders included: equal data have equal hashes, whatever file they come from."""
+    digest = hashlib.sha256()
+    flags = {"terminated": data.terminated, "truncated": data.truncated, "lengths": data.lengths()}
+    for name, values in {**columns(data.obs), **columns(data.next_obs, "next_obs"), "action": data.action, "reward": data.reward, **flags}.items():
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _buffers(data: Transitions) -> Iterable[Any]:

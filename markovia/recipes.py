@@ -1,0 +1,69 @@
+"""How offline datasets are made: per environment which method trains, how long, and which return counts as medium."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One environment's recipe. Raises ValueError for numbers that make no sense."""
+
+    env: str  # Gymnasium id
+    method: str | None  # id of the method that trains; None: a scripted controller, no training
+    num_env_steps: int = 0  # of training
+    medium_return: float = 0.0  # the first evaluation that reaches it is the medium policy
+    num_steps: int = 100_000  # transitions per tier
+    eval_every: int = 5_000  # environment steps between two evaluations of 10 greedy episodes
+    replay_steps: int | None = None  # medium-replay keeps about so many transitions, whole episodes drawn evenly; None: all
+    num_reference: int = 100  # episodes of the random and of the greedy best policy that count as 0 and 100
+    settings: dict[str, Any] = field(default_factory=dict)  # of the method, on top of its presets
+    controller: str = ""  # "module:function" of the scripted expert, called with the environment's id, noise= and seed=
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "eval_every", "num_reference"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.method is not None and self.num_env_steps < self.eval_every:
+            raise ValueError(f"num_env_steps {self.num_env_steps} leaves no evaluation; it must be at least eval_every, {self.eval_every}")
+
+
+_SMALL = {"hidden": (64, 64)}
+_PENDULUM = {
+    "learning_starts": 500,
+    "num_steps": 500,
+    "policy": _SMALL,
+    "critic": {**_SMALL, "lr": 1e-3},
+    "actor": {"lr": 1e-3},
+    "temperature": {"lr": 1e-3},
+}
+_INVERTED = {"num_envs": 4, "num_steps": 256}
+
+RECIPES: dict[str, Recipe] = {
+    r.env.rpartition(":")[2]: r
+    for r in (
+        Recipe("Pendulum-v1", "sac", 10_000, -700.0, 20_000, 500, settings=_PENDULUM),
+        Recipe("InvertedPendulum-v5", "ppo", 40_000, 300.0, 20_000, 1_024, settings=_INVERTED),
+        Recipe("gymnasium_robotics:PointMaze_UMaze-v3", None, num_steps=50_000, controller="markovia.envs.offline.pointmaze:maze_controller"),
+        Recipe("Hopper-v5", "sac", 500_000, 1400.0, replay_steps=100_000),
+        Recipe("HalfCheetah-v5", "sac", 500_000, 4700.0, replay_steps=100_000),
+        Recipe("Walker2d-v5", "sac", 700_000, 2800.0, replay_steps=100_000),
+    )
+}
+
+
+def recipe(env: str, **changes: Any) -> Recipe:
+    """The environment's recipe with changes (None leaves an entry as it is).
+
+    Raises ValueError for an environment without one, unless method, num_env_steps and medium_return are given.
+    """
+    given = {k: v for k, v in changes.items() if v is not None}
+    known = env.rpartition(":")[2]
+    if known in RECIPES:
+        return replace(RECIPES[known], **given)
+    missing = [k for k in ("method", "num_env_steps", "medium_return") if k not in given]
+    if missing:
+        flags = ", ".join(f"--{k.replace('_', '-')}" for k in missing)
+        raise ValueError(f"there is no recipe for {env}; give {flags} too. Recipes: {', '.join(RECIPES)}")
+    return Recipe(env, **given)

@@ -1,0 +1,211 @@
+"""Collections of datasets: what is recorded, killed and resumed, refused; and the page of a dataset."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from markovia.cli import run as cli
+from markovia.collect import TIERS, Tier, collect, out_of_order
+from markovia.envs.exact.offline import pointmass_data
+from markovia.envs.offline import load, write_minari
+from markovia.recipes import RECIPES, Recipe, recipe
+from markovia.rundir import RunError
+
+pytest.importorskip("minari")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Recipe(
+    "Pendulum-v1", "ppo", 1_024, -3000.0, 400, 512, num_reference=10, settings={"num_envs": 2, "num_steps": 128, "solver": {"epochs": 1}}
+)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(folder, **options):
+    """A collection whose reference returns are given, since a policy that trained for a second is no better than random."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return collect(SMALL, out=folder, progress=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def given_references(monkeypatch):
+    """Random and best counted as -1500 and -100."""
+    from markovia import collect as module
+
+    real = module._Collection.reference
+
+    def reference(self):
+        file = self.folder / "references.json"
+        if not file.exists():
+            file.write_text(json.dumps({"min": -1500.0, "max": -100.0}))
+        return real(self)
+
+    monkeypatch.setattr(module._Collection, "reference", reference)
+
+
+def test_five_tiers_are_recorded_and_stay(root, monkeypatch):
+    tiers = make(root / "c")
+    assert [t.name for t in tiers] == list(TIERS)
+    data = {t.name: load(t.dataset_id) for t in tiers}
+    for t in tiers:
+        assert len(data[t.name]) == t.num_steps and data[t.name].returns().mean() == t.mean_return
+        assert t.score_pct == pytest.approx(100 * (t.mean_return + 1500) / 1400)
+        assert data[t.name].about.env_id == "Pendulum-v1" and data[t.name].complete().all()
+        assert data[t.name].about.metadata["markovia"]["tier"] == t.name
+    assert [t.num_steps for t in tiers] == [400, 512, 400, 800, 400]  # medium came at the first evaluation, after 512 steps
+    both = np.concatenate([data["medium"].action, data["expert"].action])
+    np.testing.assert_array_equal(data["medium-expert"].action, both)
+    # Dynamics of the logged rows, by Pendulum's own equations: theta'' = 15 sin(theta) + 3 u, dt 0.05
+    for rows in data.values():
+        velocity = rows.obs[:, 2] + 0.05 * (15 * rows.obs[:, 1] + 3 * np.clip(rows.action[:, 0], -2, 2))
+        np.testing.assert_allclose(rows.next_obs[:, 2], np.clip(velocity, -8, 8), atol=1e-4)
+    env = load(tiers[0].dataset_id).about.env_spec.make()
+    assert env.spec.max_episode_steps == 200
+    from markovia import collect as module
+
+    monkeypatch.setattr(module._Collection, "record", lambda *a, **k: pytest.fail("recorded again"))
+    assert make(root / "c", resume=True) == tiers
+
+
+def test_killed_and_resumed_equals_uninterrupted(root):
+    """SIGKILL while training, then --resume: the same log, the same policies, the same datasets."""
+    code = (
+        "import sys, time, json\nfrom pathlib import Path\nfrom markovia import collect as c\nfrom tests_collect_small import SMALL\n"
+        "old = c._Watch.__call__\n"
+        "c._Watch.__call__ = lambda self, info: (old(self, info), time.sleep(0.3))\n"
+        "c.collect(SMALL, out=sys.argv[1], progress=False)\n"
+    )
+    (root / "tests_collect_small.py").write_text(
+        f"from markovia.recipes import Recipe\nSMALL = Recipe(**{ {**dataclasses.asdict(SMALL), 'settings': SMALL.settings}!r})\n"
+    )
+    killed = root / "killed"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{root}"}
+    child = subprocess.Popen([sys.executable, "-c", code, str(killed)], env=env, cwd=root, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (killed / "milestones.json").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (killed / "run" / "done.json").exists()
+    resumed = make(killed, resume=True, tiers=["medium-replay", "expert"])
+    hashes = {t.name: load(t.dataset_id).about.metadata["content_sha256"] for t in resumed}
+    os.environ["MINARI_DATASETS_PATH"] = str(root / "other")
+    whole = make(root / "whole", tiers=["medium-replay", "expert"])
+    assert {t.name: load(t.dataset_id).about.metadata["content_sha256"] for t in whole} == hashes
+
+
+def test_recorded_from_runs(root):
+    from markovia.algos.presets import configure, override
+    from markovia.runs import train
+
+    settings = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 256, "num_envs": 2, "num_steps": 64})
+    run = train(settings, "CartPole-v1", out=root / "run", eval_episodes=0, progress=False, num_checkpoints=1, method_id="ppo").run
+    from_runs = Recipe("CartPole-v1", None, num_steps=60)
+    tiers = collect(from_runs, out=root / "a", expert_run=run, medium_run=run, progress=False)
+    assert [t.name for t in tiers] == ["random", "medium", "medium-expert", "expert"]
+    assert load("markovia/cartpole/random-v0").about.action_space.n == 2
+    assert [t.name for t in collect(from_runs, out=root / "b", expert_run=run, namespace="b", progress=False)] == ["random", "expert"]
+    with pytest.raises(ValueError, match="give a medium run"):
+        collect(from_runs, out=root / "d", expert_run=run, tiers=["medium"])
+    with pytest.raises(ValueError, match="expert run beside it"):
+        collect(from_runs, out=root / "d", medium_run=run)
+    with pytest.raises(RunError, match="was trained on CartPole-v1, not on Pendulum-v1"):
+        collect(Recipe("Pendulum-v1", None), out=root / "e", expert_run=run)
+    with pytest.raises(RunError, match="not made by this request"):
+        collect(from_runs, seed=1, out=root / "f", expert_run=run, medium_run=run, progress=False)
+
+
+def test_what_is_refused(root):
+    with pytest.raises(ValueError, match="there is no recipe for CartPole-v1; give --method, --num-env-steps, --medium-return"):
+        recipe("CartPole-v1")
+    assert recipe("CartPole-v1", method="ppo", num_env_steps=9_000, medium_return=5.0).method == "ppo"
+    with pytest.raises(ValueError, match="leaves no evaluation"):
+        recipe("Pendulum-v1", num_env_steps=10)
+    with pytest.raises(ValueError, match="unknown tier 'best'"):
+        collect(SMALL, out=root / "x", tiers=["best"])
+    with pytest.raises(ValueError, match="denoising task"):
+        collect(Recipe("markovia/Digits-v0", None), out=root / "x")
+    make(root / "c", tiers=["random"])
+    with pytest.raises(RunError, match="--resume"):
+        make(root / "c")
+    with pytest.raises(RunError, match="another request"):
+        collect(dataclasses.replace(SMALL, num_steps=300), out=root / "c", resume=True)
+    never = dataclasses.replace(SMALL, medium_return=0.0)
+    with pytest.raises(RunError, match="never reached the medium return 0"):
+        collect(never, out=root / "n", progress=False)
+    (root / "full").mkdir()
+    (root / "full" / "a").write_text("")
+    with pytest.raises(RunError, match="not empty"):
+        collect(SMALL, out=root / "full")
+
+
+def test_order_of_the_tiers():
+    tiers = [Tier(n, n, 1, 1, r, 0.0) for n, r in (("random", 1.0), ("medium-replay", 3.0), ("medium", 2.0), ("medium-expert", 0.0), ("expert", 9.0))]
+    assert out_of_order(tiers) == ["medium-replay (3) is not below medium (2)"]
+    assert out_of_order(tiers[2:]) == []
+
+
+def test_every_recipe_names_what_exists():
+    from markovia.algos.presets import configure, override
+    from markovia.catalogue import resolve
+
+    for name, r in RECIPES.items():
+        assert name == r.env.rpartition(":")[2]
+        if r.method is None:
+            assert resolve(r.controller)
+        else:
+            assert override(configure(r.method, name), {**r.settings, "num_env_steps": r.num_env_steps}).num_env_steps == r.num_env_steps
+
+
+# -- the page -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_page_of_a_dataset(root, capsys):
+    write_minari(pointmass_data("medium", episodes=20), "markovia/toy/medium-v0")
+    write_minari(pointmass_data("random", episodes=20), "markovia/toy/medium-replay-v0")
+    assert cli(["dataset"]) == 0
+    assert capsys.readouterr().out.split() == ["markovia/toy/medium-replay-v0", "markovia/toy/medium-v0"]
+    assert cli(["dataset", "markovia/toy/medium-v0"]) == 0
+    text = capsys.readouterr().out
+    for part in ("800 transitions in 20 episodes", "20 truncated", "TQ", "SACo", "action coverage", "markovia-toy-medium-v0.png"):
+        assert part in " ".join(text.split())
+    assert (root / "markovia-toy-medium-v0.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli(["dataset", "markovia/toy/medium-v0", "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert page["saco_reference"] == "markovia/toy/medium-replay-v0" and page["ends"] == {"terminated": 0, "truncated": 20, "cut": 0}
+    assert page["tq"] == pytest.approx(page["score_pct"] / 100) and sum(page["histogram"]["counts"]) == 20
+    assert cli(["dataset", "fixture:maze", "--json", "-o", "maze.png"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["action_share"]) == 5 and (root / "maze.png").exists()
+
+
+def test_page_of_a_faulty_file_is_its_report(root, capsys):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("bad.hdf5", "w") as file:
+        for name, shape in {"observations": (4, 2), "actions": (3, 1), "rewards": 4, "terminals": 4, "timeouts": 4}.items():
+            file[name] = np.zeros(shape)
+    assert cli(["dataset", "bad.hdf5"]) == 1
+    assert "fault  actions, row 3: 3 rows, expected 4" in capsys.readouterr().err
+    assert cli(["dataset", "no-such-v0"]) == 2
+    assert "no dataset no-such-v0" in capsys.readouterr().err
+
+
+def test_collect_command(root, capsys):
+    assert cli(["collect", "CartPole-v1"]) == 2
+    assert "there is no recipe" in capsys.readouterr().err
+    flags = ["--method", "ppo", "--num-env-steps", "512", "--eval-every", "256", "--medium-return", "5", "--num-steps", "50", "--no-progress"]
+    code = cli(["collect", "CartPole-v1", "--out", "c", "--tiers", "random", "medium-replay", *flags])
+    captured = capsys.readouterr()
+    assert code in (0, 1), captured.err  # 1: the returns of so short a run need not rise
+    assert "markovia/cartpole/random-v0" in captured.out and "score" in captured.out
