@@ -20,6 +20,7 @@ class Claim(NamedTuple):
 _HERE = "markovia.claims.on_policy:"
 _DENOISING = "markovia.claims.denoising:"
 _OFF_POLICY = "markovia.claims.off_policy:"
+_SAFE = "markovia.claims.safe:"
 _TREE = (
     "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
     "rloo", "rloo/reinforce", "ppo-rlhf",
@@ -48,4 +49,12 @@ CLAIMS: dict[str, Claim] = {
     "itps": Claim(_DENOISING + "itps"),
     "adjoint-matching": Claim(_DENOISING + "adjoint_matching"),
     "adjoint-matching@memoryless": Claim(_DENOISING + "adjoint_memoryless"),
+    "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
+    "cpo@exact": Claim(_SAFE + "cpo_grid"),
+    "cat@exact": Claim(_SAFE + "cat_grid"),
+    "reload": Claim(_SAFE + "reload_cycles"),
+    "stepmix": Claim(_SAFE + "stepmix_floor"),
+    "stepmix@offline": Claim(_SAFE + "stepmix_offline"),
+    "epsmix": Claim(_SAFE + "epsmix_floor"),
+    "c-morl": Claim(_SAFE + "c_morl_front"),
 }

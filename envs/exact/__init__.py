@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from markovia.envs.exact.cmdp import CMDP, CMDPSolution
+from markovia.envs.exact.cmdps import cmdp_grid, cmdp_two_state
 from markovia.envs.exact.divergences import FDivergence, f_divergence, f_optimum
 from markovia.envs.exact.preference import PreferenceBandit, PreferenceGame
 from markovia.envs.exact.tabular import TabularMDP
@@ -23,6 +24,8 @@ __all__ = [
     "TabularMDP",
     "best_of_n_kl_bound",
     "binary_fixed_point",
+    "cmdp_grid",
+    "cmdp_two_state",
     "f_divergence",
     "f_optimum",
 ]
