@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from markovia.algos.denoising.adjoint import AdjointMatching
-from markovia.algos.denoising.methods import DENOISING
+from markovia.algos.denoising.methods import DENOISING, ChainMethod
+from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.on_policy.method import OnPolicy
@@ -11,12 +11,12 @@ from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy | AdjointMatching  # what a driver can be built for, one settings class per family
+Method = OnPolicy | OffPolicy | ChainMethod  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values()])
+    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values(), *MEASURES.values()])
 
 
 def find(method_id: str) -> Row:
