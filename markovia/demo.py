@@ -196,6 +196,10 @@ def digits(folder: Path) -> Part:
 # -- table and page -------------------------------------------------------------------------------------------------------------------
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _table(parts: list[Part]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -206,7 +210,7 @@ def _table(parts: list[Part]) -> None:
     for part in parts:
         for i, c in enumerate(part.checks):
             sign = "≥" if c.at_least else "≤"
-            row = (part.title if i == 0 else "", c.what, f"{c.before:.3g}", f"{c.after:.3g}", f"{sign} {c.bound:.3g}")
+            row = (part.title if i == 0 else "", c.what, _number(c.before), _number(c.after), f"{sign} {_number(c.bound)}")
             table.add_row(*row, "[green]ok[/]" if c.holds else "[red]missed[/]", f"{part.seconds:.0f}" if i == 0 else "")
     Console().print(table)
 
@@ -247,9 +251,9 @@ def _rows(part: Part) -> str:
     for i, c in enumerate(part.checks):
         verdict = '<td class="ok">ok</td>' if c.holds else '<td class="bad">missed</td>'
         out += f"<tr><td>{html.escape(part.title) if i == 0 else ''}</td><td>{html.escape(c.what)}</td>"
-        out += "".join(f'<td class="n">{v:.3g}</td>' for v in (c.before, c.after))
+        out += "".join(f'<td class="n">{_number(v)}</td>' for v in (c.before, c.after))
         seconds = f"{part.seconds:.0f}" if i == 0 else ""
-        out += f'<td class="n">{"≥" if c.at_least else "≤"} {c.bound:.3g}</td>{verdict}<td class="n">{seconds}</td></tr>'
+        out += f'<td class="n">{"≥" if c.at_least else "≤"} {_number(c.bound)}</td>{verdict}<td class="n">{seconds}</td></tr>'
     return out
 
 

@@ -44,6 +44,13 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _count_steps(ax: Any) -> None:
+    """Step counts as 50k, 1M."""
+    from matplotlib.ticker import EngFormatter
+
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1) -> Path:
     """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds."""
     groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
@@ -61,6 +68,7 @@ def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1)
             if len(curves) > 1:
                 ax.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         ax.set(title=env, xlabel="num_env_steps", ylabel=key)
+        _count_steps(ax)
         ax.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -73,6 +81,7 @@ def curve_png(x: np.ndarray, y: np.ndarray, title: str, ylabel: str, xlabel: str
     ax.plot(x, y, color="#9db4d0", linewidth=1.0)
     ax.plot(x, smooth(y, max(1, len(y) // 12)), color="#1f4e8c", linewidth=2.0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    _count_steps(ax)
     return _png(figure)
 
 
