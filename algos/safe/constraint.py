@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from markovia.algos.safe.dual import Dual, FixedDual, PIDDual
+from markovia.algos.safe.dual import Dual, FixedDual, TrustRegionDual, gradient
 from markovia.algos.safe.termination import SoftTermination
 
 Mix = Literal["sum", "plain", "difference"]
@@ -67,23 +67,26 @@ def centred(cost_adv: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Constraint:
-    """max J(pi) subject to J_c^i(pi) <= cost_limit_i for every cost column i."""
+    """max J(pi) subject to J_c^i(pi) <= cost_limit_i for every cost column i.
+
+    J_c is measured as the mean over the episodes that finished since the last iteration. Cost advantages come from the method's own advantage
+    estimator, on one critic column per cost. Raises ValueError for a negative limit.
+    """
 
     cost_limit: float | tuple[float, ...] = 25.0  # what an episode may cost; one number per cost of info["cost"]
-    dual: Dual = field(default_factory=lambda: PIDDual(optimizer="adam"))
+    dual: Dual = field(default_factory=gradient)
     mix: Mix = "sum"
     cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
-    gamma: float = 0.99  # discount of the cost advantages
-    lam: float = 0.95  # exponential average of the cost advantages
     termination: SoftTermination | None = None
 
     def __post_init__(self) -> None:
         limits(self.cost_limit)
-        for name in ("cost_gamma", "gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.cost_gamma <= 1:
+            raise ValueError(f"cost_gamma must lie in [0, 1], got {self.cost_gamma}")
         if self.termination is not None and not isinstance(self.dual, FixedDual):
             raise ValueError("constraints as terminations need no multiplier: set dual=FixedDual(0.0)")
+        if isinstance(self.dual, TrustRegionDual) and self.num_costs > 1:
+            raise ValueError(f"CPO's closed form serves one cost, but {self.num_costs} limits are set; use a PIDDual")
 
     @property
     def limits(self) -> np.ndarray:

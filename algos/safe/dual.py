@@ -65,6 +65,10 @@ class PIDDual:
         zero = [0.0] * num_costs
         return {"I": [self.init] * num_costs, "P": zero, "E": zero, "queue": [zero], "m": zero, "v": zero, "updates": 0}
 
+    def initial(self, num_costs: int) -> np.ndarray:
+        """The weight (m,) before anything was measured."""
+        return np.full(num_costs, self.init)
+
     def update(self, state: State, cost: Any, limit: Any) -> tuple[State, np.ndarray]:
         """The next state and the weight (m,) to use now."""
         c, d = checked(cost, limit)
@@ -123,6 +127,10 @@ class BarrierDual:
         """A barrier remembers nothing."""
         return {}
 
+    def initial(self, num_costs: int) -> np.ndarray:
+        """0: nothing is near a limit yet."""
+        return np.zeros(num_costs)
+
     def update(self, state: State, cost: Any, limit: Any) -> tuple[State, np.ndarray]:
         """The weight (m,) at the measured cost."""
         c, d = checked(cost, limit)
@@ -142,9 +150,33 @@ class FixedDual:
     def start(self, num_costs: int) -> State:
         return {}
 
+    def initial(self, num_costs: int) -> np.ndarray:
+        return np.full(num_costs, self.weight)
+
     def update(self, state: State, cost: Any, limit: Any) -> tuple[State, np.ndarray]:
         """`weight` for every constraint."""
         return state, np.full(len(checked(cost, limit)[0]), self.weight)
 
 
-Dual = PIDDual | BarrierDual | FixedDual
+@dataclass(frozen=True)
+class TrustRegionDual:
+    """No memory: CPO finds the multiplier of each step in closed form (`trust_region_dual`); needs the natural-gradient solver."""
+
+    tolerance: float = 0.0  # rise of the cost surrogate that the line search lets pass, cost per step; 1e-3 suits exact advantages
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must be >= 0, got {self.tolerance}")
+
+    def start(self, num_costs: int) -> State:
+        return {}
+
+    def initial(self, num_costs: int) -> np.ndarray:
+        return np.zeros(num_costs)
+
+    def update(self, state: State, cost: Any, limit: Any) -> tuple[State, np.ndarray]:
+        """0: the advantages are not mixed."""
+        return state, np.zeros(len(checked(cost, limit)[0]))
+
+
+Dual = PIDDual | BarrierDual | FixedDual | TrustRegionDual

@@ -63,6 +63,7 @@ class SoftTermination:
     def delta(self, cost: Tensor, scale: Tensor | None, progress: float = 1.0) -> tuple[Tensor, Tensor]:
         """delta (B, T) of a record's cost (B, T, m), step after step with the scale that is known then; and the scale (m,) to go on with."""
         p_max, out = self.probabilities(cost.shape[-1], progress).to(cost), []
+        scale = None if scale is None else scale.to(cost)
         for t in range(cost.shape[1]):
             scale = running_scale(scale, cost[:, t], tau=self.tau)
             out.append(termination_probability(cost[:, t], scale, p_max, p_min=self.p_min))

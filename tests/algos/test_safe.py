@@ -10,7 +10,7 @@ import torch
 
 from markovia.algos.advantages import gae
 from markovia.algos.safe.constraint import Constraint, centred, checked_cost, discounted_limit, limits, mix_advantages
-from markovia.algos.safe.dual import BarrierDual, FixedDual, PIDDual, augmented, gradient, optimistic, pid
+from markovia.algos.safe.dual import BarrierDual, FixedDual, PIDDual, TrustRegionDual, augmented, gradient, optimistic, pid
 from markovia.algos.safe.exact import (
     action_values,
     constrained_policy_optimisation,
@@ -119,7 +119,9 @@ def test_a_proportional_part_ends_the_swing_of_a_linear_problem():
         (lambda: limits((25.0, float("nan"))), "must be >= 0"),
         (lambda: limits(()), "one number per cost"),
         (lambda: Constraint(cost_limit=-5.0), "no policy meets"),
-        (lambda: Constraint(lam=1.5), r"lam must lie in \[0, 1\]"),
+        (lambda: Constraint(cost_gamma=1.5), "cost_gamma must lie"),
+        (lambda: Constraint(cost_limit=(1.0, 2.0), dual=TrustRegionDual()), "serves one cost"),
+        (lambda: TrustRegionDual(tolerance=-1.0), "tolerance"),
         (lambda: Constraint(termination=SoftTermination()), "FixedDual"),
         (lambda: discounted_limit(25.0, 1.5, 10), "gamma in"),
         (lambda: checked_cost(None, 1), "puts no 'cost' into info"),

@@ -1,0 +1,116 @@
+"""What a loop keeps of its constraint from one iteration to the next: measure the cost, price it, mix the advantages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from markovia.agents.records import Rollout
+from markovia.algos.advantages import Advantage
+from markovia.algos.safe.constraint import Constraint, centred, checked_cost, mix_advantages
+from markovia.algos.safe.dual import FixedDual
+from markovia.algos.safe.termination import soften
+
+PATIENCE = 50  # measured iterations in a row above the limit, after which a user is told
+
+
+class ConstraintHandler:
+    """One per run. Each iteration: `measure` (new weight), `soften` (constraints as terminations), `mix` (advantages), in this order.
+
+    Cost critics learn the discounted cost times 1 - gamma, a mean cost per step: costs of 1 a step would else reach 1 / (1 - gamma) and drown the
+    reward's critic. Advantages are brought back to the cost's own unit, in which the limit is given.
+    """
+
+    def __init__(self, constraint: Constraint, gamma: float) -> None:
+        self.constraint, self.unit = constraint, 1.0 - gamma if gamma < 1 else 1.0
+        m = constraint.num_costs
+        self.dual_state = constraint.dual.start(m)
+        self.weight = constraint.dual.initial(m)
+        self.cost = np.full(m, np.nan)  # last measured, nan before the first episode has ended
+        self.horizon = 1.0  # mean length of the episodes that it was measured on
+        self.above = 0  # measured iterations in a row with a violation
+        self.scale: Tensor | None = None
+        self.advantage_states: list[dict[str, Any]] = [{} for _ in range(m)]
+
+    @property
+    def violation(self) -> np.ndarray:
+        """(m,) cost - limit per episode; nan before anything was measured."""
+        return self.cost - self.constraint.limits
+
+    def measure(self, costs: Sequence[Sequence[float]], lengths: Sequence[int]) -> None:
+        """Update the weight from the costs (k, m) and lengths (k,) of the episodes that have just finished; without any, nothing moves."""
+        if not len(costs):
+            return
+        self.cost = np.asarray(costs, dtype=np.float64).mean(0)
+        self.horizon = float(np.mean(lengths))
+        self.dual_state, self.weight = self.constraint.dual.update(self.dual_state, self.cost, self.constraint.limits)
+        # An unpaid or terminating constraint makes no promise about the limit.
+        self.above = self.above + 1 if (self.violation > 0).any() and not isinstance(self.constraint.dual, FixedDual) else 0
+        if self.above == PATIENCE:
+            warnings.warn(
+                f"the cost has stayed above its limit for {PATIENCE} iterations in a row: measured {np.round(self.cost, 3).tolist()}, limit "
+                f"{self.constraint.limits.tolist()}. Either learning needs longer, or no policy meets the limit: look at the least cost that "
+                "training for low cost alone reaches, and raise cost_limit above it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def soften(self, rollout: Rollout, reward: Tensor, progress: float) -> Tensor:
+        """Checks the record's costs; with soft termination, cuts its continuation by 1 - delta and returns the reward times 1 - delta."""
+        cost = checked_cost(rollout.cost, self.constraint.num_costs)
+        if self.constraint.termination is None:
+            return reward
+        delta, self.scale = self.constraint.termination.delta(cost, self.scale, progress)
+        reward, rollout.continuation = soften(reward, rollout.continuation, delta)
+        return reward
+
+    def mix(self, rollout: Rollout, adv: Tensor, advantage: Advantage) -> Tensor:
+        """The advantage (B, T) to improve on; the record gets `cost_adv` (B, T, m), centred, and the cost critics' targets `cost_ret`."""
+        assert rollout.cost is not None
+        pairs = [
+            advantage(rollout.cost[..., i] * self.unit, _column(rollout, 1 + i), state) for i, state in enumerate(self.advantage_states)
+        ]
+        cost_adv = centred(torch.stack([a for a, _ in pairs], -1) / self.unit, rollout.mask)
+        rollout.columns["cost_adv"] = cost_adv
+        if advantage.needs_critic:
+            rollout.columns["cost_ret"] = torch.stack([r for _, r in pairs], -1)
+        return mix_advantages(adv, cost_adv, torch.as_tensor(self.weight, device=adv.device), self.constraint.mix)
+
+    def describe(self) -> dict[str, float]:
+        """What is logged: weight and violation, one entry per cost."""
+        names = [""] if self.constraint.num_costs == 1 else [f"/{i}" for i in range(self.constraint.num_costs)]
+        out = {f"cost_weight{n}": float(w) for n, w in zip(names, self.weight, strict=True)}
+        if np.isfinite(self.cost).all():
+            out |= {f"violation{n}": float(v) for n, v in zip(names, self.violation, strict=True)}
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "dual": self.dual_state,
+            "weight": self.weight.tolist(),
+            "cost": [None if np.isnan(c) else c for c in self.cost.tolist()],
+            "horizon": self.horizon,
+            "above": self.above,
+            "scale": None if self.scale is None else self.scale.tolist(),
+            "advantage_states": self.advantage_states,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put `state()` back."""
+        self.dual_state, self.weight = state["dual"], np.array(state["weight"])
+        self.cost = np.array([np.nan if c is None else c for c in state["cost"]])
+        self.horizon, self.above, self.advantage_states = state["horizon"], state["above"], state["advantage_states"]
+        self.scale = None if state["scale"] is None else torch.tensor(state["scale"], dtype=torch.float64)
+
+
+def _column(rollout: Rollout, i: int) -> Rollout:
+    """The record as it looks to an estimator of column i: that value and boot value come first."""
+    pick = lambda x: None if x is None else x[..., i : i + 1]  # noqa: E731
+    return replace(rollout, value=pick(rollout.value), boot_value=pick(rollout.boot_value))
