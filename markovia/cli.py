@@ -303,6 +303,7 @@ def dataset_command(argv: list[str]) -> None:
     parser.add_argument("--reference", metavar="ID", help="what coverage (SACo) is measured against (default: the medium-replay tier beside it)")
     parser.add_argument("--env-id", help="D4RL id of a file whose name does not tell, for its time limit and reference returns")
     parser.add_argument("--horizon", type=int, help="time limit of a file without timeouts")
+    parser.add_argument("--download", action="store_true", help="fetch a Minari dataset that is not on this machine")
     parser.add_argument("-o", "--out", type=Path, help="PNG to write (default <ID>.png)")
     parser.add_argument("--json", action="store_true", help="print JSON, write no PNG unless --out is given")
     args = parser.parse_args(argv)
@@ -315,7 +316,7 @@ def dataset_command(argv: list[str]) -> None:
     from markovia.dataset import default_png, describe, show, write_png
 
     try:
-        page, data = describe(args.id, args.reference, args.env_id, args.horizon)
+        page, data = describe(args.id, args.reference, env_id=args.env_id, horizon=args.horizon, download=args.download)
     except DatasetError as e:
         raise Failed(str(e)) from e
     if args.json:

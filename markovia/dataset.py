@@ -13,17 +13,18 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BARS = 12  # intervals of the histogram on the terminal
 
 
-def describe(dataset: str, reference: str | None = None, env_id: str | None = None, horizon: int | None = None) -> tuple[dict[str, Any], Any]:
+def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple[dict[str, Any], Any]:
     """(plain JSON of everything the page shows, the rows) of a Minari id, a D4RL file or `fixture:<name>`.
 
     reference  a dataset of the same task whose coverage SACo is measured against, by default the medium-replay tier beside this one
+    source     env_id, horizon, download: see `markovia.envs.offline.load`
     TQ counts as 0 and 1 the returns that the references count as 0 and 100. Raises what loading raises: DatasetError for faulty data.
     """
     from markovia.envs.offline import action_coverage, load, returns_histogram, state_action_coverage, trajectory_quality
 
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
-        data = load(dataset, env_id=env_id, horizon=horizon)
+        data = load(dataset, **source)
     about, returns, lengths, complete = data.about, data.returns(), data.lengths(), data.complete()
     scale, against = about.reference, reference or _replay_beside(dataset)
     counts, edges = returns_histogram(data, BARS)

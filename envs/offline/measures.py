@@ -1,6 +1,7 @@
 """What a dataset is worth before anything is learnt from it: returns, coverage of states and actions.
 
-Counts are over cells: every dimension of (s, a) is cut into `bins` equal parts between limits that all compared datasets share.
+Counts are over cells: every dimension of (s, a) is cut into `bins` equal parts between limits that all compared datasets share; integers
+(discrete states and actions, pixels) count as they are.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ def state_action_coverage(data: Transitions, reference: Transitions, bins: int =
     """
     n = min(len(data), len(reference))
     first, second = (state_actions(d.rows(np.arange(n))) for d in (data, reference))
+    whole = whole_numbers(data)
     if first.shape[1] != second.shape[1]:
         widths = f"{data.about.name} has {first.shape[1]} numbers per (s, a), {reference.about.name} {second.shape[1]}"
         raise ValueError(f"{widths}; only data of one task can be compared")
     limits = shared_limits([first, second])
-    return distinct(first, limits, bins) / distinct(second, limits, bins)
+    return distinct(first, limits, bins, whole) / distinct(second, limits, bins, whole)
 
 
 def state_actions(data: Transitions) -> np.ndarray:
@@ -53,18 +55,30 @@ def state_actions(data: Transitions) -> np.ndarray:
     return np.concatenate([p.reshape(len(data), -1).astype(np.float64) for p in parts], axis=1)
 
 
+def whole_numbers(data: Transitions) -> np.ndarray:
+    """(d,) bool: which columns of `state_actions` are integers."""
+    parts = [*columns(data.obs).values(), data.action]
+    return np.concatenate([np.full(p.reshape(len(data), -1).shape[1], np.issubdtype(p.dtype, np.integer)) for p in parts])
+
+
 def shared_limits(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(d,) smallest and (d,) largest value of every column over all tables."""
     return np.min([t.min(axis=0) for t in tables], axis=0), np.max([t.max(axis=0) for t in tables], axis=0)
 
 
-def distinct(table: np.ndarray, limits: tuple[np.ndarray, np.ndarray], bins: int = BINS) -> int:
-    """u: different cells among the rows of table (N, d). Raises ValueError for bins outside 1..65535."""
+def distinct(table: np.ndarray, limits: tuple[np.ndarray, np.ndarray], bins: int = BINS, whole: np.ndarray | None = None) -> int:
+    """u: different cells among the rows of table (N, d), every value of a `whole` (d,) column a cell of its own.
+
+    Raises ValueError for bins outside 1..65535.
+    """
     if not 1 <= bins <= 65535:
         raise ValueError(f"bins must lie in 1..65535, got {bins}")
     low, high = limits
     width = np.where(high > low, high - low, 1.0)
-    cells = np.clip((table - low) / width * bins, 0, bins - 1).astype(np.uint16)
+    cells = np.clip((table - low) / width * bins, 0, bins - 1)
+    if whole is not None:
+        cells = np.where(whole, table - low, cells)
+    cells = cells.astype(np.uint32)
     packed = np.ascontiguousarray(cells).view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1])))
     return len(np.unique(packed))
 

@@ -18,10 +18,18 @@ def tier_id(env_id: str, tier: str, namespace: str = "markovia") -> str:
     return f"{namespace}/{name}/{tier}-v0"
 
 
-def load(dataset: str | Path, *, obs_keys: Iterable[str] | None = None, env_id: str | None = None, horizon: int | None = None) -> Transitions:
+def load(
+    dataset: str | Path,
+    *,
+    obs_keys: Iterable[str] | None = None,
+    env_id: str | None = None,
+    horizon: int | None = None,
+    download: bool = False,
+) -> Transitions:
     """Rows of `fixture:<name>` (markovia.envs.exact.offline), of a D4RL file `*.hdf5` or `*.h5`, or of a Minari id.
 
-    env_id and horizon are for D4RL files whose name does not tell; obs_keys for dictionary observations.
+    env_id and horizon are for D4RL files whose name does not tell; obs_keys for dictionary observations; download fetches a Minari dataset that
+    is not on this machine.
     Raises ValueError for a name that is none of these, DatasetError for faulty data.
     """
     name = str(dataset)
@@ -35,4 +43,4 @@ def load(dataset: str | Path, *, obs_keys: Iterable[str] | None = None, env_id: 
         return load_d4rl(name, env_id, horizon)
     from markovia.envs.offline.minari_io import load_minari
 
-    return load_minari(name, obs_keys)
+    return load_minari(name, obs_keys, download)

@@ -157,6 +157,9 @@ def test_cells_need_shared_limits():
     assert distinct(narrow, shared_limits([narrow]), 10) == 10  # the upper limit belongs to the last cell
     assert distinct(narrow, shared_limits([narrow, wide]), 10) == 2  # [0, 1) and 1.0
     assert distinct(np.ones((5, 2)), shared_limits([np.ones((5, 2))]), 100) == 1
+    states = np.arange(300)[:, None].astype(float)
+    assert distinct(states, shared_limits([states]), 100) == 100
+    assert distinct(states, shared_limits([states]), 100, np.array([True])) == 300  # discrete states never share a cell
     # against sets of rounded tuples
     rng = np.random.default_rng(0)
     table = rng.random((500, 2))
