@@ -1,80 +1,156 @@
-"""Speed of PPO against Stable-Baselines3 with the same hyper-parameters, measured in turns in one process: `python benchmarks/throughput.py`.
+"""Training speed against other projects with the same hyper-parameters: `python benchmarks/throughput.py [--only ppo-8x256 ...] [--device cuda]`.
 
-Both train for the same steps on the same task with one thread; the figure is environment steps per second over collection and update, and
-the ratio ours / theirs, which is what a shared and noisy machine measures best. Writes benchmarks/results/throughput.json.
+The sides of a comparison run in turns in one process, each with the number of threads (1 or 2) that was faster for it in a first try, and the
+figure is the median over turns of the ratio ours / theirs: that is what a shared and noisy machine measures best. Speed counts collection and
+update (for off-policy methods one step with one update); compile time is not in it. Writes benchmarks/results/throughput.json and the
+table throughput.md beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
+Side = Callable[[str], float]  # device -> speed
 
 
-def ours(env_id: str, num_envs: int, num_steps: int, batches: int) -> float:
-    """Steps per second of markovia's ppo."""
+@dataclass(frozen=True)
+class Comparison:
+    """Our speed and that of others at the same work."""
+
+    about: str
+    unit: str
+    ours: Side
+    theirs: dict[str, Side]
+
+
+def on_policy(method_id: str, vectorization: str, env_id: str, num_envs: int, num_steps: int, batches: int, device: str) -> float:
+    """Environment steps per second of a row of the on-policy table, its updates compiled."""
     from markovia.algos.on_policy.driver import OnPolicyDriver
     from markovia.algos.presets import override
     from markovia.algos.setup import build
     from markovia.algos.systems import find
 
     total = num_envs * num_steps * batches
-    method = override(find("ppo").value, {"num_envs": num_envs, "num_steps": num_steps, "num_env_steps": total, "solver": {"anneal": False}})
-    setup = build(env_id, method, seed=0)
-    driver = OnPolicyDriver(method, setup.agent, setup.collector, seed=0)
-    driver.step()  # warm-up
+    method = override(find(method_id).value, {"num_envs": num_envs, "num_steps": num_steps, "num_env_steps": 10**9})
+    setup = build(env_id, method, seed=0, vectorization=vectorization, device=device)
+    driver = OnPolicyDriver(method, setup.agent, setup.collector, seed=0, compile=True)
+    driver.step()  # compiles
     began = time.perf_counter()
     for _ in range(batches):
         driver.step()
-    return total / (time.perf_counter() - began)
+    speed = total / (time.perf_counter() - began)
+    setup.collector.close()
+    return speed
 
 
-def stable_baselines3(env_id: str, num_envs: int, num_steps: int, batches: int) -> float:
-    """Steps per second of SB3's PPO, its defaults being the same: 10 epochs of minibatches of 64, Adam 3e-4, two 64-unit tanh networks."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import DummyVecEnv
+def off_policy(method_id: str, changes: dict[str, Any], env_id: str, updates: int, device: str) -> float:
+    """Steps per second, each with one update of batch 256 on 256-256 networks."""
+    from markovia.algos.presets import override
+    from markovia.algos.setup import build, make_driver
+    from markovia.algos.systems import find
 
-    from markovia.envs.control import make_env
+    method = override(find(method_id).value, {"num_envs": 1, "num_steps": 100, "learning_starts": 500, "num_env_steps": 10**6, **changes})
+    setup = build(env_id, method, seed=0, device=device)
+    driver = make_driver(method, setup, seed=0, compile=True)
+    while driver.num_env_steps < 600:
+        driver.step()
+    before, began = driver.num_env_steps, time.perf_counter()
+    while driver.num_env_steps < before + updates:
+        driver.step()
+    speed = (driver.num_env_steps - before) / (time.perf_counter() - began)
+    setup.collector.close()
+    return speed
 
-    venv = DummyVecEnv([lambda: make_env(env_id) for _ in range(num_envs)])
-    model = PPO("MlpPolicy", venv, n_steps=num_steps, batch_size=64, n_epochs=10, device="cpu", seed=0)
-    size = num_envs * num_steps
-    model.learn(size)
-    began = time.perf_counter()
-    model.learn(size * batches)
-    return size * batches / (time.perf_counter() - began)
+
+def comparisons(env_id: str, batches: int, updates: int) -> dict[str, Comparison]:
+    """Every comparison by name."""
+    out: dict[str, Comparison] = {}
+    for num_envs, num_steps, single_file in ((8, 256, True), (64, 32, False), (1, 2048, False)):
+        shape = (env_id, num_envs, num_steps, batches)
+        theirs: dict[str, Side] = {"SB3": partial(peers.sb3_ppo, *shape)}
+        if single_file:
+            theirs["single file"] = partial(peers.single_file_ppo, *shape)
+        about = f"PPO, {env_id}, {num_envs} envs x {num_steps} steps, minibatch 64, 10 epochs"
+        for name, vectorization in (("", "sync"), ("-fast", "auto")):
+            told = f"{about}, {'Gymnasium vector env' if vectorization == 'sync' else 'batched MuJoCo'}"
+            out[f"ppo-{num_envs}x{num_steps}{name}"] = Comparison(told, "steps/s", partial(on_policy, "ppo", vectorization, *shape), theirs)
+    shape = (env_id, 1, 2048, batches)
+    trpo = {"sb3-contrib": partial(peers.sb3_trpo, *shape)}
+    out["trpo"] = Comparison(f"TRPO, {env_id}, 1 env x 2048 steps", "steps/s", partial(on_policy, "trpo", "auto", *shape), trpo)
+    for name, peer in (("sac", peers.sb3_sac), ("td3", peers.sb3_td3)):
+        for precision in ("float32", "bfloat16"):
+            about = f"{name.upper()}, {env_id}, batch 256, 256-256, one update a step, {precision}"
+            ours = partial(off_policy, name, {"precision": precision}, env_id, updates)
+            out[f"{name}-{precision}"] = Comparison(about, "updates/s", ours, {"SB3": partial(peer, env_id, updates)})
+    return out
+
+
+def best_threads(side: Side, device: str) -> int:
+    """1 or 2, whichever is faster in a first try."""
+    speeds = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        speeds[threads] = side(device)
+    return max(speeds, key=lambda t: speeds[t])
+
+
+def measure(comparison: Comparison, turns: int, device: str) -> dict[str, Any]:
+    """Speeds of all sides over alternating turns, and the median ratio against each."""
+    sides = {"markovia": comparison.ours, **comparison.theirs}
+    threads = {name: best_threads(side, device) for name, side in sides.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(turns):
+        for name, side in sides.items():
+            torch.set_num_threads(threads[name])
+            speeds[name].append(side(device))
+    ratios = {name: statistics.median(a / b for a, b in zip(speeds["markovia"], speeds[name], strict=True)) for name in comparison.theirs}
+    return {"about": comparison.about, "unit": comparison.unit, "threads": threads, "speeds": speeds, "median_ratio": ratios}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, one line per comparison and peer."""
+    lines = ["| what | ours, median | peer | theirs, median | ratio |", "|---|---|---|---|---|"]
+    for r in results["comparisons"].values():
+        for peer, ratio in r["median_ratio"].items():
+            ours, theirs = (f"{statistics.median(r['speeds'][s]):,.0f} {r['unit']}" for s in ("markovia", peer))
+            lines.append(f"| {r['about']} | {ours} | {peer} | {theirs} | **{ratio:.2f}** |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="HalfCheetah-v5")
-    parser.add_argument("--num-envs", type=int, default=8)
-    parser.add_argument("--num-steps", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=4, help="batches timed in each turn")
+    parser.add_argument("--only", nargs="+", help="names of comparisons, e.g. ppo-8x256 sac-float32")
+    parser.add_argument("--batches", type=int, default=8, help="batches timed in each turn")
+    parser.add_argument("--updates", type=int, default=600, help="off-policy updates timed in each turn")
     parser.add_argument("--turns", type=int, default=3, help="turns of (ours, theirs)")
+    parser.add_argument("--device", default="cpu", help="where networks and updates live: cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    shape = (args.env, args.num_envs, args.num_steps, args.batches)
-    pairs = []
-    for turn in range(args.turns):
-        pairs.append((ours(*shape), stable_baselines3(*shape)))
-        print(f"turn {turn + 1}: markovia {pairs[-1][0]:,.0f} steps/s, SB3 {pairs[-1][1]:,.0f} steps/s, ratio {pairs[-1][0] / pairs[-1][1]:.2f}")
-    ratio = statistics.median(a / b for a, b in pairs)
-    result: dict[str, Any] = {
-        "env": args.env, "num_envs": args.num_envs, "num_steps": args.num_steps, "batches": args.batches, "threads": 1,
-        "markovia_steps_per_s": [a for a, _ in pairs], "sb3_steps_per_s": [b for _, b in pairs], "median_ratio": ratio, "torch": torch.__version__,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"median ratio {ratio:.2f}; written to {args.out}")
+    found = comparisons(args.env, args.batches, args.updates)
+    if unknown := set(args.only or ()) - set(found):
+        parser.error(f"no comparison is called {', '.join(sorted(unknown))}; choose from {', '.join(found)}")
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
+    results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    for name in args.only or found:
+        results["comparisons"][name] = measured = measure(found[name], args.turns, args.device)
+        print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(table(results))
 
 
 if __name__ == "__main__":
