@@ -16,6 +16,8 @@ from markovia.algos.collect import SequenceCollector, StepCollector
 from markovia.algos.compiled import can_compile
 from markovia.algos.denoising.adjoint import AdjointMatching
 from markovia.algos.denoising.driver import AdjointDriver
+from markovia.algos.denoising.methods import ChainMethod
+from markovia.algos.denoising.preference import DenoisingPreference, DenoisingPreferenceDriver
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.on_policy.driver import OnPolicyDriver
@@ -57,9 +59,9 @@ def build(
     kind, options = kind_of(env_id), dict(agent_options or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
-        if isinstance(method, AdjointMatching):
+        if isinstance(method, ChainMethod):
             if kind != "denoising":
-                raise ValueError(f"adjoint matching trains denoising tasks; {env_id} is a {kind} task")
+                raise ValueError(f"{type(method).__name__} trains denoising tasks; {env_id} is a {kind} task")
             return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
@@ -72,13 +74,15 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
     """The driver whose slots the method fills, by the class of its settings."""
     if isinstance(method, AdjointMatching):
         return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    if isinstance(method, DenoisingPreference):
+        return DenoisingPreferenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
     return driver(method, setup.agent, setup.collector, seed, compile)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, AdjointMatching) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, ChainMethod) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 
@@ -144,13 +148,13 @@ def _prior(venv: gym.vector.VectorEnv) -> torch.Tensor | None:
 
 
 def _sequences(
-    kind: str, env_id: str, method: OnPolicy | AdjointMatching, env_kwargs: dict[str, Any], options: dict[str, Any], device: str
+    kind: str, env_id: str, method: OnPolicy | ChainMethod, env_kwargs: dict[str, Any], options: dict[str, Any], device: str
 ) -> Setup:
     bare = env_id.rpartition(":")[2]
     kwargs = {**gym.spec(bare).kwargs, **env_kwargs}
     critic = isinstance(method, OnPolicy) and method.advantage.needs_critic
     agent: Agent
-    if isinstance(method, AdjointMatching) or kind == "denoising":
+    if isinstance(method, ChainMethod) or kind == "denoising":
         from markovia.agents.denoising import DenoisingAgent
         from markovia.envs.denoising.tasks import make_task
 

@@ -19,49 +19,35 @@ from markovia.algos.denoising.adjoint import (
     reward_gradient,
     strata,
 )
+from markovia.algos.denoising.loop import ChainTrainer
 from markovia.algos.denoising.sampling import predictor
 from markovia.algos.on_policy.driver import Statistics
-from markovia.algos.optimizer import make_optimizer
-from markovia.algos.streams import stream, stream_seed
 from markovia.envs.denoising.likelihood import step_kl
 
 _QUANTILE_DECAY = 0.9  # of the moving average of `drop_quantile`
 
 
-class AdjointDriver:
+class AdjointDriver(ChainTrainer):
     """Trains a denoising agent with adjoint matching on the collector's task.
 
     Raises ValueError at construction when the agent is of another kind, or its kernel has noiseless steps or remembers its start.
     """
 
-    def __init__(self, method: AdjointMatching, agent: DenoisingAgent, collector: SequenceCollector, seed: int = 0) -> None:
-        if agent.kind != "denoising":
-            raise ValueError(f"adjoint matching trains denoising agents, got kind {agent.kind!r}")
-        check_memoryless(agent.kernel)
-        self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
-        self.task: Any = collector.task
-        self.reference = agent.reference()
-        self.optimizer = make_optimizer(method.solver, [(agent.parameters("policy"), method.solver.lr)])
-        self.iteration = self.num_env_steps = 0
-        self.root_loss_limit: float | None = None
-        self.compile_seconds = 0.0  # nothing is compiled
-        self.boundary()
+    method: AdjointMatching
 
-    @property
-    def finished(self) -> bool:
-        return self.num_env_steps >= self.method.num_env_steps
+    def __init__(self, method: AdjointMatching, agent: DenoisingAgent, collector: SequenceCollector, seed: int = 0) -> None:
+        super().__init__(method, agent, collector, seed)
+        check_memoryless(agent.kernel)
+        self.root_loss_limit: float | None = None
 
     def step(self) -> dict[str, float]:
         """Collect a batch of chains, take the solver's steps on it, and return the iteration's statistics."""
-        rollout = self.collector.collect(self.agent, stream(self.seed, "action", self.iteration, self.agent.device))
+        rollout = self.collector.collect(self.agent, self.generator("action"))
         self.prepare(rollout)
-        done = min(1.0, self.num_env_steps / self.method.num_env_steps)
-        self.optimizer.scale_lr(1.0 - done if self.method.solver.anneal else 1.0)
+        self.set_lr()
         stats = self.improve(rollout)
-        self.iteration += 1
-        self.num_env_steps += rollout.shape[0]
         episodes, self.collector.episodes = self.collector.episodes, []
-        return {"return": sum(episodes) / len(episodes), **stats, "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
+        return {"return": sum(episodes) / len(episodes), **stats, **self.advance(rollout.shape[0])}
 
     def prepare(self, rollout: Rollout) -> None:
         """Put the adjoint that each step is matched with into columns["adjoint"], and leave the drawn steps in the mask."""
@@ -71,20 +57,18 @@ class AdjointDriver:
         adjoint = lean_adjoint(lambda x, k: kernel.mean_std(predict(x, k), x, k)[0], chain_of(rollout), gradient, self.method.lam)
         rollout.columns["adjoint"] = adjoint[:, 1:] if self.method.index == "next" else adjoint[:, :-1]
         if self.method.steps_per_chain is not None:
-            drawn = strata(*rollout.shape, self.method.steps_per_chain, stream(self.seed, "strata", self.iteration))
+            drawn = strata(*rollout.shape, self.method.steps_per_chain, self.generator("strata"))
             rollout.mask = rollout.mask & drawn.to(rollout.mask.device)
 
     def improve(self, rollout: Rollout) -> dict[str, float]:
         """Epochs of minibatch steps."""
         solver, stats = self.method.solver, Statistics()
         size = solver.minibatch or rollout.shape[0] * rollout.shape[1]
-        generator = stream(self.seed, "minibatch", self.iteration)
+        generator = self.generator("minibatch")
         for _ in range(solver.epochs):
             for batch in rollout.minibatches(solver.unit, size, generator, shuffle=solver.minibatch is not None):
-                self.optimizer.zero_grad()
                 loss, found = self.loss(batch)
-                loss.backward()
-                stats.add({**found, "grad_norm": self.optimizer.step()})
+                stats.add({**found, "grad_norm": self.descend(loss)})
         return stats.means()
 
     def loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,24 +98,12 @@ class AdjointDriver:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------------------
 
-    def boundary(self) -> None:
-        """Called at every checkpoint; nothing of a chain outlives its batch."""
-        self.collector.reset(stream_seed(self.seed, "env", self.iteration))
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs, as tensors and JSON."""
-        tensors = {f"agent.{k}": v for k, v in self.agent.state().items()}
-        tensors |= {f"reference.{k}": v for k, v in self.reference.net.state_dict().items()}
-        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
-        return tensors, {"iteration": self.iteration, "num_env_steps": self.num_env_steps, "root_loss_limit": self.root_loss_limit}
+        tensors, meta = super().state()
+        return tensors, meta | {"root_loss_limit": self.root_loss_limit}
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, task and seed."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.agent.load_state(part("agent."))
-        self.reference.net.load_state_dict(part("reference."))
-        self.optimizer.load_state(part("optimizer."))
-        self.iteration, self.num_env_steps, self.root_loss_limit = meta["iteration"], meta["num_env_steps"], meta["root_loss_limit"]
+        super().load_state(tensors, meta)
+        self.root_loss_limit = meta["root_loss_limit"]

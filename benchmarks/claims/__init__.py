@@ -19,6 +19,7 @@ class Claim(NamedTuple):
 
 _HERE = "markovia.claims.on_policy:"
 _DENOISING = "markovia.claims.denoising:"
+_CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
 _OFF_POLICY = "markovia.claims.off_policy:"
 _SAFE = "markovia.claims.safe:"
 _TREE = (
@@ -49,6 +50,7 @@ CLAIMS: dict[str, Claim] = {
     "itps": Claim(_DENOISING + "itps"),
     "adjoint-matching": Claim(_DENOISING + "adjoint_matching"),
     "adjoint-matching@memoryless": Claim(_DENOISING + "adjoint_memoryless"),
+    **{m: Claim("markovia.claims.denoising_preference:" + m.replace("-", "_")) for m in _CHAIN_PAIRS},
     "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
     "cpo@exact": Claim(_SAFE + "cpo_grid"),
     "cat@exact": Claim(_SAFE + "cat_grid"),

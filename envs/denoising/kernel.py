@@ -263,6 +263,10 @@ class GaussianKernel:
         """The network's estimate of the clean sample (clipped if the kernel clips); for `direct`, the mean."""
         return self._clipped(model_output, x, step)[0]
 
+    def eps_from(self, model_output: Tensor, x: Tensor, step: int | Tensor) -> Tensor:
+        """The network's estimate of the noise in x (from the clipped x0, if the kernel recomputes it)."""
+        return self._clipped(model_output, x, step)[1]
+
     def add_to_eps(self, model_output: Tensor, change: Tensor, step: int | Tensor) -> Tensor:
         """The model output whose eps estimate is larger by `change`, in whatever the network predicts: eps = eps_x x + eps_m m, so m + change/eps_m.
 

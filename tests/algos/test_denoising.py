@@ -503,5 +503,5 @@ def test_trainers_are_built_from_the_table_and_samplers_are_refused() -> None:
 
 def test_other_kinds_of_agents_are_refused() -> None:
     other: Any = SimpleNamespace(kind="language")
-    with pytest.raises(ValueError, match="trains denoising agents, got kind 'language'"):
+    with pytest.raises(ValueError, match="AdjointMatching trains denoising agents, got kind 'language'"):
         AdjointDriver(AdjointMatching(), other, SequenceCollector(make_task("linear_gaussian"), 2))
