@@ -210,8 +210,8 @@ def train(
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two configurations, as far as a run's numbers depend on it; empty when nothing does."""
-    kept = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (before, now))
-    return "; ".join(differences(*kept)[:4])
+    old, new = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (before, now))
+    return "; ".join(differences(old, new)[:4])
 
 
 def _own_config(run: Path) -> dict[str, Any]:
