@@ -1,17 +1,20 @@
 """Advantage estimators: a record in, `adv` and `ret` (B, T) out; nothing here carries gradient.
 
-Each slot value is callable as `advantage(reward, rollout) -> (adv, ret)`; `reward` (B, T) is the record's reward after penalties.
+Each slot value is callable as `advantage(reward, rollout, state) -> (adv, ret)`; `reward` (B, T) is the record's reward after penalties, `state`
+what the slot keeps between batches. `needs` names columns of the record that the driver fills first: `greedy` (the return of the greedy response
+to the same prompt) and `entropy` (of the sampling policy at each decision).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from markovia.agents.records import Rollout
+from markovia.agents.records import Rollout, masked_mean
 
 
 def gae(
@@ -136,4 +139,159 @@ class BatchReturn:
         return adv.clamp(-self.clip, self.clip), returns
 
 
-Advantage = GAE | LeaveOneOut | MovingBaseline | BatchReturn
+def group_normalised(returns: Tensor, group: Tensor, *, scale: str, eps: float) -> Tensor:
+    """R_i - mean of its group, (B,); over std + eps of the group or of the batch of centred returns (divisor n - 1).   [arXiv 2402.03300, 4.1]
+
+    scale "group" is GRPO, "none" Dr.GRPO (2503.20783). A group of equal returns gives zeros. Raises ValueError for a group of one and another scale.
+    """
+    _, index = torch.unique(group, return_inverse=True)
+    size = torch.zeros(int(index.max()) + 1, dtype=returns.dtype, device=returns.device).index_add_(0, index, torch.ones_like(returns))
+    if (size < 2).any():
+        raise ValueError("a group baseline needs at least 2 responses per prompt, got a group of 1; raise group_size")
+    centred = returns - (torch.zeros_like(size).index_add_(0, index, returns) / size)[index]
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        return centred / (centred.std() + eps)
+    if scale != "group":
+        raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    std = (torch.zeros_like(size).index_add_(0, index, centred.square()) / (size - 1)).sqrt()
+    return centred / (std[index] + eps)
+
+
+def answer_entropy(answers: list[str], group: Tensor) -> Tensor:
+    """Entropy in bits of the empirical distribution of answers within each row's group, (B,) float64.                 [arXiv 2508.04138, eq. 6]"""
+    counts: dict[int, dict[str, int]] = {}
+    rows = group.tolist()
+    for g, answer in zip(rows, answers, strict=True):
+        own = counts.setdefault(g, {})
+        own[answer] = own.get(answer, 0) + 1
+    entropy = {}
+    for g, own in counts.items():
+        n = sum(own.values())
+        entropy[g] = -sum(c / n * math.log2(c / n) for c in own.values())
+    return torch.tensor([entropy[g] for g in rows], dtype=torch.float64)
+
+
+def _groups(rollout: Rollout) -> Tensor:
+    """(B,) group numbers; without prompts all rows answer the same one."""
+    if rollout.group is not None:
+        return rollout.group
+    return torch.zeros(rollout.shape[0], dtype=torch.long, device=rollout.valid.device)
+
+
+@dataclass(frozen=True)
+class GroupNormalised:
+    """GRPO: the whole row is one action; its return against those of its group."""
+
+    scale: str = "group"  # divide by the standard deviation of the "group", of the "batch", or not at all: "none"
+    eps: float = 1e-4  # added to the standard deviation
+    needs_critic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("group", "batch", "none"):
+            raise ValueError(f"scale must be 'group', 'batch' or 'none', got {self.scale!r}")
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        returns = _row_returns(reward, rollout)
+        adv = group_normalised(returns, _groups(rollout), scale=self.scale, eps=self.eps)
+        return adv[:, None].expand_as(reward), returns[:, None].expand_as(reward)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """ReMax: the return from each decision on, less the reward of the policy's own greedy response to the prompt.      [arXiv 2310.10505, eq. 6]"""
+
+    needs_critic: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("greedy",)
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        _row_returns(reward, rollout)
+        to_go = (reward * rollout.valid).flip(1).cumsum(1).flip(1)
+        return to_go - rollout.columns["greedy"], to_go
+
+
+@dataclass(frozen=True)
+class FrozenQ:
+    """DVPO: A_t = Q(s_t, a_t) of a critic that was fitted on the first batches and then stays; Q = r_t + V(s_{t+1}), since transitions append.
+
+    While the critic is fitted, its targets are the lam-returns; lam = 0 is SARSA.                                   [arXiv 2502.16944, eqs. 5, 8]
+    Q holds no baseline: standardise the advantages over the batch.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.0  # of the targets
+    needs_critic: ClassVar[bool] = True
+    trains_critic: ClassVar[bool] = False
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        assert rollout.value is not None
+        boot = None if rollout.boot_value is None else rollout.boot_value[..., 0]
+        args = (reward, rollout.value[..., 0], rollout.continuation, rollout.truncated, boot)
+        q = gae(*args, gamma=self.gamma, lam=0.0)[1]
+        return q, gae(*args, gamma=self.gamma, lam=self.lam)[1]
+
+
+@dataclass(frozen=True)
+class ConflictAware:
+    """GTPO: group advantage less entropy, without pushing tokens that right and wrong responses share; uncertain responses are left out.
+
+    A_it = delta_i lambda_it (R_i - mean - gamma <H>_i), <H>_i the mean token entropy of the response, lambda of `conflict_weights` from the sign
+    of R_i - mean; delta_i = 1[<H>_i <= limit], or 1 where the first batch's mean entropy already exceeds the limit.   [arXiv 2508.03772, eqs. 5-8]
+    """
+
+    penalty: float = 0.1  # of the response's mean entropy, reward units per nat
+    boost: float = 2.0  # factor of conflict tokens in positive responses
+    entropy_limit: float = 0.6931471805599453  # log 2 nats
+    needs_critic: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("entropy",)
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        from markovia.algos.on_policy.tokens import conflict_weights
+
+        returns, group, m = _row_returns(reward, rollout), _groups(rollout), rollout.mask
+        centred = group_normalised(returns, group, scale="none", eps=0.0)
+        entropy = (rollout.columns["entropy"] * m).sum(1) / m.sum(1).clamp(min=1)
+        start = state.setdefault("entropy", float(masked_mean(rollout.columns["entropy"], m)))
+        keep = torch.ones_like(entropy) if start > self.entropy_limit else (entropy <= self.entropy_limit).to(entropy.dtype)
+        shifted = keep * (centred - self.penalty * entropy)
+        adv = shifted[:, None] * conflict_weights(rollout.action, centred, m, group, boost=self.boost)
+        return adv, returns[:, None].expand_as(reward)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """COPO: beside the advantage within the group, one of the prompt among the prompts; the less the answers agree, the more the first counts.
+
+    Rg = mean_i R_i (1 - z e), e the entropy in bits of the group's answers, z = (1 - 1/G) / log2 G;  Ag = (Rg - mean) / (std + eps) over prompts.
+    The loss blends both clipped terms with w = sigmoid(k (e - b)), and w = 0 where the group's rewards are all equal.   [arXiv 2508.04138, eqs. 5-10]
+    Puts `adv_other` (Ag) and `mix` (w) beside `adv` (B, T). Answers are the texts of the responses. Raises ValueError for fewer than 2 prompts.
+    """
+
+    eps: float = 1e-6
+    slope: float = 1.0  # k
+    centre: float = 0.5  # b, bits
+    needs_critic: ClassVar[bool] = False
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        returns, group = _row_returns(reward, rollout), _groups(rollout)
+        local = group_normalised(returns, group, scale="group", eps=self.eps)
+        entropy = answer_entropy(rollout.outcome["completion_text"], group).to(returns)
+        _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
+        if len(size) < 2:
+            raise ValueError("a cross-prompt advantage needs at least 2 prompts in a batch; raise num_envs or lower group_size")
+        n = size.to(returns.dtype)
+        z = (1.0 - 1.0 / n) / torch.log2(n)
+        first = torch.zeros_like(size).scatter_reduce(0, index, torch.arange(len(index), device=index.device), "amin", include_self=False)
+        mean = torch.zeros_like(n).index_add_(0, index, returns) / n
+        reward_global = mean * (1.0 - z * entropy[first])
+        adv_global = (reward_global - reward_global.mean()) / (reward_global.std() + self.eps)
+        mix = torch.sigmoid(self.slope * (entropy[first] - self.centre))
+        silent = torch.zeros_like(n).index_add_(0, index, local.abs()) == 0
+        mix = torch.where(silent, 0.0, mix)
+        rollout.columns["adv_other"] = adv_global[index][:, None].expand_as(reward)
+        rollout.columns["mix"] = mix[index][:, None].expand_as(reward)
+        return local[:, None].expand_as(reward), returns[:, None].expand_as(reward)
+
+
+Advantage = GAE | LeaveOneOut | MovingBaseline | BatchReturn | GroupNormalised | Greedy | FrozenQ | ConflictAware | Consistency

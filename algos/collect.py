@@ -257,13 +257,17 @@ class SequenceTask(Protocol):
 
 
 class SequenceCollector:
-    """`num_rows` whole sequences: starts of the task, the agent's own `generate`, and the task's score at the last valid step of each row."""
+    """`num_rows` whole sequences: starts of the task, the agent's own `generate`, and the task's score at the last valid step of each row.
+
+    With `greedy` (which a driver sets for methods that read it) the column `greedy` holds the score of the greedy response to each row's prompt.
+    """
 
     def __init__(self, task: SequenceTask, num_rows: int) -> None:
         if num_rows < 1:
             raise ValueError(f"num_rows must be >= 1, got {num_rows}")
         self.task, self.num_rows = task, num_rows
         self.episodes: list[float] = []
+        self.greedy = False
 
     def reset(self, seed: int) -> None:
         """Nothing is carried from one collection to the next."""
@@ -280,13 +284,17 @@ class SequenceCollector:
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
         """(num_rows, T) generated and scored decisions. A score of another length or one that is not finite raises ValueError."""
-        rollout = agent.generate(self.task.starts(self.num_rows, generator), generator)
+        starts = self.task.starts(self.num_rows, generator)
+        rollout = agent.generate(starts, generator)
         score = check_score(self.task.score(rollout), rollout.shape[0])
         self.episodes += score.tolist()
         steps = torch.arange(rollout.shape[1], device=rollout.valid.device)
         last = (steps * rollout.valid).argmax(1, keepdim=True)
         at_end = torch.zeros_like(rollout.reward).scatter_(1, last, score.to(rollout.reward)[:, None])
         rollout = replace(rollout, reward=rollout.reward + at_end)
+        if self.greedy:
+            best = check_score(self.task.score(agent.generate(starts, generator, deterministic=True)), rollout.shape[0])
+            rollout.columns["greedy"] = best.to(rollout.reward)[:, None].expand(rollout.shape)
         if agent.critic is not None:
             rollout = replace(rollout, value=agent.evaluate(rollout, ("value",)).value)
         return rollout

@@ -141,6 +141,13 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.grad.zero_()
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Start anew: step counts and averages to zero."""
+        for group in self.groups:
+            for tensor in (group.count, *group.averages):
+                tensor.zero_()
+
     def scale_lr(self, factor: float) -> None:
         """Learning rate of the next steps: base x factor."""
         for group in self.groups:

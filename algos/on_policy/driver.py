@@ -7,6 +7,7 @@ This is the only place with loops, optimisers and side effects.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,10 +17,13 @@ from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.advantages import normalise
-from markovia.algos.on_policy.divergence import EMA, k3
+from markovia.algos.on_policy.divergence import k3
+from markovia.algos.on_policy.filters import filled
 from markovia.algos.on_policy.loss import critic_loss, policy_loss
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
+from markovia.algos.on_policy.prepare import fill
+from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, lerp, put
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
 from markovia.algos.streams import stream, stream_seed
@@ -60,19 +64,32 @@ class Statistics:
 
 
 class OnPolicyDriver:
-    """Trains `agent` with `method` on what `collector` brings. Raises ValueError at construction when the three do not fit."""
+    """Trains `agent` with `method` on what `collector` brings. Raises ValueError at construction when the three do not fit.
 
-    def __init__(self, method: OnPolicy, agent: Agent, collector: Collector, seed: int = 0, compile: bool = False) -> None:
+    `references` are frozen policies that the method reads by name beside its own reference: "teacher", "dpo", "other".
+    """
+
+    def __init__(
+        self,
+        method: OnPolicy,
+        agent: Agent,
+        collector: Collector,
+        seed: int = 0,
+        compile: bool = False,
+        references: Mapping[str, Agent] | None = None,
+    ) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = 0
         self.num_env_steps = 0
         self.coef = float(method.controller.coef)
+        self.beta = 0.0 if method.divergence is None else method.divergence.schedule.start(method.divergence.beta)
         self.advantage_state: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}  # of reward transforms and the entropy anchor
         self._check()
-        self.references: dict[str, Agent] = {"ref": agent.reference()} if method.divergence is not None else {}
-        if isinstance(method.refresh, EMA) and any(ref.net is agent.net for ref in self.references.values()):
-            raise ValueError("an EMA reference needs weights of its own, but a LoRA agent's reference is its base model; use full weights or Fixed()")
-        joint_value = method.advantage.needs_critic and method.value.separate is None
+        self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
+        self._given = dict(references or {})
+        self._check_references()
+        joint_value = method.trains_critic and method.value.separate is None
         self.updates: dict[str, Update] = {}
         if isinstance(method.solver, Descent):
             self._add_update("main", method.solver, policy_loss, ("policy", "value") if joint_value else ("policy",), compile)
@@ -99,8 +116,28 @@ class OnPolicyDriver:
             if isinstance(m.solver, NaturalGradient):
                 raise ValueError("natural-gradient steps are not offered for language models; use ppo, rloo or ppo-rlhf")
             for s in (m.solver, m.value.separate):
-                if isinstance(s, Descent) and s.unit != "row":
+                if isinstance(s, Descent) and s.unit == "decision":
                     raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
+
+        if "greedy" in getattr(m.advantage, "needs", ()):
+            if not hasattr(self.collector, "greedy"):
+                raise ValueError(f"{type(m.advantage).__name__} needs greedy responses to the prompts; {type(self.collector).__name__} makes none")
+            self.collector.greedy = True
+
+    def _check_references(self) -> None:
+        m, refresh = self.method, self.method.refresh
+        names = [*(n for n in m.references if n != "ref"), *(["other"] if isinstance(refresh, Soup) else [])]
+        missing = [n for n in names if n not in self._given]
+        if missing:
+            raise ValueError(f"the method reads policies that were not given, {missing}: OnPolicyDriver(..., references={{{missing[0]!r}: agent}})")
+        if not isinstance(refresh, Fixed) and any(ref.net is self.agent.net for ref in self.references.values()):
+            raise ValueError(
+                f"a {type(refresh).__name__} reference needs weights of its own, but a LoRA agent's reference is its base model; "
+                "use full weights or Fixed()"
+            )
+        if isinstance(refresh, Soup):
+            net = self.references["ref"].net
+            put(net, lerp(list(net.parameters()), list(self._given["other"].net.parameters()), eta=1.0 - refresh.share))
 
     @property
     def compile_seconds(self) -> float:
@@ -124,41 +161,43 @@ class OnPolicyDriver:
 
     def step(self) -> dict[str, float]:
         """Collect a batch, improve the policy on it, and return the iteration's statistics."""
-        rollout = self.collector.collect(self.agent, self.generator("action"))
-        reward = self.prepare(rollout)
-        self.advantages(rollout, reward)
-        self._set_lr()
-        stats = self.improve(rollout, reward)
-        self._after_iteration(stats)
+        rollout, drawn = self._collect()
+        found: dict[str, float] = {}
+        if rollout.shape[0]:
+            reward = self.prepare(rollout)
+            self.advantages(rollout, reward)
+            self._set_lr()
+            found = self.improve(rollout, reward)
+            found = {**self.describe(rollout), **found}
         self.iteration += 1
-        # A sequence is one decision of the outer problem; a step task counts its valid steps.
-        self.num_env_steps += rollout.shape[0] if self.counts_rows(rollout) else int(rollout.valid.sum())
-        return {**self.describe(rollout), **stats, "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
+        self.num_env_steps += drawn
+        self._after_iteration(found, rollout.shape[0])
+        return {**found, "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
+
+    def _collect(self) -> tuple[Rollout, int]:
+        """A batch, and what it cost of the budget: dropped groups count."""
+        generator, m = self.generator("action"), self.method
+
+        def draw() -> Rollout:
+            return self.collector.collect(self.agent, generator)
+
+        if m.filter is not None:
+            return filled(draw, m.filter, m.num_envs, self._cost)
+        rollout = draw()
+        return rollout, self._cost(rollout)
+
+    def _cost(self, rollout: Rollout) -> int:
+        """A sequence is one decision of the outer problem; a step task counts its valid steps."""
+        return rollout.shape[0] if self.counts_rows(rollout) else int(rollout.valid.sum())
 
     def counts_rows(self, rollout: Rollout) -> bool:
         return rollout.per_row or self.agent.kind == "denoising"
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> Tensor:
-        """Fill what the method reads (dist_old, logp_ref) and return the penalised reward (B, T)."""
-        m = self.method
-        if m.surrogate.needs_kl != "none" and rollout.dist_old is None:
-            dist = self.agent.evaluate(rollout, ("dist",)).dist
-            assert dist is not None
-            rollout.dist_old = {k: v.clone() for k, v in dist.params().items()}
-        reward = rollout.reward
-        if m.divergence is not None:
-            exact = m.divergence.estimator == "exact"
-            ref = self.references["ref"].evaluate(rollout, ("logp", "dist") if exact else ("logp",))
-            logp = ref.logp
-            assert logp is not None
-            rollout.logp_ref["ref"] = logp
-            if exact and ref.dist is not None:
-                rollout.dist_ref = ref.dist.params()
-            if m.divergence.place == "reward":
-                d = torch.where(rollout.mask, rollout.logp_old - logp, 0.0)
-                reward = reward - m.divergence.penalty(d)
-        return reward
+        """Fill what the method reads and return the reward (B, T) after transforms and penalty."""
+        policies = {**self.references, **self._given}
+        return fill(self.method, self.agent, policies, rollout, self.beta, self.memory, self.generator("selection"))
 
     @torch.no_grad()
     def advantages(self, rollout: Rollout, reward: Tensor) -> None:
@@ -172,9 +211,12 @@ class OnPolicyDriver:
         """The solver's inner steps."""
         m, stats = self.method, Statistics()
         out: dict[str, float] = {}
-        if isinstance(m.solver, NaturalGradient):
+        pretraining = self.iteration < m.value.pretrain
+        if isinstance(m.solver, NaturalGradient) and not pretraining:
             out.update(natural_step(m, m.solver, self.agent, rollout))
         for name in self.updates:
+            if pretraining if name == "main" else not (pretraining or m.trains_critic):
+                continue
             self._descend(name, rollout, reward, stats)
         if isinstance(m.controller, Doubling):
             # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
@@ -257,22 +299,36 @@ class OnPolicyDriver:
         if isinstance(self.method.controller, MirrorStep):
             self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - self.progress)
 
-    def _after_iteration(self, stats: dict[str, float]) -> None:
+    def _after_iteration(self, stats: dict[str, float], num_rows: int) -> None:
         controller = self.method.controller
         if isinstance(controller, Doubling):
             if stats.get("kl_mean", 0.0) > 1.5 * controller.kl_target_nats:
                 self.coef *= 2.0
             elif stats.get("kl_mean", 0.0) < controller.kl_target_nats / 1.5:
                 self.coef /= 2.0
-        if isinstance(self.method.refresh, EMA) and "ref" in self.references:
-            with torch.no_grad():
-                for p, q in zip(self.references["ref"].net.parameters(), self.agent.net.parameters(), strict=True):
-                    p.lerp_(q.to(p), self.method.refresh.rate)
+        divergence = self.method.divergence
+        if divergence is not None and num_rows:
+            kl_nats = stats.get("kl_ref", 0.0)
+            self.beta = divergence.schedule.after(self.beta, divergence.beta, self.progress, kl_nats, num_rows)
+        if "ref" in self.references:
+            self._refresh(stats.get("kl_ref", 0.0))
+
+    @torch.no_grad()
+    def _refresh(self, kl_nats: float) -> None:
+        """Move the reference as the method says."""
+        refresh, ref = self.method.refresh, self.references["ref"].net
+        if isinstance(refresh, EMA):
+            for p, q in zip(ref.parameters(), self.agent.net.parameters(), strict=True):
+                p.lerp_(q.to(p), refresh.rate)
+        elif isinstance(refresh, HardReset) and (self.iteration % refresh.every == 0 or (refresh.kl_nats is not None and kl_nats > refresh.kl_nats)):
+            put(ref, [p.to(q) for p, q in zip(self.agent.net.parameters(), ref.parameters(), strict=True)])
+            for update in self.updates.values():
+                update.optimizer.forget()
 
     @torch.no_grad()
     def describe(self, rollout: Rollout) -> dict[str, float]:
         """What is logged about the batch: returns of finished episodes, length, KL to the reference, explained variance, coefficient."""
-        out: dict[str, float] = {"coef": self.coef}
+        out: dict[str, float] = {"coef": self.coef} | ({"beta": self.beta} if self.method.divergence is not None else {})
         if self.collector.episodes:
             out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
             self.collector.episodes.clear()
@@ -315,7 +371,9 @@ class OnPolicyDriver:
             "iteration": self.iteration,
             "num_env_steps": self.num_env_steps,
             "coef": self.coef,
+            "beta": self.beta,
             "advantage_state": self.advantage_state,
+            "memory": self.memory,
             "episodes": list(self.collector.episodes),
         }
         return tensors, meta
@@ -338,4 +396,5 @@ class OnPolicyDriver:
         self.collector.load_state(part("collector."))
         self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
         self.coef, self.advantage_state = meta["coef"], meta["advantage_state"]
+        self.beta, self.memory = meta["beta"], meta["memory"]
         self.collector.episodes[:] = meta["episodes"]

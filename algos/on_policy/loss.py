@@ -8,29 +8,35 @@ import torch
 from torch import Tensor
 
 from markovia.agents.distributions import Categorical, Distribution, kl, with_params
-from markovia.agents.interface import Agent
+from markovia.agents.interface import Agent, Evaluation
 from markovia.agents.records import Rollout, masked_mean
-from markovia.algos.on_policy.divergence import k3
+from markovia.algos.on_policy.divergence import KL, Divergence, k3
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.surrogates import KLDrift, tsallis_bregman
+from markovia.algos.table import nearest
 
 
-def weights(mask: Tensor, how: str) -> Tensor:
+def weights(mask: Tensor, how: str, max_length: int | None = None) -> Tensor:
     """Omega (B, T), the weight of each decision in the batch's loss; names as in verl.
 
-    token-mean: 1 / sum_j L_j (DAPO, PPO); seq-mean: 1 / (B L_i) (GRPO); seq-sum: 1 / B (RLOO, REINFORCE). L_i counts row i's masked decisions,
-    B the rows that have some.
+    token-mean           1 / sum_j L_j    every decision alike (PPO, DAPO)         seq-mean-token-mean      1 / (B L_i)    every row alike (GRPO)
+    seq-mean-token-sum   1 / B            log-prob of the row (RLOO, REINFORCE)    seq-mean-token-sum-norm  1 / (B L_max)  the same, scaled (Dr.GRPO)
+
+    L_i counts row i's masked decisions, B the rows that have some; L_max is `max_length`, None: the width of the mask.
     Raises ValueError for another name.
     """
     m = mask.to(torch.get_default_dtype())
     rows = mask.any(1).sum().clamp(min=1)
     if how == "token-mean":
         return m / m.sum().clamp(min=1.0)
-    if how == "seq-mean":
+    if how == "seq-mean-token-mean":
         return m / (rows * m.sum(1, keepdim=True).clamp(min=1.0))
-    if how == "seq-sum":
+    if how == "seq-mean-token-sum":
         return m / rows
-    raise ValueError(f"aggregation must be token-mean, seq-mean or seq-sum, got {how!r}")
+    if how == "seq-mean-token-sum-norm":
+        return m / (rows * (max_length or mask.shape[1]))
+    names = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+    raise ValueError(f"unknown aggregation {how!r}{nearest(how, names)} (known: {', '.join(names)})")
 
 
 def value_error(value: Tensor, ret: Tensor, value_old: Tensor, *, clip: float | None) -> Tensor:
@@ -56,59 +62,88 @@ def drift_kl(method: OnPolicy, dist: Distribution, dist_old: dict[str, Tensor]) 
 def wanted(method: OnPolicy, joint_value: bool) -> tuple[str, ...]:
     """What one forward pass must give."""
     want = ["logp"]
-    exact = method.divergence is not None and method.divergence.estimator == "exact"
-    want += ["dist"] if method.surrogate.needs_kl != "none" or exact else []
+    exact = isinstance(method.divergence, KL) and method.divergence.estimator == "exact"
+    want += ["dist"] if method.surrogate.needs_kl != "none" or exact or method.anchor is not None else []
     want += ["entropy"] if method.entropy_coef else []
     want += ["value"] if joint_value else []
     return tuple(want)
 
 
-def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+def sequence_ratio(log_ratio: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:
     """The log-ratio of the whole row, at every decision of it: log rho_i = sum_t m_it log_ratio_it; (b, t) nats.
 
-    One ratio, hence one clip, per response (the form of RLOO with several updates a batch); the weights 1 / (B L_i) of seq-mean over its L_i
-    copies make each row count once. GSPO takes the mean in place of the sum.                                  [Zheng 2025, arXiv 2507.18071]
+    One ratio, hence one clip, per response (the form of RLOO with several updates a batch); the weights 1 / (B L_i) of seq-mean-token-mean over
+    its L_i copies make each row count once. `mean` takes the mean in place of the sum: GSPO.                    [Zheng 2025, arXiv 2507.18071, eq. 7]
     """
     m = mask.to(log_ratio.dtype)
-    return (log_ratio * m).sum(1, keepdim=True).expand_as(log_ratio)
+    total = (log_ratio * m).sum(1, keepdim=True)
+    return (total / m.sum(1, keepdim=True).clamp(min=1.0) if mean else total).expand_as(log_ratio)
+
+
+def objective(method: OnPolicy, part: Rollout, logp: Tensor, kl_value: Tensor | None, coef: Tensor) -> Tensor:
+    """w S(rho, A) (b, t), to be maximised; rho by token or by sequence, against the surrogate's anchor.
+
+    With the columns `adv_other` and `mix` (w') the two terms are blended: w' S(rho, A) + (1 - w') S(rho, A').
+    """
+    anchor = part.logp_ref["ref"] if getattr(method.surrogate, "anchor", "old") == "ref" else part.logp_old
+    # Steps that don't count may hold infinite log-probs (zero-std or padding): keep them out before exp.
+    log_ratio = torch.where(part.mask, logp - anchor, 0.0)
+    if method.ratio_level != "token":
+        log_ratio = sequence_ratio(log_ratio, part.mask, mean=method.ratio_level == "sequence-mean")
+    columns = part.columns
+    out = method.surrogate(log_ratio, columns["adv"], kl_value, coef)
+    if "adv_other" in columns:
+        out = columns["mix"] * out + (1.0 - columns["mix"]) * method.surrogate(log_ratio, columns["adv_other"], kl_value, coef)
+    return columns["weight"] * out if "weight" in columns else out
+
+
+def penalty(method: OnPolicy, divergence: Divergence, part: Rollout, ev: Evaluation, log_ratio: Tensor) -> Tensor:
+    """beta k(d) (b, t); beta is a column of the record, so it may differ by row and change without a new compilation."""
+    if isinstance(divergence, KL) and divergence.estimator == "exact":
+        assert ev.dist is not None and part.dist_ref is not None
+        term = torch.where(part.mask, kl(ev.dist, with_params(ev.dist, part.dist_ref)), 0.0)
+    else:
+        assert ev.logp is not None
+        reference = part.logp_old if divergence.reference == "old" else part.logp_ref[divergence.reference]
+        allowed = part.mask & part.columns["selected"] if "selected" in part.columns else part.mask
+        d = torch.where(allowed, ev.logp - reference, 0.0)
+        term = divergence.term(d, log_ratio, part.mask)
+        if "selected" in part.columns:
+            term = torch.where(part.columns["selected"], term, 0.0)
+    return part.columns["beta"] * term
 
 
 def policy_loss(
     method: OnPolicy, agent: Agent, part: Rollout, omega: Tensor, coef: Tensor, joint_value: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_bt Omega [ -surrogate + beta k(d) - c_H entropy + c_V value error ], and detached statistics summed with the same weights.
+    """sum_bt Omega [ -w S + beta k(d) - c_H entropy + c_V value error ] + auxiliary terms, and detached statistics summed with the same weights.
 
     omega (b, t) holds the weights over the whole minibatch of which `part` may be a piece, so pieces add up exactly.
     """
     ev = agent.evaluate(part, wanted(method, joint_value))
     assert ev.logp is not None
     m = part.mask
-    # Steps that don't count may hold infinite log-probs (zero-std or padding): keep them out before exp.
     log_ratio = torch.where(m, ev.logp - part.logp_old, 0.0)
-    ratio_log = sequence_ratio(log_ratio, m) if method.ratio_level == "sequence" else log_ratio
     kl_value = None
     if method.surrogate.needs_kl != "none":
         assert ev.dist is not None and part.dist_old is not None
         kl_value = torch.where(m, drift_kl(method, ev.dist, part.dist_old), 0.0)
-    per_step = -method.surrogate(ratio_log, part.columns["adv"], kl_value, coef)
+    per_step = -objective(method, part, ev.logp, kl_value, coef)
     with torch.no_grad():
         stats: dict[str, Tensor] = {
             "approx_kl": (omega * k3(-log_ratio)).sum() / omega.sum().clamp(min=1e-12),
             "clip_fraction": (((log_ratio.exp() - 1.0).abs() > 0.2).float() * m).sum() / m.sum().clamp(min=1),
         }
         stats["policy_loss"] = (omega * per_step).sum().detach()
-    if method.divergence is not None and method.divergence.place == "loss":
-        if method.divergence.estimator == "exact":
-            assert ev.dist is not None and part.dist_ref is not None
-            exact = torch.where(m, kl(ev.dist, with_params(ev.dist, part.dist_ref)), 0.0)
-            per_step = per_step + method.divergence.beta * exact
-        else:
-            per_step = per_step + method.divergence.penalty(torch.where(m, ev.logp - part.logp_ref["ref"], 0.0))
+    if method.loss_divergence is not None:
+        per_step = per_step + penalty(method, method.loss_divergence, part, ev, log_ratio)
     if method.entropy_coef:
         assert ev.entropy is not None
         per_step = per_step - method.entropy_coef * ev.entropy
         stats["entropy"] = masked_mean(ev.entropy.detach(), m)
     loss = (omega * per_step).sum()
+    if method.anchor is not None:
+        loss = loss + (part.columns["pull"] * method.anchor.quantity(ev)).sum()
     if joint_value:
         assert ev.value is not None and part.value is not None
         v_loss = (omega * value_error(ev.value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)).sum()

@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from markovia.algos.advantages import GAE, Advantage
-from markovia.algos.on_policy.divergence import KL, Fixed, Refresh
-from markovia.algos.on_policy.surrogates import Clip, Surrogate
+from markovia.algos.on_policy.divergence import Divergence
+from markovia.algos.on_policy.entropy import EntropyAnchor
+from markovia.algos.on_policy.filters import AccuracyBand
+from markovia.algos.on_policy.references import Fixed, Refresh
+from markovia.algos.on_policy.rewards import RewardTransform
+from markovia.algos.on_policy.surrogates import Clip, Regress, Surrogate
+from markovia.algos.on_policy.tokens import Partner, TokenRule, TopCov, Unlikely
 
-Aggregation = Literal["token-mean", "seq-mean", "seq-sum"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]  # verl's names
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Descent:
     weight_decay: float = 0.0
     epochs: int = 10  # passes over the batch
     minibatch: int | None = 64  # decisions or rows, None: the whole batch
-    unit: Literal["decision", "row"] = "decision"  # what a minibatch counts; tokens need "row"
+    unit: Literal["decision", "row", "group"] = "decision"  # what a minibatch counts; tokens need "row", or "group" to keep groups together
     micro: int | None = None  # units per forward pass; gradients are accumulated, the result equals the large batch
     max_grad_norm: float = 0.5  # global norm, policy and critic together
     kl_stop_nats: float | None = None  # stop the epochs when the mean k3 KL of a minibatch exceeds 1.5 times this
@@ -100,6 +105,11 @@ class ValueLoss:
     coef: float = 0.5
     clip: float | None = None  # V may move by this much per batch
     separate: Descent | None = None  # fit the critic apart, after the policy's step
+    pretrain: int = 0  # first iterations in which only the critic learns; needs `separate`
+
+    def __post_init__(self) -> None:
+        if self.pretrain < 0 or (self.pretrain and self.separate is None):
+            raise ValueError(f"pretrain={self.pretrain} fits the critic alone for so many iterations; give value.separate a Descent for it")
 
 
 @dataclass(frozen=True)
@@ -111,14 +121,19 @@ class OnPolicy:
     num_steps: int = 2048  # decisions per row and batch; ignored where a row is a whole sequence
     group_size: int = 1  # responses per prompt (sequences)
     scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    reward: tuple[RewardTransform, ...] = ()  # what becomes of the task's reward, in this order, before penalties
+    filter: AccuracyBand | None = None  # which groups enter the batch; it is filled up again
     normalize_obs: bool = False  # running mean and variance of observations (control), saved with the agent
     advantage: Advantage = field(default_factory=GAE)
     normalize_advantage: Literal["none", "minibatch", "batch"] = "minibatch"
     surrogate: Surrogate = field(default_factory=Clip)
     controller: Controller = field(default_factory=Constant)
-    ratio_level: Literal["token", "sequence"] = "token"
+    ratio_level: Literal["token", "sequence", "sequence-mean"] = "token"  # of each decision, of the response, or its L-th root (GSPO)
     aggregation: Aggregation = "token-mean"
-    divergence: KL | None = None
+    max_length: int | None = None  # L_max of seq-mean-token-sum-norm, None: the width of the record
+    divergence: Divergence | None = None
+    tokens: TokenRule | None = None  # token weights, and where the divergence applies
+    anchor: EntropyAnchor | None = None  # auxiliary loss on the entropy
     refresh: Refresh = field(default_factory=Fixed)
     entropy_coef: float = 0.0
     value: ValueLoss = field(default_factory=ValueLoss)
@@ -136,10 +151,45 @@ class OnPolicy:
             raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
         if isinstance(self.solver, NaturalGradient) and self.normalize_advantage == "minibatch":
             raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
-        if self.ratio_level == "sequence" and self.aggregation != "seq-mean":
-            raise ValueError(f"a sequence ratio is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean'")
+        self._check_sequences()
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")
+
+    def _check_sequences(self) -> None:
+        """Terms that count once per response, and rules that need whole groups or the right place."""
+        whole = [("a sequence ratio", self.ratio_level != "token")]
+        whole += [("a sequence-level divergence", self.loss_divergence is not None and self.loss_divergence.level == "sequence")]
+        for what, present in whole:
+            if present and self.aggregation != "seq-mean-token-mean":
+                raise ValueError(
+                    f"{what} is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean-token-mean'"
+                )
+        if isinstance(self.tokens, Partner) and (self.group_size != 2 or not isinstance(self.solver, Descent) or self.solver.unit != "group"):
+            raise ValueError("pairs need group_size=2 and a solver with unit='group', so that both responses are in one minibatch")
+        if isinstance(self.tokens, TopCov | Unlikely) and self.loss_divergence is None:
+            raise ValueError(f"{type(self.tokens).__name__} says which tokens a divergence applies to; give one with place='loss'")
+        if isinstance(self.tokens, Unlikely) != (self.divergence is not None and self.divergence.reference == "min-p"):
+            raise ValueError("the reference 'min-p' and the token rule Unlikely need each other")
+        if isinstance(self.solver, Descent) and self.solver.unit == "group" and (self.solver.minibatch or 0) % self.group_size:
+            raise ValueError(f"minibatch={self.solver.minibatch} counts rows; unit='group' needs a multiple of group_size={self.group_size}")
+
+    @property
+    def loss_divergence(self) -> Divergence | None:
+        """The divergence that is a term of the loss."""
+        return self.divergence if self.divergence is not None and self.divergence.place == "loss" else None
+
+    @property
+    def trains_critic(self) -> bool:
+        """Whether the critic learns beyond its pretraining."""
+        return self.advantage.needs_critic and getattr(self.advantage, "trains_critic", True)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the policies whose log-probabilities the method reads."""
+        names = [self.divergence.reference] if self.divergence is not None else []
+        names += ["ref"] if isinstance(self.surrogate, Regress) and self.surrogate.anchor == "ref" else []
+        names += [name for transform in self.reward for name in transform.needs]
+        return tuple(dict.fromkeys(n for n in names if n not in ("old", "min-p")))
 
     @property
     def num_optimizer_steps(self) -> int:

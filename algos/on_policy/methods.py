@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from markovia.algos.advantages import GAE, BatchReturn, LeaveOneOut, MovingBaseline
-from markovia.algos.on_policy.divergence import EMA, KL
+from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import (
     Descent,
     Doubling,
@@ -13,6 +13,7 @@ from markovia.algos.on_policy.method import (
     OnPolicy,
     ValueLoss,
 )
+from markovia.algos.on_policy.references import EMA
 from markovia.algos.on_policy.surrogates import Clip, Discovered, KLDrift, Learnt, PolicyGradient
 from markovia.algos.table import Row, table
 
@@ -44,7 +45,7 @@ RLOO = OnPolicy(
     advantage=LeaveOneOut(),
     normalize_advantage="none",
     surrogate=PolicyGradient(),
-    aggregation="seq-sum",
+    aggregation="seq-mean-token-sum",
     divergence=KL(beta=0.05),
     solver=Descent(lr=1e-6, anneal=False, epochs=1, minibatch=None, unit="row", max_grad_norm=1.0),
 )
@@ -107,7 +108,7 @@ ON_POLICY = table(
         ),
         Row(
             "rloo/reinforce", OnPolicy(
-                num_envs=16, advantage=MovingBaseline(), normalize_advantage="none", surrogate=PolicyGradient(), aggregation="seq-sum",
+                num_envs=16, advantage=MovingBaseline(), normalize_advantage="none", surrogate=PolicyGradient(), aggregation="seq-mean-token-sum",
                 divergence=KL(beta=0.05), solver=RLOO.solver,
             ), None, "2402.14740", "a response is one action; the baseline is the running mean of returns", ("language", "tabular", "denoising"),
             (_HERE + "surrogates:ratio_objective", _HERE + "loss:weights"), "rloo/reinforce",

@@ -63,6 +63,20 @@ def ratio_objective(log_ratio: Tensor, adv: Tensor) -> Tensor:
     return log_ratio.exp() * adv
 
 
+def dual_clip(objective: Tensor, adv: Tensor, *, c: float) -> Tensor:
+    """max(objective, c A) where A < 0: a ratio above c no longer pushes a bad action down.                          [Ye 2020, arXiv 1912.09729]"""
+    return torch.where(adv < 0, torch.maximum(objective, c * adv), objective)
+
+
+def regress(log_ratio: Tensor, adv: Tensor, *, lam: float) -> Tensor:
+    """-(l - l_anchor - A / lam)^2, l - l_anchor = log_ratio.                                                      [Zhu 2023, arXiv 2306.02231]
+
+    On exact data (weights b, anchor b) its minimum u = pi / b solves log u - c u = A / lam with c < 0 such that E_b u = 1, close to
+    b exp(A / lam) / Z for small A / lam; an advantage however large gives a finite step.
+    """
+    return -(log_ratio - adv / lam).square()
+
+
 @dataclass(frozen=True)
 class PolicyGradient:
     """rho A without any drift (A2C, RLOO, REINFORCE, DDPO with one update per batch)."""
@@ -79,15 +93,42 @@ class Clip:
 
     clip: float = 0.2  # range below 1, and above when clip_high is None
     clip_high: float | None = None  # range above 1
+    dual: float | None = None  # bound of the ratio for negative advantages, > 1; None: none
     needs_kl: ClassVar[NeedsKL] = "none"
 
     def __post_init__(self) -> None:
         if not self.clip > 0.0:
             raise ValueError(f"clip must be > 0 (it is the allowed change of the probability ratio), got {self.clip}")
+        if self.dual is not None and not self.dual > 1.0:
+            raise ValueError(f"dual bounds the ratio of negative advantages and must be > 1, got {self.dual}")
+
+    @property
+    def high(self) -> float:
+        return self.clip if self.clip_high is None else self.clip_high
 
     def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
-        high = self.clip if self.clip_high is None else self.clip_high
-        return ratio_objective(log_ratio, adv) - clip_drift(log_ratio, adv, low=self.clip, high=high)
+        objective = ratio_objective(log_ratio, adv) - clip_drift(log_ratio, adv, low=self.clip, high=self.high)
+        return objective if self.dual is None else dual_clip(objective, adv, c=self.dual)
+
+    def clipped(self, log_ratio: Tensor, adv: Tensor) -> Tensor:
+        """(b, t) bool: the clipped term is the smaller one, so the decision has no gradient."""
+        return clip_drift(log_ratio, adv, low=self.clip, high=self.high) > 0
+
+
+@dataclass(frozen=True)
+class Regress:
+    """APA: the log-ratio to an anchor is regressed on A / lam instead of being clipped."""
+
+    lam: float = 1.0  # temperature: advantage units per nat
+    anchor: Literal["old", "ref"] = "old"  # the sampling policy (official code) or the initial one (the paper's derivation)
+    needs_kl: ClassVar[NeedsKL] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.lam > 0.0:
+            raise ValueError(f"lam divides the advantage and must be > 0, got {self.lam}")
+
+    def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
+        return regress(log_ratio, adv, lam=self.lam)
 
 
 @dataclass(frozen=True)
@@ -147,4 +188,4 @@ def tsallis_bregman(logits: Tensor, logits_old: Tensor, *, q: float) -> Tensor:
     return (lp.exp() * (log_q(lp) - q * log_q(lo)) + (q - 1.0) * lo.exp() * log_q(lo)).sum(-1)
 
 
-Surrogate = PolicyGradient | Clip | KLDrift | Discovered | Learnt
+Surrogate = PolicyGradient | Clip | Regress | KLDrift | Discovered | Learnt

@@ -14,7 +14,7 @@ from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
 from markovia.algos.advantages import normalise
 from markovia.algos.compiled import Compiled
-from markovia.algos.on_policy.loss import weights
+from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.optimizer import Optimizer
 
@@ -22,15 +22,15 @@ LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 MEANS = ("approx_kl", "clip_fraction", "entropy", "kl_mean")  # statistics that are means over a piece, where others are sums of weighted terms
 
 
-class _Loss(nn.Module):
-    """The agent's networks around the loss, so that torch can run it with other tensors in the place of their parameters."""
+class _Around(nn.Module):
+    """The agent's networks around functions that use them, so that torch can run these with other tensors in the place of the parameters."""
 
-    def __init__(self, net: nn.Module, call: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.call = net, call
+        self.net = net
 
-    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.call(*args)
+    def forward(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
 
 
 class Update:
@@ -48,26 +48,27 @@ class Update:
         self._names: list[str] = []
         names = {id(p): name for name, p in agent.net.named_parameters()}
         self._param_names = [f"net.{names[id(p)]}" for p in optimizer.params]
-        self._module = _Loss(agent.net, self._terms)
+        self._module = _Around(agent.net)
 
     def begin(self, rollout: Rollout) -> None:
         """Take the record whose minibatches follow."""
         self.base = rollout.decisions() if self.solver.unit == "decision" else rollout
         self.index = torch.nonzero(self.base.mask.any(dim=1)).squeeze(1)
+        if self.solver.unit == "group" and self.base.group is not None:
+            self.index = self.index[torch.argsort(self.base.group[self.index], stable=True)]
         if self.compiled is not None:
             self._static = len(self.base.mask) if self.solver.minibatch is None else self.solver.minibatch
             # What the loss can read; anything else would only be carried along.
-            self._template = replace(
-                self.base, boot_value=None, cost=None, discount=None, group=None, columns={k: self.base.columns[k] for k in ("adv", "ret")}
-            )
+            self._template = replace(self.base, boot_value=None, cost=None, discount=None, group=None)
             self._columns: list[Tensor] = []
             self._template.map(lambda t: (self._columns.append(t), t)[1])
 
     def minibatches(self, generator: torch.Generator) -> Iterator[Tensor]:
         """One pass over the record as index tensors, shuffled unless a minibatch is the whole."""
-        index = self.index
+        index, size = self.index, self.method.group_size if self.solver.unit == "group" else 1
         if self.solver.minibatch is not None:
-            index = index[torch.randperm(len(index), generator=generator).to(index.device)]
+            order = torch.randperm(len(index) // size, generator=generator).to(index.device)
+            index = index.view(-1, size)[order].reshape(-1)
         yield from index.split(self.solver.minibatch or max(len(index), 1))
 
     def step(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
@@ -88,13 +89,32 @@ class Update:
 
     def _prepared(self, part: Rollout) -> tuple[Rollout, Tensor]:
         """The minibatch with its advantages standardised if the method says so, and its weights Omega."""
-        if self.method.normalize_advantage == "minibatch":
+        m = self.method
+        if m.normalize_advantage == "minibatch":
             part.columns["adv"] = normalise(part.columns["adv"], part.mask)
-        return part, weights(part.mask, self.method.aggregation).to(part.columns["adv"].dtype)
+        return part, weights(part.mask, m.aggregation, m.max_length).to(part.columns["adv"].dtype)
+
+    @property
+    def _surveys(self) -> bool:
+        """Whether something must be known of the whole minibatch before its loss is taken."""
+        return self.loss is policy_loss and (self.method.tokens is not None or self.method.anchor is not None)
+
+    @torch.no_grad()
+    def _survey(self, part: Rollout) -> dict[str, Tensor]:
+        """Columns that depend on the whole minibatch under the current policy: token weights, selections, the pull of the entropy anchor."""
+        m, out = self.method, {}
+        ev = self.agent.evaluate(part, {w for rule in (m.tokens, m.anchor) if rule is not None for w in rule.want})
+        if m.tokens is not None:
+            out |= m.tokens(part, ev, m.surrogate)
+        if m.anchor is not None:
+            out |= m.anchor(part, ev)
+        return out
 
     def _eager(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
         """Gradients of micro-batches add up to the minibatch's exactly."""
         batch, omega = self._prepared(self.base.rows(index))
+        if self._surveys:
+            batch.columns |= self._survey(batch)
         self.optimizer.zero_grad()
         n = batch.shape[0]
         micro = min(self.solver.micro or n, n)
@@ -118,7 +138,9 @@ class Update:
         with torch.enable_grad():
             params = [v.detach().requires_grad_() for v in self.optimizer.views(state[0])]
             named = dict(zip(self._param_names, params, strict=True))
-            loss, stats = functional_call(self._module, named, (part, omega, coef))
+            if self._surveys:
+                part.columns |= functional_call(self._module, named, (self._survey, part))
+            loss, stats = functional_call(self._module, named, (self._terms, part, omega, coef))
             grads = torch.autograd.grad(loss, params, allow_unused=True)
         grad = self.optimizer.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
         norm = self.optimizer.move(state, grad)

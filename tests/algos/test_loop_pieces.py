@@ -206,9 +206,9 @@ def test_divergence_refuses_the_useless_setting() -> None:
 def test_weights_by_hand() -> None:
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     assert weights(mask, "token-mean")[0, 0] == 0.25
-    assert weights(mask, "seq-mean")[:, 0].tolist() == pytest.approx([1 / 6, 1 / 2])
-    assert weights(mask, "seq-sum")[:, 0].tolist() == [0.5, 0.5]
-    assert (weights(mask, "seq-mean")[~mask] == 0).all()
+    assert weights(mask, "seq-mean-token-mean")[:, 0].tolist() == pytest.approx([1 / 6, 1 / 2])
+    assert weights(mask, "seq-mean-token-sum")[:, 0].tolist() == [0.5, 0.5]
+    assert (weights(mask, "seq-mean-token-mean")[~mask] == 0).all()
     with pytest.raises(ValueError, match="aggregation"):
         weights(mask, "mean")
 
@@ -229,7 +229,7 @@ SEQ_RATIO = torch.tensor([[2.0, 3.0, 1e9], [0.5, 1e9, 1e9]], dtype=F64).log()
 SEQ_ADV = torch.tensor([[2.0, 2.0, 7.0], [-4.0, 7.0, 7.0]], dtype=F64)
 
 
-def sequence_loss(log_ratio: torch.Tensor, surrogate: object, level: str = "sequence", aggregation: str = "seq-mean") -> torch.Tensor:
+def sequence_loss(log_ratio: torch.Tensor, surrogate: object, level: str = "sequence", aggregation: str = "seq-mean-token-mean") -> torch.Tensor:
     zeros = torch.zeros_like(SEQ_ADV)
     part = Rollout(zeros, zeros.long(), zeros, zeros, SEQ_MASK, SEQ_MASK, zeros, zeros > 0, columns={"adv": SEQ_ADV})
     method = OnPolicy(surrogate=surrogate, ratio_level=level, aggregation=aggregation)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def test_gradient_of_the_sequence_ratio() -> None:
 def test_sequence_ratio_starts_with_the_gradient_of_summed_log_probs() -> None:
     lr = torch.zeros_like(SEQ_RATIO, requires_grad=True)
     (grad,) = torch.autograd.grad(sequence_loss(lr, Clip(0.2)), lr)
-    (summed,) = torch.autograd.grad(sequence_loss(lr, PolicyGradient(), "token", "seq-sum"), lr)
+    (summed,) = torch.autograd.grad(sequence_loss(lr, PolicyGradient(), "token", "seq-mean-token-sum"), lr)
     torch.testing.assert_close(grad, summed, rtol=0, atol=0)
 
 

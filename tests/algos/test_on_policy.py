@@ -20,12 +20,13 @@ from markovia.agents.distributions import Categorical, kl, with_params
 from markovia.agents.records import Rollout, masked_mean
 from markovia.agents.tabular import TabularAgent
 from markovia.algos.advantages import GAE
-from markovia.algos.on_policy.divergence import EMA, KL
+from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import Constant, Descent, Doubling, DualAscent, NaturalGradient, OnPolicy, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.natural import fisher_product, flatten, natural_step
+from markovia.algos.on_policy.references import EMA
 from markovia.algos.on_policy.surrogates import Clip, KLDrift, PolicyGradient
 from markovia.algos.presets import FOLDER, configure, override
 from markovia.algos.setup import Setup, build
