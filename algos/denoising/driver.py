@@ -21,7 +21,7 @@ from markovia.algos.denoising.adjoint import (
 )
 from markovia.algos.denoising.loop import ChainTrainer
 from markovia.algos.denoising.sampling import predictor
-from markovia.algos.on_policy.driver import Statistics
+from markovia.algos.statistics import Statistics
 from markovia.envs.denoising.likelihood import step_kl
 
 _QUANTILE_DECAY = 0.9  # of the moving average of `drop_quantile`

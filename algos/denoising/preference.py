@@ -25,7 +25,7 @@ from markovia.algos.denoising.sources import (
     clean_estimate_score,
     noised_pairs,
 )
-from markovia.algos.on_policy.driver import Statistics
+from markovia.algos.statistics import Statistics
 from markovia.algos.on_policy.method import Descent
 from markovia.algos.preference.anchors import EachRound, Frozen
 from markovia.algos.preference.pairwise import Pairwise

@@ -17,7 +17,7 @@ from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.update import NOISES, Update
-from markovia.algos.on_policy.driver import Statistics
+from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream, stream_seed
 
 

@@ -26,6 +26,7 @@ from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, lerp, put
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
+from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream, stream_seed
 
 Role = Literal["policy", "value"]
@@ -41,26 +42,6 @@ class Collector(Protocol):
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
     def close(self) -> None: ...
-
-
-class Statistics:
-    """Means of detached scalars, kept as tensors until the iteration ends, so that no step waits for `.item()`."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, stats: dict[str, Tensor]) -> None:
-        for k, v in stats.items():
-            if k.endswith("_max"):
-                self.sums[k] = torch.maximum(self.sums[k], v) if k in self.sums else v
-                self.counts[k] = 1
-            else:
-                self.sums[k] = self.sums[k] + v if k in self.sums else v
-                self.counts[k] = self.counts.get(k, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
 
 
 class OnPolicyDriver:

@@ -17,6 +17,7 @@ from markovia.algos.compiled import Compiled
 from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.optimizer import Optimizer
+from markovia.algos.statistics import Stats
 
 LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 MEANS = ("approx_kl", "clip_fraction", "entropy", "kl_mean")  # statistics that are means over a piece, where others are sums of weighted terms
@@ -45,7 +46,7 @@ class Update:
         self.name, self.method, self.agent, self.solver, self.loss, self.joint_value = name, method, agent, solver, loss, joint_value
         self.optimizer = optimizer
         self.compiled = Compiled(self._pure, static=len(optimizer.tensors())) if compile else None
-        self._names: list[str] = []
+        self._names: tuple[str, ...] = ()
         names = {id(p): name for name, p in agent.net.named_parameters()}
         self._param_names = [f"net.{names[id(p)]}" for p in optimizer.params]
         self._module = _Around(agent.net)
@@ -62,6 +63,7 @@ class Update:
             self._template = replace(self.base, boot_value=None, cost=None, discount=None, group=None)
             self._columns: list[Tensor] = []
             self._template.map(lambda t: (self._columns.append(t), t)[1])
+            self._key = (self._static, *(t.shape for t in self._columns))
 
     def minibatches(self, generator: torch.Generator) -> Iterator[Tensor]:
         """One pass over the record as index tensors, shuffled unless a minibatch is the whole."""
@@ -71,18 +73,17 @@ class Update:
             index = index.view(-1, size)[order].reshape(-1)
         yield from index.split(self.solver.minibatch or max(len(index), 1))
 
-    def step(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on the units `index`; detached statistics, each ()."""
+    def step(self, index: Tensor, coef: Tensor) -> Stats:
+        """One optimiser step on the units `index`, and what it tells about itself."""
         if self.compiled is None:
             return self._eager(index, coef)
         n = len(index)
         if n < self._static:
             index = torch.cat([index, index.new_zeros(self._static - n)])
         args = [*self.optimizer.tensors(), coef, torch.tensor(n, device=index.device), index, *self._columns]
-        (stats,) = self.compiled((self._static, tuple(t.shape for t in self._columns)), args)
-        if stats.device.type == "cuda":
-            stats = stats.clone()  # the next replay of the graph writes to the same place
-        return dict(zip(self._names, stats.unbind(), strict=True))
+        (values,) = self.compiled(self._key, args)
+        # On a GPU the next replay of the graph writes to the same place.
+        return Stats(self._names, values.clone() if values.is_cuda else values)
 
     def _terms(self, part: Rollout, omega: Tensor, coef: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(self.method, self.agent, part, omega, coef, self.joint_value)
@@ -110,7 +111,7 @@ class Update:
             out |= m.anchor(part, ev)
         return out
 
-    def _eager(self, index: Tensor, coef: Tensor) -> dict[str, Tensor]:
+    def _eager(self, index: Tensor, coef: Tensor) -> Stats:
         """Gradients of micro-batches add up to the minibatch's exactly."""
         batch, omega = self._prepared(self.base.rows(index))
         if self._surveys:
@@ -126,7 +127,7 @@ class Update:
             pieces.append(stats)
         norm = self.optimizer.step()
         out = {k: _joined(k, [p[k] for p in pieces]) for k in pieces[0]}
-        return {**out, f"grad_norm/{self.name}": norm}
+        return Stats.of({**out, f"grad_norm/{self.name}": norm})
 
     def _pure(self, *args: Tensor) -> tuple[Tensor, ...]:
         """The whole step on tensors alone: optimiser tensors (changed in place), coef, count of real units, index, columns of the record."""
@@ -145,8 +146,9 @@ class Update:
         grad = self.optimizer.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
         norm = self.optimizer.move(state, grad)
         stats = {**stats, f"grad_norm/{self.name}": norm}
-        self._names = list(stats)
-        return (torch.stack([s.to(norm.dtype) for s in stats.values()]),)
+        told = Stats.of(stats)
+        self._names = told.names
+        return (told.values,)
 
 
 def _joined(name: str, pieces: list[Tensor]) -> Tensor:
