@@ -1,4 +1,4 @@
-"""A vector environment for any Gymnasium id: sync, async, envpool, or the id's own batched form."""
+"""A vector environment for any Gymnasium id: sync, async, envpool, a batch of MuJoCo simulations, or the id's own batched form."""
 
 from __future__ import annotations
 
@@ -114,6 +114,21 @@ def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> V
     return EnvPool(lambda s: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=s, **kwargs), seed)
 
 
+def _prefers_batch(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether "auto" takes the MuJoCo batch: a task that it has, on Gymnasium's model, since others may use what a batch lacks (sleep)."""
+    from markovia.envs.control.mujoco_batch import TASKS, has_batch
+
+    return name in TASKS and "xml_file" not in kwargs and has_batch()
+
+
+def _mujoco(name: str, num_envs: int, kwargs: dict[str, Any], vector_kwargs: dict[str, Any]) -> VectorEnv:
+    from markovia.envs.control.mujoco_batch import MujocoVectorEnv
+
+    if unknown := set(vector_kwargs) - {"threads"}:
+        raise ValueError(f"vectorization='mujoco' takes the vector_kwargs 'threads', got {', '.join(sorted(unknown))}; it resets in the same step")
+    return MujocoVectorEnv(name, num_envs, kwargs, **vector_kwargs)
+
+
 def make_vec(
     env_id: str,
     num_envs: int = 1,
@@ -124,21 +139,25 @@ def make_vec(
 ) -> VectorEnv:
     """`num_envs` copies of an id as one vector environment, reset once when `seed` is given.
 
-    "auto" takes the id's own batched form when it registers one, else "sync". sync and async reset in the step that ends an episode (SAME_STEP)
-    unless vector_kwargs={"autoreset_mode": "NextStep"}.
-    Raises ValueError for unknown ids (with the nearest names), for unknown vectorisations and for autoreset mode "Disabled";
-    ImportError for envpool when it is not installed.
+    "auto" takes the id's own batched form when it registers one, the MuJoCo batch for its tasks, which is faster and equal, else "sync"; with
+    vector_kwargs or a render mode always "sync". sync and async reset in the step that ends an episode (SAME_STEP) unless
+    vector_kwargs={"autoreset_mode": "NextStep"}; for "mujoco" they may hold "threads".
+    Raises ValueError for unknown ids (with the nearest names), for ids that a vectorisation does not have, for unknown vectorisations and for
+    autoreset mode "Disabled"; ImportError for envpool and MuJoCo when they are not installed.
     """
     kwargs, vector_kwargs = dict(kwargs or {}), dict(vector_kwargs or {})
     if num_envs < 1:
         raise ValueError(f"num_envs must be >= 1, got {num_envs}")
-    if vectorization not in ("auto", "sync", "async", "envpool"):
-        raise ValueError(f"unknown vectorization {vectorization!r}; choose 'auto', 'sync', 'async' or 'envpool'")
+    if vectorization not in ("auto", "sync", "async", "mujoco", "envpool"):
+        raise ValueError(f"unknown vectorization {vectorization!r}; choose 'auto', 'sync', 'async', 'mujoco' or 'envpool'")
     if vectorization == "envpool":
         return _envpool(env_id, num_envs, 0 if seed is None else seed, kwargs)
     spec = env_spec(env_id)
-    if vectorization == "auto" and spec.vector_entry_point is not None and not vector_kwargs:
+    plain = vectorization == "auto" and not vector_kwargs and kwargs.get("render_mode") is None
+    if plain and spec.vector_entry_point is not None:
         venv = gym.make_vec(spec.id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    elif vectorization == "mujoco" or (plain and _prefers_batch(spec.id, kwargs)):
+        venv = _mujoco(spec.id, num_envs, kwargs, vector_kwargs)
     else:
         venv = _stacked(spec.id, env_id, num_envs, vectorization == "async", kwargs, vector_kwargs)
     try:
