@@ -56,7 +56,7 @@ def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     sha = hashlib.sha256(json.dumps(dict(meta)).encode())
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        sha.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
