@@ -25,10 +25,10 @@ from markovia.algos.denoising.sources import (
     clean_estimate_score,
     noised_pairs,
 )
-from markovia.algos.statistics import Statistics
 from markovia.algos.on_policy.method import Descent
 from markovia.algos.preference.anchors import EachRound, Frozen
 from markovia.algos.preference.pairwise import Pairwise
+from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream
 
 
