@@ -17,6 +17,7 @@ commands
   train METHOD --env ID   train a method on an environment     markovia train ppo --env HalfCheetah-v5
   eval RUN ...            evaluate trained runs                markovia eval runs/HalfCheetah-v5/ppo-seed0
   plot RUN ...            learning curves as a PNG
+  profile METHOD --env ID how training time splits
   video RUN               rendered episodes, or samples of a text or denoising run
   show METHOD             sentence, equation, paper, parent, source and settings of a method
   systems                 all methods
@@ -256,6 +257,23 @@ def video_command(argv: list[str]) -> None:
         print(path)
 
 
+def profile_command(argv: list[str]) -> None:
+    parser = _parser("profile", "How training time splits into environment, policy, update and the rest, with the presets of the environment.")
+    parser.add_argument("method", metavar="METHOD")
+    parser.add_argument("--env", required=True, metavar="ID", help="Gymnasium id")
+    parser.add_argument("--iterations", type=int, default=5, help="iterations that are timed, after one that is not (default 5)")
+    parser.add_argument("--vectorization", default="auto", help="as in train (default auto)")
+    parser.add_argument("--settings", default="{}", help="JSON object of settings, e.g. '{\"num_envs\": 8}'")
+    parser.add_argument("--eager", action="store_true", help="do not compile the updates")
+    args = parser.parse_args(argv)
+    from markovia.profile import profile, show
+
+    _at_least_one("--iterations", args.iterations)
+    settings = _json_object(args.settings, "--settings")
+    found = profile(args.method, args.env, args.iterations, args.vectorization, not args.eager, settings)
+    show(found, f"{args.method} on {args.env}")
+
+
 # -- what there is --------------------------------------------------------------------------------------------------------------------
 
 
@@ -360,9 +378,8 @@ def collect_command(argv: list[str]) -> None:
     for t in tiers:
         size = f"{t.num_steps:>9,} steps  {t.num_episodes:>7,} episodes"
         print(f"{t.dataset_id:<{width}}  {size}  return {t.mean_return:>10.5g}  score {t.score_pct:>6.1f} %")
-    wrong = out_of_order(tiers)
-    if wrong:
-        raise Failed(f"the tiers' mean returns do not rise: {'; '.join(wrong)}")
+    for wrong in out_of_order(tiers):  # a learner can begin worse than random, and its replay tier with it
+        print(f"note: {wrong}", file=sys.stderr)
 
 
 def claims_command(argv: list[str]) -> None:
@@ -408,6 +425,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "eval": eval_command,
     "plot": plot_command,
+    "profile": profile_command,
     "video": video_command,
     "show": show_command,
     "systems": systems_command,

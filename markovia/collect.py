@@ -131,9 +131,53 @@ def _open(folder: Path, asked: dict[str, Any], resume: bool) -> None:
     write_json(file, asked)
 
 
+def play(
+    env: str, policy: Any, seed: int, stream: str, *, deterministic: bool = False, progress: Callable[[int, float], None] | None = None, **amount: int
+) -> Any:
+    """Episodes of a policy with `predict`, or of uniform actions (None); seeds of environments and actions come from (seed, stream) alone.
+
+    amount  num_steps, episodes: see `markovia.envs.offline.log.record`
+    """
+    import torch
+
+    from markovia.algos.streams import stream_seed
+    from markovia.envs.control.vector import make_vec
+    from markovia.envs.offline.log import record
+
+    venv = make_vec(env, NUM_ENVS, vectorization="sync")
+    space = venv.single_action_space
+
+    def act(wave: int) -> Callable[[Any], np.ndarray]:
+        drawn = stream_seed(seed, f"{stream}-actions", wave)
+        if policy is None:
+            space.seed(drawn % 2**31)
+            return lambda obs: np.stack([space.sample() for _ in range(NUM_ENVS)])
+        getattr(policy, "reseed", torch.manual_seed)(drawn)  # a scripted controller has a generator of its own
+        return lambda obs: policy.predict(obs, deterministic=deterministic)[0]
+
+    first = stream_seed(seed, stream) % 2**30
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return record(venv, act, _about(env), seed=first, progress=progress, **amount)
+    finally:
+        venv.close()
+
+
+def _about(env: str) -> Any:
+    """What the recorded rows belong to."""
+    from markovia.envs.control.vector import env_spec, make_env
+    from markovia.envs.offline import About
+
+    spec, made = env_spec(env), make_env(env)
+    spaces = made.observation_space, made.action_space
+    made.close()
+    return About(spec.id, spec.id, spec.max_episode_steps, *spaces, spec)
+
+
 class _Watch:
     """During training: log every step up to the medium policy, evaluate, and keep the medium and the best policy.
 
+    Evaluations sample actions, as the recording will: a tier is then what its name says. Of equal returns the later policy is kept.
     Everything is written under names that a resumed run writes again with the same content.
     """
 
@@ -147,7 +191,6 @@ class _Watch:
         """Put the log around the run's environments."""
         from markovia.envs.offline.log import StepLog
 
-        self.evaluate = setup.evaluate
         self.log = setup.collector.venv = StepLog(setup.collector.venv)
 
     def __call__(self, info: Any) -> None:
@@ -157,13 +200,13 @@ class _Watch:
         number = str(info.num_env_steps // self.recipe.eval_every)
         if number == "0" or number in self.found["evaluations"]:
             return
-        score = float(np.mean(self.evaluate(info.agent, EPISODES_PER_EVALUATION, self.seed)["returns"]))
+        score = float(play(self.recipe.env, info.agent, self.seed, "evaluation", episodes=EPISODES_PER_EVALUATION).returns().mean())
         self.found["evaluations"][number] = {"num_env_steps": info.num_env_steps, "return": score}
         here = {"iteration": info.iteration, "num_env_steps": info.num_env_steps, "return": score}
         if medium is None and score >= self.recipe.medium_return:
             info.agent.save(self.folder / "agents" / "medium")
             self.found["medium"] = here
-        if "best" not in self.found or score > self.found["best"]["return"]:
+        if "best" not in self.found or score >= self.found["best"]["return"]:
             info.agent.save(self.folder / "agents" / "best")
             self.found["best"] = here
         write_json(self.file, self.found)
@@ -232,44 +275,15 @@ class _Collection:
 
     # -- recording --------------------------------------------------------------------------------------------------------------------
 
-    def about(self) -> Any:
-        from markovia.envs.control.vector import env_spec, make_env
-        from markovia.envs.offline import About
-
-        spec, env = env_spec(self.recipe.env), make_env(self.recipe.env)
-        spaces = env.observation_space, env.action_space
-        env.close()
-        return About(spec.id, spec.id, spec.max_episode_steps, *spaces, spec)
-
     def record(self, policy: str, stream: str, deterministic: bool = False, **amount: int) -> Any:
-        """Episodes of "random" or of a policy; seeds of environments and actions come from (seed, stream) alone."""
-        import torch
-
-        from markovia.algos.streams import stream_seed
-        from markovia.envs.control.vector import make_vec
-        from markovia.envs.offline.log import record
-
-        venv = make_vec(self.recipe.env, NUM_ENVS, vectorization="sync")
-        agent, space = self.policies.get(policy), venv.single_action_space
-
-        def act(wave: int) -> Callable[[Any], np.ndarray]:
-            drawn = stream_seed(self.seed, f"{stream}-actions", wave)
-            if agent is None:
-                space.seed(drawn % 2**31)
-                return lambda obs: np.stack([space.sample() for _ in range(NUM_ENVS)])
-            getattr(agent, "reseed", torch.manual_seed)(drawn)  # a scripted controller has a generator of its own
-            return lambda obs: agent.predict(obs, deterministic=deterministic)[0]
-
-        first = stream_seed(self.seed, stream) % 2**30
+        """Episodes of "random" or of one of the policies, with progress where whole tiers are recorded."""
         sink = _sink(f"{stream} on {self.recipe.env}", amount.get("num_steps", 0), self.progress)
         shown = (lambda steps, mean: sink.write({"num_env_steps": steps, "return": mean})) if sink is not None else None
         try:
-            with torch.random.fork_rng(devices=[]):
-                return record(venv, act, self.about(), seed=first, progress=shown, **amount)
+            return play(self.recipe.env, self.policies.get(policy), self.seed, stream, deterministic=deterministic, progress=shown, **amount)
         finally:
             if sink is not None:
                 sink.close()
-            venv.close()
 
     def reference(self) -> Any:
         """Mean return of the random policy as 0 and of the greedy best one as 100; measured once."""
@@ -280,7 +294,7 @@ class _Collection:
             low = float(self.record("random", "reference-random", episodes=n).returns().mean())
             high = float(self.record("expert", "reference-best", deterministic=True, episodes=n).returns().mean())
             write_json(file, {"min": low, "max": high})
-        found, about = read_json(file), self.about()
+        found, about = read_json(file), _about(self.recipe.env)
         if not found["min"] < found["max"]:
             raise RunError(f"the best policy returns {found['max']:.4g}, no more than random actions ({found['min']:.4g}); train longer")
         source = f"means over {n} random and {n} greedy episodes of the best policy on this environment"
@@ -336,7 +350,7 @@ class _Collection:
                 raise RunError(f"{file} is missing, so medium-replay can't be put together; collect again into another --out")
             with np.load(file) as arrays:
                 parts.append(Steps.from_arrays(dict(arrays)))
-        data, limit = as_transitions(join(parts), self.about()), self.recipe.replay_steps
+        data, limit = as_transitions(join(parts), _about(self.recipe.env)), self.recipe.replay_steps
         if limit is None or len(data) <= limit:
             return data
         order = np.random.default_rng(self.seed).permutation(data.num_episodes)

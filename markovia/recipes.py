@@ -15,7 +15,7 @@ class Recipe:
     num_env_steps: int = 0  # of training
     medium_return: float = 0.0  # the first evaluation that reaches it is the medium policy
     num_steps: int = 100_000  # transitions per tier
-    eval_every: int = 5_000  # environment steps between two evaluations of 10 greedy episodes
+    eval_every: int = 5_000  # environment steps between two evaluations of 10 episodes with sampled actions
     replay_steps: int | None = None  # medium-replay keeps about so many transitions, whole episodes drawn evenly; None: all
     num_reference: int = 100  # episodes of the random and of the greedy best policy that count as 0 and 100
     settings: dict[str, Any] = field(default_factory=dict)  # of the method, on top of its presets

@@ -207,5 +207,5 @@ def test_collect_command(root, capsys):
     flags = ["--method", "ppo", "--num-env-steps", "512", "--eval-every", "256", "--medium-return", "5", "--num-steps", "50", "--no-progress"]
     code = cli(["collect", "CartPole-v1", "--out", "c", "--tiers", "random", "medium-replay", *flags])
     captured = capsys.readouterr()
-    assert code in (0, 1), captured.err  # 1: the returns of so short a run need not rise
+    assert code == 0, captured.err
     assert "markovia/cartpole/random-v0" in captured.out and "score" in captured.out
