@@ -1,0 +1,48 @@
+"""The split of training time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from markovia.cli import run
+from markovia.profile import Stopwatch, profile
+
+SMALL = {"num_envs": 2, "num_steps": 8, "solver": {"epochs": 1}}
+
+
+class Thing:
+    def outer(self) -> None:
+        time.sleep(0.02)
+        self.inner()
+
+    def inner(self) -> None:
+        time.sleep(0.02)
+
+
+def test_a_method_inside_another_counts_for_the_outer_one() -> None:
+    thing, watch = Thing(), Stopwatch()
+    watch.wrap(thing, "outer", "update")
+    watch.wrap(thing, "inner", "policy")
+    watch.wrap(thing, "missing", "policy")
+    thing.outer()
+    thing.inner()
+    assert watch.seconds["update"] >= 0.04 and 0.02 <= watch.seconds["policy"] < 0.04 and watch.seconds["environment"] == 0.0
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "markovia/TokenTree-v0", "markovia/LinearGaussian-v0"])
+def test_parts_add_up_to_the_whole(env: str) -> None:
+    found = profile("ppo", env, iterations=2, compile=False, settings=SMALL)
+    assert sum(found.parts.values()) == pytest.approx(found.seconds) and min(found.parts.values()) >= 0.0
+    assert found.parts["update"] > 0.0 and found.parts["policy"] > 0.0
+    assert found.num_env_steps == (4 if env.endswith("LinearGaussian-v0") else 32)
+    assert found.compile_seconds == 0.0
+
+
+def test_profile_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "ppo", "--env", "Pendulum-v1", "--iterations", "1", "--eager", "--settings", '{"num_envs": 2, "num_steps": 8}']) == 0
+    out = capsys.readouterr().out
+    assert "environment" in out and "16 steps in" in out
+    assert run(["profile", "ppo", "--env", "CartPole-v1", "--iterations", "0"]) == 2
+    assert run(["profile", "ppoo", "--env", "CartPole-v1"]) == 2
