@@ -19,7 +19,8 @@ def _q_learning(mdp: TabularMDP, rng: np.random.Generator) -> tuple[Transitions,
     S, A = mdp.R.shape
     q, episodes, taken = np.zeros((S, A)), [], 0
     while taken < NUM_STEPS:
-        state, rows = 0, []
+        state = 0
+        rows: list[tuple] = []
         while len(rows) < LIMIT and state != S - 1:
             epsilon = max(0.05, 1 - 1.9 * taken / NUM_STEPS)
             action = int(rng.integers(A)) if rng.random() < epsilon else int(rng.choice(np.flatnonzero(q[state] == q[state].max())))
