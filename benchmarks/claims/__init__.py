@@ -59,6 +59,7 @@ CLAIMS: dict[str, Claim] = {
     "stepmix@offline": Claim(_SAFE + "stepmix_offline"),
     "epsmix": Claim(_SAFE + "epsmix_floor"),
     "c-morl": Claim(_SAFE + "c_morl_front"),
+    "acs@exact": Claim(_SAFE + "acs_shield"),
     "saco-tq": Claim("markovia.claims.offline_data:saco_tq"),
     "saco-tq@scores": Claim("markovia.claims.offline_data:saco_tq_scores"),
 }

@@ -12,6 +12,7 @@ from markovia.algos.safe.conservative import Rule, evaluate, explore, optimal
 from markovia.algos.safe.dual import PIDDual
 from markovia.algos.safe.exact import constrained_policy_optimisation, descent_ascent, primal_dual, reload, terminating
 from markovia.algos.safe.pareto import c_morl, expected_utility, hypervolume, nondominated, simplex_grid, sparsity, weighted_optima
+from markovia.algos.safe.shield import chance_safe, safest, shielded_policy
 from markovia.algos.safe.trust_region import trust_region_dual
 from markovia.envs.exact.cmdps import GRID_HAZARDS, cmdp_grid, cmdp_two_state
 from markovia.envs.exact.tabular import TabularMDP
@@ -240,3 +241,21 @@ def c_morl_front(seeds: int = 16) -> dict[str, Any]:
     hv, sp = (np.array([f[k] for f in found]) for k in ("hypervolume", "sparsity"))
     holds = hv[:, 1].min() >= 0.94 and hv[:, 0].max() < 0.5 and sp[:, 0].min() > 40 and sp[:, 1].max() < 0.4 and (hv[:, 2] < hv[:, 1]).all()
     return {"measured": float(hv[:, 1].min()), "bound": 0.94, "holds": bool(holds), "seeds": found}
+
+
+def acs_shield(problems: int = 60) -> dict[str, Any]:
+    """Random MDPs (12 states, two of them absorbing and unsafe, 3 actions, 30 steps, epsilon 0.2): the chance that a uniform policy stays safe,
+    behind an exact shield, rises strictly from no shield over alpha = 0.8 to 0.2, and never above the safest policy's. Measured is the number of problems
+    in which it does not."""
+    found = []
+    for seed in range(problems):
+        rng = np.random.default_rng(seed)
+        hazard = rng.uniform(0.0, 0.2, (12, 3, 1))
+        P = np.concatenate([rng.dirichlet(np.ones(10), (12, 3)) * (1 - hazard), hazard * rng.dirichlet(np.ones(2), (12, 3))], -1)
+        P[10:] = np.eye(12)[10:, None]
+        unsafe, start, uniform = np.arange(12) >= 10, np.eye(12)[0], np.full((12, 3), 1 / 3)
+        free = chance_safe(P, np.broadcast_to(uniform, (30, 12, 3)), unsafe, start)
+        shielded = [chance_safe(P, shielded_policy(P, uniform, unsafe, 30, alpha=a, epsilon=0.2), unsafe, start) for a in (0.8, 0.2)]
+        found.append([free, *shielded, float(safest(P, unsafe, 30)[0][0, 0])])
+    broken = sum(not (a < b < c <= d + 1e-12) for a, b, c, d in found)
+    return {"measured": broken, "bound": 0, "holds": broken == 0, "mean_chances": np.mean(found, axis=0).tolist()}
