@@ -70,7 +70,8 @@ def safest(P: np.ndarray, unsafe: np.ndarray, horizon: int) -> tuple[np.ndarray,
     psi_T = 1 outside, 0 inside;  psi_t(s) = max_a sum P(s'|s,a) psi_{t+1}(s') outside, 0 inside; P (S, A, S).
     """
     free = ~np.asarray(unsafe)
-    psi, actions = [free.astype(float)], []
+    psi: list[np.ndarray] = [free.astype(float)]
+    actions: list[np.ndarray] = []
     for _ in range(horizon):
         ahead = P @ psi[0]
         actions.insert(0, ahead.argmax(-1))

@@ -245,8 +245,8 @@ def c_morl_front(seeds: int = 16) -> dict[str, Any]:
 
 def acs_shield(problems: int = 60) -> dict[str, Any]:
     """Random MDPs (12 states, two of them absorbing and unsafe, 3 actions, 30 steps, epsilon 0.2): the chance that a uniform policy stays safe,
-    behind an exact shield, rises strictly from no shield over alpha = 0.8 to 0.2, and never above the safest policy's. Measured is the number of problems
-    in which it does not."""
+    behind an exact shield, rises strictly from no shield over alpha = 0.8 to 0.2, and never above the safest policy's. Measured is the number of
+    problems in which it does not."""
     found = []
     for seed in range(problems):
         rng = np.random.default_rng(seed)
