@@ -64,6 +64,17 @@ class Rollout:
                 out[f.name] = {k: fn(x) for k, x in v.items()}
         return replace(self, **out)
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor column, in the order in which `map` visits them."""
+        out: list[Tensor] = []
+
+        def keep(t: Tensor) -> Tensor:
+            out.append(t)
+            return t
+
+        self.map(keep)
+        return out
+
     def rows(self, index: Tensor) -> Rollout:
         """The rows `index` (b,), in that order."""
         return self.map(lambda t: t[index])
