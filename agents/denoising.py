@@ -131,7 +131,8 @@ class DenoisingAgent(Agent):
         """
         assert isinstance(rollout.obs, dict)
         sampled = rollout.columns.get("guidance")
-        if sampled is not None and bool((sampled != self.guidance).any()):
+        # Reading a value would break a compiled update in two; such an update evaluates records of its own agent only.
+        if sampled is not None and not torch.compiler.is_compiling() and bool((sampled != self.guidance).any()):
             raise ValueError(
                 f"the record was sampled with guidance {float(sampled.flatten()[0]):g}, but this agent evaluates with {self.guidance:g}; "
                 "build both around GuidedDenoiser(network, scale) with one scale, so that training sees the policy that acted"

@@ -45,6 +45,7 @@ ENVS += [
     for name, task, kwargs in (
         ("Mixture2D", "mixture2d", {"wanted": 0}),
         ("Digits", "digits", {"wanted": 3}),
+        ("DigitsConditional", "digits_conditional", {"guidance": 1.0}),
         ("LinearGaussian", "linear_gaussian", {}),
     )
 ]
@@ -86,6 +87,7 @@ KINDS: dict[str, str] = {
     "markovia/SafeTwoState-v0": "tabular",
     "markovia/Mixture2D-v0": "denoising",
     "markovia/Digits-v0": "denoising",
+    "markovia/DigitsConditional-v0": "denoising",
     "markovia/LinearGaussian-v0": "denoising",
     "markovia/Arithmetic-v0": "language",
     "markovia/Sentiment-v0": "language",

@@ -1,8 +1,9 @@
 """Ready denoising tasks and the entry points of their Gymnasium ids.
 
-mixture2d         a ring of eight Gaussian blobs in the plane; reward: closeness to a wanted blob
-digits            the 8x8 digits of scikit-learn; reward: a classifier's probability of a wanted class
-linear_gaussian   the fixture of LinearGaussianDenoising, whose optimum is known
+mixture2d            a ring of eight Gaussian blobs in the plane; reward: closeness to a wanted blob
+digits               the 8x8 digits of scikit-learn; reward: a classifier's probability of a wanted class
+digits_conditional   the same, a class is asked for in every chain and guides the network; reward: the probability of that class
+linear_gaussian      the fixture of LinearGaussianDenoising, whose optimum is known
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from markovia.envs.denoising.env import DenoisingEnv, DenoisingTask, DenoisingVectorEnv
 from markovia.envs.denoising.kernel import GaussianKernel
-from markovia.envs.denoising.networks import LinearDenoiser, load_pretrained
+from markovia.envs.denoising.networks import GuidedDenoiser, LinearDenoiser, load_pretrained
 from markovia.envs.denoising.tables import choose
 from markovia.envs.exact.denoisers import GMMDenoiser, LinearGaussianDenoising
 
@@ -59,14 +60,19 @@ class ClosenessReward:
 
 
 class ClassProbabilityReward:
-    """Probability that a shipped classifier gives to the wanted class, in [0, 1]."""
+    """Probability that a shipped classifier gives to the wanted class, in [0, 1]; None: to the class that `cond` (n, 10) marks with a one."""
 
-    def __init__(self, wanted: int, classifier: str = "digits_classifier") -> None:
+    def __init__(self, wanted: int | None, classifier: str = "digits_classifier") -> None:
         self.wanted = wanted
         self.classifier = load_pretrained(classifier)
 
     def __call__(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self.classifier.to(x.device)(x).softmax(-1)[..., self.wanted]
+        probability = self.classifier.to(x.device)(x).softmax(-1)
+        if self.wanted is not None:
+            return probability[..., self.wanted]
+        if cond is None:
+            raise ValueError("the reward asks for the class of the condition; pass cond (n, 10), one-hot.")
+        return (probability * cond).sum(-1)
 
 
 def mixture2d(
@@ -101,6 +107,22 @@ def digits(wanted: int = 3, num_steps: int = 20, eta: float = 1.0, final: str = 
     )
 
 
+def digits_conditional(guidance: float = 1.0, num_steps: int = 20, eta: float = 1.0, final: str = "drop") -> DenoisingTask:
+    """Denoise a digit of a class that is drawn for each chain (cond, one-hot); reward = probability of that class, judge as in `digits`.
+
+    guidance: scale of classifier-free guidance, part of the network and so of the policy that is trained; 1 is none.
+    """
+    return DenoisingTask(
+        network=GuidedDenoiser(load_pretrained("digits_conditional"), guidance),
+        kernel=GaussianKernel.from_scheduler(scheduler(), num_steps, eta=eta, final=final),
+        reward=ClassProbabilityReward(None),
+        sample_shape=(8, 8),
+        conditions=torch.eye(10),
+        name="digits_conditional",
+        judge=ClassProbabilityReward(None, "digits_judge"),
+    )
+
+
 def linear_gaussian(**kwargs: Any) -> DenoisingTask:
     """The chain of LinearGaussianDenoising (keyword arguments are its own); the network predicts the mean itself."""
     problem = LinearGaussianDenoising(**kwargs)
@@ -116,6 +138,7 @@ def linear_gaussian(**kwargs: Any) -> DenoisingTask:
 TASKS: dict[str, Callable[..., DenoisingTask]] = {
     "mixture2d": mixture2d,
     "digits": digits,
+    "digits_conditional": digits_conditional,
     "linear_gaussian": linear_gaussian,
 }
 

@@ -17,12 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from markovia.envs.denoising.kernel import GaussianKernel
-from markovia.envs.denoising.networks import WEIGHTS, MLPClassifier, MLPDenoiser, load_pretrained, save_network
+from markovia.envs.denoising.networks import WEIGHTS, GuidedDenoiser, MLPClassifier, MLPDenoiser, load_pretrained, save_network
 from markovia.envs.denoising.tasks import digit_images, mixture, scheduler
 
 
-def denoiser(network: MLPDenoiser, data: Tensor, steps: int, lr: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Fit eps by least squares over uniform timesteps (Ho 2020, 2006.11239, eq. 14); returns an average of the last weights."""
+def denoiser(
+    network: MLPDenoiser, data: Tensor, steps: int, lr: float, seed: int, conditions: Tensor | None = None, drop: float = 0.15
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Fit eps by least squares over uniform timesteps (Ho 2020, 2006.11239, eq. 14); returns an average of the last weights.
+
+    conditions (n, C) belong to the data; a share `drop` of them is replaced by zeros, for classifier-free guidance (2207.12598).
+    """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     abar = scheduler().alphas_cumprod
@@ -32,11 +37,14 @@ def denoiser(network: MLPDenoiser, data: Tensor, steps: int, lr: float, seed: in
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        x0 = data[torch.randint(len(data), (512,), generator=generator)]
+        pick = torch.randint(len(data), (512,), generator=generator)
+        x0, cond = data[pick], None
+        if conditions is not None:
+            cond = conditions[pick] * (torch.rand(512, 1, generator=generator) >= drop)
         t = torch.randint(len(abar), (512,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         a = abar[t].reshape(-1, *[1] * (x0.ndim - 1))
-        loss = F.mse_loss(network(a.sqrt() * x0 + (1 - a).sqrt() * eps, t), eps)
+        loss = F.mse_loss(network(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, cond), eps)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -81,21 +89,21 @@ def classifier(
     return network, {"updates": steps, "trained_on": len(images), "held_out_accuracy": round(accuracy, 4)}
 
 
-def class_shares(network: nn.Module, judge: nn.Module, num_steps: int, n: int = 2000) -> list[float]:
-    """Share of each digit among n samples of a denoiser, as the judge reads them."""
+@torch.no_grad()
+def read_samples(network: nn.Module, num_steps: int, cond: Tensor | None = None, n: int = 2000) -> Tensor:
+    """The digit (n,) that the judge reads in each of n samples of a denoiser."""
     kernel = GaussianKernel.from_scheduler(scheduler(), num_steps)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 8, 8, generator=generator)
-    with torch.no_grad():
-        for k in range(num_steps):
-            step = torch.full((n,), k)
-            mean, std = kernel.mean_std(network(x, kernel.timestep(step)), x, step)
-            x = mean + std * torch.randn(x.shape, generator=generator)
-        counts = torch.bincount(judge(x).argmax(-1), minlength=10)
-    return [round(c / n, 3) for c in counts.tolist()]
+    for k in range(num_steps):
+        step = torch.full((n,), k)
+        mean, std = kernel.mean_std(network(x, kernel.timestep(step), cond), x, step)
+        x = mean + std * torch.randn(x.shape, generator=generator)
+    digit: Tensor = load_pretrained("digits_judge")(x).argmax(-1)
+    return digit
 
 
-NAMES = ("digits_classifier", "digits_judge", "mixture2d", "digits")
+NAMES = ("digits_classifier", "digits_judge", "mixture2d", "digits", "digits_conditional")
 
 
 def train(name: str, scale: float) -> tuple[nn.Module, dict[str, Any]]:
@@ -115,8 +123,17 @@ def train(name: str, scale: float) -> tuple[nn.Module, dict[str, Any]]:
     if name == "mixture2d":
         points = mixture().sample(20_000, torch.Generator().manual_seed(0)).float()
         return denoiser(MLPDenoiser((2,), hidden=96, depth=3), points, count(8000), 2e-3, seed=3)
+    if name == "digits_conditional":
+        classes = torch.eye(10)[labels]
+        network, log = denoiser(MLPDenoiser((8, 8), hidden=256, depth=4, cond_dim=10), images, count(6000), 1.5e-3, seed=5, conditions=classes)
+        asked = torch.arange(2000) % 10
+        for scale in (1.0, 2.0):
+            right = read_samples(GuidedDenoiser(network, scale), 20, torch.eye(10)[asked]) == asked
+            log[f"asked_digit_by_the_judge_at_guidance_{scale:g}"] = round(float(right.float().mean()), 3)
+        return network, log
     network, log = denoiser(MLPDenoiser((8, 8), hidden=320, depth=4), images, count(12_000), 1.5e-3, seed=4)
-    log["class_shares_by_the_judge"] = class_shares(network, load_pretrained("digits_judge"), num_steps=20)
+    counts = torch.bincount(read_samples(network, num_steps=20), minlength=10)
+    log["class_shares_by_the_judge"] = [round(c / 2000, 3) for c in counts.tolist()]
     return network, log
 
 

@@ -28,7 +28,7 @@ from markovia.envs.denoising.tasks import digit_images, make_task
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-IDS = ("markovia/Mixture2D-v0", "markovia/Digits-v0", "markovia/LinearGaussian-v0")
+IDS = ("markovia/Mixture2D-v0", "markovia/Digits-v0", "markovia/DigitsConditional-v0", "markovia/LinearGaussian-v0")
 
 
 def small_task(reward=lambda x, cond: -x.square().sum(-1), conditions=None, num_steps=4):
@@ -61,7 +61,8 @@ def test_an_episode_has_exactly_k_steps_and_pays_at_the_end(env_id):
     assert obs["step"] == K
     task = env.unwrapped.task
     clean = torch.from_numpy(obs["sample"]).reshape(1, *task.sample_shape)
-    assert reward == pytest.approx(float(task.rewards(clean)[0]), rel=1e-6)
+    cond = torch.from_numpy(obs["cond"])[None] if "cond" in obs else None
+    assert reward == pytest.approx(float(task.rewards(clean, cond)[0]), rel=1e-6)
     with pytest.raises(RuntimeError, match="call reset"):
         env.unwrapped.step(np.zeros(env.action_space.shape, np.float32))
 
@@ -189,6 +190,23 @@ def test_sampled_digits_are_digits_of_every_class():
     between = torch.cdist(real, real).fill_diagonal_(torch.inf).min(-1).values.mean()
     ratio = float(torch.cdist(x.flatten(1), real).min(-1).values.mean() / between)
     assert 0.6 < ratio < 1.4
+
+
+def test_conditional_digits_follow_the_condition_and_guidance_makes_them_surer():
+    probability = []
+    for guidance in (1.0, 2.0):
+        task = make_task("digits_conditional", guidance=guidance)
+        generator = torch.Generator().manual_seed(0)
+        starts = task.starts(300, generator)
+        assert starts["cond"].unique(dim=0).shape == (10, 10)
+        x = starts["x"]
+        for k in range(task.num_steps):
+            mean, std = task.mean_std(x, k, starts["cond"])
+            x = mean + std * torch.randn(x.shape, generator=generator)
+        probability.append(float(task.judged(x, starts["cond"]).mean()))
+    assert probability[0] > 0.7 and probability[1] > probability[0]
+    with pytest.raises(ValueError, match="class of the condition"):
+        task.rewards(x)
 
 
 def test_classifier_and_judge_read_real_digits():
