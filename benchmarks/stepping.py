@@ -3,7 +3,7 @@
 Random actions; the backends of a cell step in turns in one process, so that whatever else the machine does slows them alike, and the ratio to
 SyncVectorEnv is the median over turns. `mujoco/k` is the batch with k threads; envpool is measured where it is installed, with its default threads.
 On a machine that others use too, `--priority` runs each turn at real-time priority and rests between turns (Linux, root); the results say so.
-Writes benchmarks/results/stepping.json. `--envs HalfCheetah-v5 Hopper-v5 --num-envs 1 8 64 --threads 1 2 --turns 7 --seconds 0.3 --rest 0.0`
+Writes benchmarks/results/stepping.json. For a quick look: `--envs HalfCheetah-v5 Hopper-v5 --num-envs 8 --turns 3`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from markovia.envs.control import make_vec
+from markovia.envs.control.mujoco_batch import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "stepping.json"
 
@@ -50,7 +51,8 @@ def seconds_per_call(venv: VectorEnv, actions: np.ndarray, seconds: float) -> fl
 def schedule(policy: int, level: int) -> None:
     """Put every thread of this process, pools of the environments included, under a scheduling policy."""
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(thread), policy, os.sched_param(level))
+        with contextlib.suppress(ProcessLookupError):  # a thread that has ended meanwhile
+            os.sched_setscheduler(int(thread), policy, os.sched_param(level))
 
 
 @contextlib.contextmanager
@@ -106,7 +108,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--envs", nargs="+", default=["HalfCheetah-v5", "Hopper-v5"])
+    parser.add_argument("--envs", nargs="+", default=list(TASKS))
     parser.add_argument("--num-envs", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--turns", type=int, default=7)
@@ -121,10 +123,11 @@ def main() -> None:
         for n in args.num_envs:
             rows += cell(env_id, n, made, args)
             print(*map(line, rows[-len(made) :]), sep="\n")
-    versions = {name: importlib.metadata.version(name) for name in ("mujoco", "gymnasium", "numpy")}
+    versions = {name: importlib.metadata.version(name) for name in ("mujoco", "gymnasium", "numpy", *(["envpool"] if "envpool" in made else []))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     how = {"cpus": os.cpu_count(), "turns": args.turns, "seconds": args.seconds, "rest": args.rest, "priority": args.priority, "versions": versions}
-    args.out.write_text(json.dumps({**how, "rows": rows}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    args.out.write_text(json.dumps(how)[:-1] + f', "rows": [\n{lines}\n]}}\n')
     print(f"written to {args.out}")
 
 

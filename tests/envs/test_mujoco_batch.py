@@ -159,4 +159,4 @@ def test_mujoco_without_batches_names_the_version(monkeypatch):
 
 def test_threads_never_exceed_the_cores_or_the_work(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
-    assert [default_threads(n) for n in (1, 2, 3, 4, 8, 64)] == [1, 1, 1, 2, 4, 4]
+    assert [default_threads(n) for n in (1, 2, 3, 4, 8, 64)] == [1, 2, 3, 4, 4, 4]
