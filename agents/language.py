@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,110 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from markovia.agents.distributions import Categorical
 from markovia.agents.interface import WANT, Agent, Evaluation
+from markovia.agents.packing import hidden_states, make_packs, probe, unfit
+from markovia.agents.pretrained import LanguageOptions, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
 from markovia.agents.records import Rollout
-from markovia.envs.text.tokens import CharTokenizer, HFTokenizer, as_tokenizer
+from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, response_valid, token_logp, unpack
+from markovia.envs.text.tokens import HFTokenizer, as_tokenizer
 
 # Logits held at once while nothing is differentiated: 2^26 float32 are 256 MB.
 CHUNK_LOGITS = 2**26
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of every token counted from the first real one, (n, L) int64; left padding gets 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The kept set of top-p sampling, (n, V) bool: the most probable tokens until their mass reaches top_p (the crossing one included).
-
-    Keeps token v iff the mass of strictly more probable tokens is < top_p                       [Holtzman 2020; arXiv 1904.09751]
-    """
-    p, order = logits.softmax(-1).sort(dim=-1, descending=True)
-    before = p.cumsum(-1) - p
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < top_p)
-
-
-def keep_only(logits: Tensor, kept: Tensor | None) -> Tensor:
-    """Logits with everything outside of `kept` at the dtype's minimum, so that the softmax renormalises over it."""
-    return logits if kept is None else logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
-
-
-def draw(logits: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sample: the first token whose cumulative probability exceeds u; logits (n, V), u (n,) float64 in [0, 1)."""
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-
-
-def token_logp(logits: Tensor, token: Tensor) -> Tensor:
-    """log softmax(logits)[token] in nats, shape of `token`; cross_entropy is several times faster than log_softmax and gather."""
-    return -F.cross_entropy(logits.reshape(-1, logits.shape[-1]), token.reshape(-1), reduction="none").view(token.shape)
-
-
-def pack(kept: Tensor) -> Tensor:
-    """Booleans (..., V) as bits (..., ceil(V / 8)) uint8."""
-    return torch.from_numpy(np.packbits(kept.cpu().numpy(), axis=-1)).to(kept.device)
-
-
-def unpack(bits: Tensor, size: int) -> Tensor:
-    """Inverse of `pack`."""
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=-1, count=size).astype(bool)).to(bits.device)
-
-
-def response_valid(action: Tensor, eos: int) -> Tensor:
-    """(B, T) bool: tokens up to and including the first EOS."""
-    ended_before = (action == eos).long().cumsum(1) - (action == eos).long()
-    return ended_before == 0
-
-
-def weights_hash(model: nn.Module) -> str:
-    """sha256 over names and bytes of all weights; tells whether an adapter meets the base that it was trained on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@dataclass
-class LanguageOptions:
-    """How a language agent samples and what is trained; JSON-able.
-
-    temperature > 0 and 0 < top_p <= 1 shape the policy itself; `max_new_tokens` holds where the starts name no length.
-    `lora` (e.g. {"r": 16, "alpha": 32, "target_modules": [...]}) trains adapters only. `value_head` adds a linear head on the last
-    hidden state with 1 + num_costs columns. `bf16` runs the network under autocast. Raises ValueError outside of these ranges.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 24
-    lora: dict[str, Any] | None = None
-    value_head: bool = False
-    num_costs: int = 0
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}; for greedy text use generate(..., deterministic=True)")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.max_new_tokens < 1 or self.num_costs < 0:
-            raise ValueError(f"expected max_new_tokens >= 1 and num_costs >= 0, got {self.max_new_tokens} and {self.num_costs}")
-
-
-def _with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as e:
-        raise ImportError("LoRA needs peft: pip install markovia[text]") from e
-    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **lora}
-    if "alpha" in settings:
-        settings["lora_alpha"] = settings.pop("alpha")
-    with warnings.catch_warnings():
-        # peft reads an attribute that transformers renamed; nothing that a user could mend.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 class LanguageAgent(Agent):
@@ -146,7 +53,7 @@ class LanguageAgent(Agent):
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model embeds {rows}; pass the tokenizer of this model"
             )
-        modules: dict[str, nn.Module] = {"policy": _with_lora(model, self.options.lora) if self.options.lora is not None else model}
+        modules: dict[str, nn.Module] = {"policy": with_lora(model, self.options.lora) if self.options.lora is not None else model}
         if self.options.value_head:
             head = nn.Linear(width, 1 + self.options.num_costs)
             nn.init.zeros_(head.weight)  # the value starts at 0 everywhere
@@ -155,6 +62,7 @@ class LanguageAgent(Agent):
         self.net = nn.ModuleDict(modules)
         self._saved = {n for n, p in self.net.named_parameters() if p.requires_grad} if self.base_hash else set(self.net.state_dict())
         self._adapters_off = False
+        self._packs: bool | None = None  # whether this model can be evaluated packed, once it has been tried
 
     @classmethod
     def from_name(cls, base: str, **options: Any) -> LanguageAgent:
@@ -216,6 +124,27 @@ class LanguageAgent(Agent):
             raise ValueError(f"evaluate() can give {WANT}, got {sorted(unknown)}")
         if "value" in want and "critic" not in self.net:
             raise ValueError("this language agent has no value head; build it with value_head=True")
+        out = self._evaluate_packed(rollout, want) if self._packing() else self._evaluate_padded(rollout, want)
+        if "dist" in out:
+            return Evaluation(**{**out, "dist": Categorical(out["dist"])})
+        return Evaluation(**out)
+
+    def _measure(self, logits: Tensor, token: Tensor, hidden: Tensor | None, want: set[str]) -> dict[str, Tensor]:
+        """What is wanted of logits (..., V), tokens (...) and hidden states (..., d)."""
+        out: dict[str, Tensor] = {}
+        if "logp" in want:
+            out["logp"] = token_logp(logits, token)
+        if "entropy" in want:
+            out["entropy"] = Categorical(logits).entropy()
+        if "dist" in want:
+            out["dist"] = logits
+        if hidden is not None and "value" in want:
+            out["value"] = self.net["critic"](hidden)
+        if hidden is not None and "hidden" in want:
+            out["hidden"] = hidden
+        return out
+
+    def _evaluate_padded(self, rollout: Rollout, want: set[str]) -> dict[str, Tensor]:
         B, T = rollout.shape
         size = B
         if not torch.is_grad_enabled() or self._adapters_off:
@@ -225,22 +154,63 @@ class LanguageAgent(Agent):
             index = slice(start, start + size)
             with self._forward_mode():
                 logits, hidden = self._teacher_forced(rollout, index, bool(want & {"value", "hidden"}))
+                found = self._measure(logits, rollout.action[index], hidden, want)
             valid = rollout.valid[index]
-            if "logp" in want:
-                parts["logp"].append(token_logp(logits, rollout.action[index]).masked_fill(~valid, 0.0))
-            if "entropy" in want:
-                parts["entropy"].append(Categorical(logits).entropy() * valid)
-            if "dist" in want:
-                parts["dist"].append(logits)
-            if "value" in want:
-                parts["value"].append(self.net["critic"](hidden) * valid.unsqueeze(-1))
-            if "hidden" in want:
-                assert hidden is not None
-                parts["hidden"].append(hidden)
-        out: dict[str, Any] = {k: torch.cat(v) for k, v in parts.items()}
-        if "dist" in out:
-            out["dist"] = Categorical(out["dist"])
-        return Evaluation(**out)
+            for name, x in found.items():
+                counts = name in ("logp", "entropy", "value")
+                parts[name].append(x.masked_fill(~(valid if x.ndim == 2 else valid.unsqueeze(-1)), 0.0) if counts else x)
+        return {k: torch.cat(v) for k, v in parts.items()}
+
+    def _evaluate_packed(self, rollout: Rollout, want: set[str]) -> dict[str, Tensor]:
+        """The same by packs; of more than CHUNK_LOGITS logits a part is kept, and made again in the backward pass. Zero where not valid."""
+        assert isinstance(rollout.obs, dict)
+        obs, V = rollout.obs, self.tokenizer.vocab_size
+        head, size = self._lm.get_output_embeddings(), max(1, CHUNK_LOGITS // V)
+
+        def measure(hidden: Tensor, token: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
+            logits = head(hidden)[..., :V].float().div_(self.options.temperature)
+            logits = logits if bits is None else keep_only(logits, unpack(bits, V))
+            return self._measure(logits, token, hidden.float(), want)
+
+        parts: dict[str, list[Tensor]] = {k: [] for k in want}
+        packs = make_packs(obs["prompt_ids"], obs["prompt_mask"], rollout.action, rollout.valid)
+        for one in packs:
+            with self._forward_mode():
+                hidden = hidden_states(self._lm, one)
+                for index in torch.arange(len(hidden), device=hidden.device).split(size):
+                    row, column = one.row[index], one.column[index]
+                    arguments = hidden[index], rollout.action[row, column], obs["kept"][row, column] if "kept" in obs else None
+                    again = torch.is_grad_enabled() and len(hidden) > size
+                    found = checkpoint(measure, *arguments, use_reentrant=False) if again else measure(*arguments)
+                    for name, x in found.items():
+                        parts[name].append(x)
+        at = torch.cat([p.row for p in packs]), torch.cat([p.column for p in packs])
+        joined = {k: torch.cat(v) for k, v in parts.items()}
+        return {k: x.new_zeros(*rollout.shape, *x.shape[1:]).index_put(at, x) for k, x in joined.items()}
+
+    def _packing(self) -> bool:
+        """Whether packs are wanted and this model computes them rightly; a model that does not is told of once."""
+        if not self.options.packed:
+            return False
+        if self._packs is None:
+            reason = self._unfit()
+            self._packs = reason is None
+            if reason is not None:
+                warnings.warn(f"{type(plain_model(self._lm)).__name__} is evaluated padded, not packed: {reason}", stacklevel=3)
+        return self._packs
+
+    @torch.no_grad()
+    def _unfit(self) -> str | None:
+        tried = probe(self.tokenizer.vocab_size, self.device)
+        zero = torch.zeros(tried["valid"].shape, device=self.device)
+        record = Rollout(
+            obs={"prompt_ids": tried["prompt"], "prompt_mask": tried["mask"]}, action=tried["action"], logp_old=zero, reward=zero,
+            valid=tried["valid"], mask=tried["valid"], continuation=zero, truncated=~tried["valid"], per_row=True,
+        )  # fmt: skip
+        plain = copy.copy(self)
+        plain.options = replace(self.options, bf16=False)  # rounding would hide what is looked for
+        want = {"logp"}
+        return unfit(self._lm, lambda: plain._evaluate_packed(record, want)["logp"], lambda: plain._evaluate_padded(record, want)["logp"])
 
     # -- sampling ----------------------------------------------------------------------------------------------------------------
 
@@ -390,8 +360,8 @@ class LanguageAgent(Agent):
         """Plain JSON: options, the base's name with the hash of its weights (LoRA), or the architecture and tokenizer themselves."""
         out: dict[str, Any] = {"kind": self.kind, "base": self.base, "base_hash": self.base_hash, "options": dict(vars(self.options))}
         if self.base is None:
-            out["architecture"] = _plain_model(self._lm).config.to_dict()
-            out["tokenizer"] = _tokenizer_config(self.tokenizer)
+            out["architecture"] = plain_model(self._lm).config.to_dict()
+            out["tokenizer"] = tokenizer_config(self.tokenizer)
         return out
 
     @classmethod
@@ -407,7 +377,7 @@ class LanguageAgent(Agent):
             return agent
         from markovia.envs.text.pretrained import load_tokenizer
 
-        tokenizer = load_tokenizer(config["base"]) if config["base"] is not None else _tokenizer_from(config["tokenizer"])
+        tokenizer = load_tokenizer(config["base"]) if config["base"] is not None else tokenizer_from(config["tokenizer"])
         if network is None:
             from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -433,27 +403,3 @@ class LanguageAgent(Agent):
         if isinstance(self.tokenizer, HFTokenizer):
             self.tokenizer.inner.save_pretrained(folder)
         return folder
-
-
-def _plain_model(policy: Any) -> Any:
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-
-
-def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
-    """A tokenizer as JSON: our characters, or a fast tokenizer's own serialisation with its special tokens."""
-    if isinstance(tokenizer, CharTokenizer):
-        return {"alphabet": tokenizer.alphabet, "eos": tokenizer.eos}
-    backend = getattr(tokenizer.inner, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(f"{type(tokenizer.inner).__name__} can't be written as JSON; name the base model: LanguageAgent(..., base='name')")
-    special = {k: str(v) for k, v in tokenizer.inner.special_tokens_map.items() if isinstance(v, str)}
-    return {"json": backend.to_str(), "special": special}
-
-
-def _tokenizer_from(config: dict[str, Any]) -> Any:
-    if "alphabet" in config:
-        return CharTokenizer(config["alphabet"], config["eos"])
-    from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(config["json"]), **config["special"])
