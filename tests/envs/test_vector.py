@@ -73,7 +73,7 @@ def test_mujoco_is_quiet_and_leaves_no_log(tmp_path):
 import os
 from markovia.envs.control.vector import make_vec
 os.chdir(FOLDER)
-for how in ("sync", "async"):
+for how in ("sync", "async", "mujoco"):
     venv = make_vec("HalfCheetah-v5", 2, how, seed=0)
     venv.step(venv.action_space.sample())
     venv.close()
