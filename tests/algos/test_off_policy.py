@@ -8,22 +8,18 @@ import math
 import re
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
-from markovia.agents.critics import QEnsemble
 from markovia.agents.interface import Agent
 from markovia.algos.off_policy import losses
 from markovia.algos.off_policy.actor_critic import ActorCritic, log_density
-from markovia.algos.off_policy.collect import ReplayCollector
 from markovia.algos.off_policy.driver import OffPolicyDriver
 from markovia.algos.off_policy.method import (
     Ascent,
@@ -34,7 +30,6 @@ from markovia.algos.off_policy.method import (
     SmoothedTarget,
     SoftTarget,
     SoftValue,
-    Squashed,
     TunedTemperature,
     ValueTarget,
 )
@@ -408,11 +403,6 @@ def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:
         (lambda: FixedTemperature(lam=-1.0), "must be >= 0"),
         (lambda: TunedTemperature(lam=0.0), r"FixedTemperature\(0.0\) leaves the entropy out"),
         (lambda: Critics(num=0), "critic.num must be >= 1"),
-        (lambda: QEnsemble(OBS, 2, num=0), "at least 1 critic"),
-        (lambda: QEnsemble(OBS, 2, activation="rellu"), "unknown activation 'rellu'"),
-        (lambda: Replay(0), "room for at least 1"),
-        (lambda: Replay(4).sample(2, torch.Generator()), "the replay is empty"),
-        (lambda: Replay(4).add(minibatch()[0]), "raise replay_size"),
         (lambda: build("CartPole-v1", OffPolicy()), r"continuous actions.*Discrete\(2\); use ppo"),
         (lambda: build("Pendulum-v1", OffPolicy(), agent_options={"squash": False}), None),
         (lambda: configure("sac", "markovia/Tabular-v0"), "sac serves control"),
@@ -431,131 +421,7 @@ def test_bad_input_is_answered(make: Any, match: str | None) -> None:
         make()
 
 
-class Count(gym.Env):
-    """Observation 10 x episode + step; an episode is 3 steps long, odd ones terminate and even ones are truncated."""
-
-    def __init__(self, reward: float = 1.0, bound: float = 1.0) -> None:
-        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
-        self.action_space = spaces.Box(-bound, bound, (1,), np.float32)
-        self.episode, self.reward = -1, reward
-
-    def _obs(self) -> np.ndarray:
-        return np.array([10 * self.episode + self.t], np.float32)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.episode, self.t = self.episode + 1, 0
-        return self._obs(), {}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.t += 1
-        self.action = action
-        over = self.t == 3
-        return self._obs(), self.reward * float(action[0]), over and self.episode % 2 == 1, over and self.episode % 2 == 0, {}
-
-
-def counting(mode: AutoresetMode, **kwargs: Any) -> tuple[ReplayCollector, ControlAgent]:
-    venv = SyncVectorEnv([lambda: Count(**kwargs)], autoreset_mode=mode)
-    agent = ControlAgent.from_spaces(
-        venv.single_observation_space, venv.single_action_space, critic=False, normalize_obs=False, **Squashed(hidden=(4,)).agent_options()
-    )
-    return ReplayCollector(venv, agent, Replay(100)), agent
-
-
-def test_infinite_box_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"infinite bounds.*give it finite bounds"):
-        counting(AutoresetMode.SAME_STEP, bound=math.inf)
-
-
-def test_reward_that_is_not_finite_is_refused() -> None:
-    collector, agent = counting(AutoresetMode.SAME_STEP, reward=math.nan)
-    with pytest.raises(ValueError, match="environment 0 returned the reward nan"):
-        collector.step(agent, torch.Generator())
-
-
-# -- replay and collection -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
-def test_replay_keeps_final_observations_and_both_kinds_of_end(mode: AutoresetMode) -> None:
-    collector, agent = counting(mode, bound=2.0)
-    generator = torch.Generator().manual_seed(0)
-    steps = [collector.step(agent, generator, uniform=i % 2 == 0) for i in range(11)]
-    n = sum(steps)
-    assert n == collector.replay.size == (11 if mode is AutoresetMode.SAME_STEP else 9)  # two steps only reset
-    rows = collector.replay.store.map(lambda x: x[:n])
-    start = rows.obs[0, 0].item()  # number of resets before
-    t = torch.arange(n)
-    assert torch.equal(rows.obs[:, 0], start + 10 * (t // 3) + t % 3)
-    assert torch.equal(rows.next_obs[:, 0], rows.obs[:, 0] + 1)  # never the next episode's first observation
-    odd = (rows.obs[:, 0] // 10) % 2 == 1
-    assert torch.equal(rows.continuation == 0, (t % 3 == 2) & odd)
-    assert torch.equal(rows.truncated, (t % 3 == 2) & ~odd)
-    assert bool((rows.action.abs() <= 1).all())
-    torch.testing.assert_close(rows.reward, 2.0 * rows.action[:, 0])  # the Box reaches to 2
-    whole = rows.reward[: 3 * (n // 3)].view(-1, 3).sum(1)
-    torch.testing.assert_close(torch.tensor(collector.episodes), whole)
-
-
-def test_replay_forgets_the_oldest_and_saves_what_was_written() -> None:
-    replay = Replay(10)
-    batch, _ = minibatch(4)
-    for k in range(3):
-        replay.add(dataclasses.replace(batch, reward=4.0 * k + torch.arange(4.0)))
-    assert replay.size == 10 and replay.cursor == 2
-    assert replay.store.reward.tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
-    young = Replay(1000)
-    young.add(batch)
-    assert {v.shape[0] for v in young.state().values() if v.dim()} == {4}  # not the room for 1000
-    other = Replay(10)
-    other.load_state(replay.state())
-    a, b = (r.sample(64, torch.Generator().manual_seed(1)).named() for r in (replay, other))
-    assert all(torch.equal(a[k], b[k]) for k in a) and set(a["reward"].tolist()) == set(range(2, 12))
-
-
-def test_dictionary_observations_are_kept_by_key() -> None:
-    replay = Replay(3)
-    obs = {"a": torch.arange(2.0), "b": torch.ones(2, 2)}
-    zeros = torch.zeros(2)
-    replay.add(Batch(obs, zeros[:, None], zeros, {k: v + 5 for k, v in obs.items()}, zeros, zeros > 0))
-    other = Replay(3)
-    other.load_state(replay.state())
-    found = other.sample(8, torch.Generator().manual_seed(0))
-    assert torch.equal(found.next_obs["a"], found.obs["a"] + 5) and found.obs["b"].shape == (8, 2)
-
-
-# -- critics, policies, driver ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_twin_critics_equal_two_separate_networks(layer_norm: bool) -> None:
-    torch.manual_seed(0)
-    twin = QEnsemble(OBS, 2, num=2, hidden=(8, 8), layer_norm=layer_norm).double()
-    shake(twin)
-    obs, action = torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
-    weights = torch.randn(2, 5, dtype=F64)
-    (twin(obs, action) * weights).sum().backward()
-    for j in range(2):
-        parts: list[torch.nn.Module] = []
-        for layer in twin.hidden:
-            n_in, n_out = layer.weight.shape[1:]
-            linear = torch.nn.Linear(n_in, n_out, dtype=F64)
-            linear.load_state_dict({"weight": layer.weight[j].T, "bias": layer.bias[j, 0]})
-            parts.append(linear)
-            if layer_norm:
-                norm = torch.nn.LayerNorm(n_out, dtype=F64)
-                norm.load_state_dict({"weight": layer.scale[j, 0], "bias": layer.shift[j, 0]})
-                parts.append(norm)
-            parts.append(torch.nn.ReLU())
-        head = torch.nn.Linear(8, 1, dtype=F64)
-        head.load_state_dict({"weight": twin.head.weight[j].T, "bias": twin.head.bias[j, 0]})
-        alone = torch.nn.Sequential(*parts, head)
-        out = alone(torch.cat([obs, action], 1))[:, 0]
-        torch.testing.assert_close(twin(obs, action)[j], out)
-        torch.testing.assert_close(twin(obs, action, members=1)[0], out) if j == 0 else None
-        (out * weights[j]).sum().backward()
-        torch.testing.assert_close(twin.hidden[0].weight.grad[j].T, parts[0].weight.grad)
-        torch.testing.assert_close(twin.head.bias.grad[j, 0], head.bias.grad)
+# -- policies, driver -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_policies_are_bounded_and_their_mode_is_what_is_evaluated() -> None:
