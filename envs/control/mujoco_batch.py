@@ -5,7 +5,7 @@ environment, so that every keyword of the task works. That environment also does
 
 Why `mujoco.batch` (MuJoCo 3.17 and later): physics of one step, 2 cores, us a call for 8 HalfCheetahs / 8 Hoppers
     loop over MjData        193 / 565
-    two Python threads      150 / 350    each stepping every second MjData; mj_step releases the interpreter's lock
+    two Python threads      150 / 350    sharing the MjData out between them; mj_step releases the interpreter's lock
     mujoco.rollout          180 / 381    two threads; it forgets the solver's warm start between calls: HalfCheetah parts from Gymnasium's
     mujoco.batch            105 / 300    two threads; equal to the loop to the last bit, since a simulation's row holds its warm start
 Whole steps against SyncVectorEnv (benchmarks/stepping.py, benchmarks/results/stepping.json), two threads: 1.9 to 2.8 times as fast over the tasks at
