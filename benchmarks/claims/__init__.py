@@ -51,6 +51,8 @@ CLAIMS: dict[str, Claim] = {
     "adjoint-matching": Claim(_DENOISING + "adjoint_matching"),
     "adjoint-matching@memoryless": Claim(_DENOISING + "adjoint_memoryless"),
     **{m: Claim("markovia.claims.denoising_preference:" + m.replace("-", "_")) for m in _CHAIN_PAIRS},
+    "adjoint-matching@digits": Claim("markovia.claims.denoising_digits:adjoint_digits"),
+    "diffusion-dpo@digits": Claim("markovia.claims.denoising_digits:dpo_digits"),
     "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
     "cpo@exact": Claim(_SAFE + "cpo_grid"),
     "cat@exact": Claim(_SAFE + "cat_grid"),
