@@ -99,12 +99,7 @@ class StepCollector:
                 store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T), "logp": _room(logp, T)}
             _put(store["obs"], obs, t)
             store["action"][:, t], store["logp"][:, t] = action, logp
-            self._raw, r, term, trunc, infos = self.venv.step(agent.env_action(action))
-            # A resetting step returns no reward, and its flags belong to no decision.
-            r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
-            if not np.isfinite(r).all():
-                bad = int(np.flatnonzero(~np.isfinite(r))[0])
-                raise ValueError(f"environment {bad} returned the reward {r[bad]} at step {t}; rewards must be finite numbers")
+            r, term, trunc, infos = self._advance(agent.env_action(action), live)
             done = term | trunc
             valid[:, t], raw_reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
             reward[:, t] = self._scaled(r, done, live)
@@ -162,6 +157,16 @@ class StepCollector:
         out = agent.evaluate(rollout, ("logp", "value") if has_critic else ("logp",))
         assert out.logp is not None
         return replace(rollout, logp_old=out.logp, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
+
+    def _advance(self, action: Any, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all environments: rewards, terminated, truncated (not both) and infos, cleared where a step only resets (not `live`)."""
+        self._raw, r, term, trunc, infos = self.venv.step(action)
+        # A resetting step returns no reward, and its flags belong to no decision.
+        r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
+        if not np.isfinite(r).all():
+            bad = int(np.flatnonzero(~np.isfinite(r))[0])
+            raise ValueError(f"environment {bad} returned the reward {r[bad]}; rewards must be finite numbers")
+        return r, term, trunc, infos
 
     def _scaled(self, r: np.ndarray, done: np.ndarray, live: np.ndarray) -> np.ndarray:
         """r / std(G) clipped to +-10, G <- gamma G + r the running discounted return of each environment, forgotten at an episode's end."""

@@ -36,11 +36,7 @@ class ReplayCollector(StepCollector):
         """
         live = ~self._starting
         unit = self._unit_action(agent, generator, uniform)
-        self._raw, r, term, trunc, infos = self.venv.step(agent.from_unit(unit.cpu().numpy()))
-        r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
-        if not np.isfinite(r).all():
-            bad = int(np.flatnonzero(~np.isfinite(r))[0])
-            raise ValueError(f"environment {bad} returned the reward {r[bad]}; rewards must be finite numbers")
+        r, term, trunc, infos = self._advance(agent.from_unit(unit.cpu().numpy()), live)
         done = term | trunc
         following = agent.observe(self._raw)
         swapped = done.any() and not self.next_step
