@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(root):
     code = (
         "import sys, time, json\nfrom pathlib import Path\nfrom markovia import collect as c\nfrom tests_collect_small import SMALL\n"
         "old = c._Watch.__call__\n"
-        "c._Watch.__call__ = lambda self, info: (old(self, info), time.sleep(0.3))\n"
+        "c._Watch.__call__ = lambda self, info: (old(self, info), time.sleep(60 * (info.iteration == 3)))\n"
         "c.collect(SMALL, out=sys.argv[1], progress=False)\n"
     )
     (root / "tests_collect_small.py").write_text(
@@ -94,11 +94,11 @@ def test_killed_and_resumed_equals_uninterrupted(root):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{root}"}
     child = subprocess.Popen([sys.executable, "-c", code, str(killed)], env=env, cwd=root, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (killed / "milestones.json").exists() and child.poll() is None and time.monotonic() < deadline:
+    while not (killed / "run" / "checkpoints" / "000002").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not (killed / "run" / "done.json").exists()
+    assert (killed / "milestones.json").exists() and not (killed / "run" / "done.json").exists()
     resumed = make(killed, resume=True, tiers=["medium-replay", "expert"])
     hashes = {t.name: load(t.dataset_id).about.metadata["content_sha256"] for t in resumed}
     os.environ["MINARI_DATASETS_PATH"] = str(root / "other")

@@ -204,6 +204,7 @@ def test_a_failed_write_leaves_nothing(minari_root, monkeypatch):
     assert [p for p in minari_root.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")  # it asks for authors and code links
 def test_faulty_minari_is_reported(minari_root):
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
