@@ -101,6 +101,10 @@ class StepAgent(Agent):
     def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs:
         """A raw batch as the network sees it; only the collector passes update=True, which moves the normaliser."""
 
+    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor:
+        """Actions (n, ...) as `act` draws them, without their log-probabilities, which a collector computes for a whole record at once."""
+        return self.act(obs, generator=generator)[0]
+
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
@@ -271,6 +275,10 @@ class ControlAgent(StepAgent):
         return norm(obs)
 
     @torch.no_grad()
+    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor:
+        return self.policy(obs).sample(generator)
+
+    @torch.no_grad()
     def act(
         self, obs: Obs, deterministic: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -302,7 +310,7 @@ class ControlAgent(StepAgent):
         if isinstance(space, spaces.Box):
             if self.squash or self.tanh_mean:
                 return self.from_unit(np.tanh(raw) if self.squash else raw)
-            return np.clip(raw, space.low, space.high).astype(space.dtype)
+            return np.minimum(np.maximum(raw, space.low), space.high).astype(space.dtype, copy=False)
         if isinstance(space, spaces.MultiBinary):
             return raw.astype(space.dtype)
         return (raw + space.start).astype(space.dtype)  # type: ignore[attr-defined]
@@ -321,4 +329,4 @@ class ControlAgent(StepAgent):
         space = self.action_space
         assert isinstance(space, spaces.Box)
         raw = space.low + 0.5 * (unit.reshape(-1, *space.shape) + 1.0) * (space.high - space.low)
-        return np.clip(raw, space.low, space.high).astype(space.dtype)
+        return np.minimum(np.maximum(raw, space.low), space.high).astype(space.dtype, copy=False)

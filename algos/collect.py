@@ -12,16 +12,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from markovia.agents.interface import Agent
-from markovia.agents.normalizer import RunningNorm
 from markovia.agents.records import Obs, Rollout, map_obs
-
-REWARD_CLIP = 10.0
+from markovia.algos.reward_scale import RewardScale
 
 
 class StepAgent(Protocol):
     """What `StepCollector` needs beyond `Agent`: raw observations in, what the network sees out."""
 
     def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs: ...
+    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 class StepCollector:
@@ -52,13 +51,13 @@ class StepCollector:
             raise ValueError(f"num_steps must be >= 1, got {num_steps}")
         if not hasattr(agent, "observe"):
             raise ValueError(f"a {agent.kind} agent is not stepped in an environment; use SequenceCollector(task, num_rows)")
-        self.venv, self.num_steps, self.gamma, self.scale_reward = venv, num_steps, gamma, scale_reward
+        self.venv, self.num_steps = venv, num_steps
+        self.reward_scale = RewardScale(venv.num_envs, gamma) if scale_reward else None
         self.next_step = mode is AutoresetMode.NEXT_STEP
         self.num_costs: int = getattr(agent, "num_costs", 0)
         self.episodes: list[float] = []
         self.episode_lengths: deque[int] = deque(maxlen=100)
         self.episode_costs: deque[float] = deque(maxlen=100)
-        self.reward_norm = RunningNorm(())
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -66,16 +65,18 @@ class StepCollector:
         n = self.venv.num_envs
         self._raw, _ = self.venv.reset(seed=seed)
         self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)
-        self._scale_return = np.zeros(n)
+        if self.reward_scale is not None:
+            self.reward_scale.restart(n)
         self._return, self._length, self._cost = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
 
     def state(self) -> dict[str, Tensor]:
         """The reward scale. Environments are reset at a checkpoint, so nothing of theirs is kept."""
-        return {f"reward_norm.{k}": v.clone() for k, v in self.reward_norm.state_dict().items()}
+        return {} if self.reward_scale is None else self.reward_scale.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put `state()` back."""
-        self.reward_norm.load_state_dict({k.removeprefix("reward_norm."): v for k, v in state.items()})
+        if self.reward_scale is not None:
+            self.reward_scale.load_state(state)
 
     def close(self) -> None:
         """Release the environments."""
@@ -86,7 +87,7 @@ class StepCollector:
         """(num_envs, num_steps) decisions of `agent`. A reward or cost that is not finite raises ValueError."""
         B, T = self.venv.num_envs, self.num_steps
         store: dict[str, Any] = {}
-        reward, raw_reward = np.zeros((B, T)), np.zeros((B, T))
+        reward = np.zeros((B, T))
         terminated, truncated = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
         valid = np.zeros((B, T), dtype=bool)
         cost: np.ndarray | None = np.zeros((B, T, self.num_costs)) if self.num_costs else None
@@ -94,15 +95,14 @@ class StepCollector:
         for t in range(T):
             live = ~self._starting
             obs = agent.observe(self._raw, update=live)  # type: ignore[attr-defined]
-            action, logp = agent.act(obs, generator=generator)
+            action = agent.sample(obs, generator)  # type: ignore[attr-defined]
             if t == 0:
-                store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T), "logp": _room(logp, T)}
+                store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T)}
             _put(store["obs"], obs, t)
-            store["action"][:, t], store["logp"][:, t] = action, logp
+            store["action"][:, t] = action
             r, term, trunc, infos = self._advance(agent.env_action(action), live)
             done = term | trunc
-            valid[:, t], raw_reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
-            reward[:, t] = self._scaled(r, done, live)
+            valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
             step_cost = _cost(infos, done & (not self.next_step), B)
             if step_cost is not None:
                 if not np.isfinite(step_cost).all():
@@ -119,6 +119,8 @@ class StepCollector:
                 who = np.flatnonzero(trunc)
                 finals.append((who, t, _rows(self._raw, who) if self.next_step else final_obs(infos, who, self.venv)))
             self._starting = done if self.next_step else np.zeros(B, dtype=bool)
+        if self.reward_scale is not None:
+            reward = self.reward_scale(reward, terminated | truncated, valid)
         who = np.flatnonzero(valid[:, -1] & ~terminated[:, -1] & ~truncated[:, -1])
         if len(who):
             finals.append((who, T - 1, _rows(self._raw, who)))
@@ -139,12 +141,12 @@ class StepCollector:
         """The record of a collection, with values, boot values, and log-probs of one pass over the whole of it."""
         device = agent.device
         mask = torch.from_numpy(valid).to(device)
-        dtype = store["logp"].dtype
+        dtype = next(agent.net.parameters()).dtype
         as_float = lambda x: torch.from_numpy(x).to(device=device, dtype=dtype)  # noqa: E731
         rollout = Rollout(
             obs=store["obs"],
             action=store["action"],
-            logp_old=store["logp"],
+            logp_old=as_float(np.zeros_like(reward)),
             reward=as_float(reward),
             valid=mask,
             mask=mask.clone(),
@@ -153,7 +155,7 @@ class StepCollector:
             cost=None if cost is None else as_float(cost),
         )
         has_critic = agent.critic is not None
-        # The same distribution as at the step, but through the matrix products of the update: the first ratio is 1 to the last bit.
+        # The distribution that was sampled, through the matrix products of the update: the first ratio is 1 to the last bit.
         out = agent.evaluate(rollout, ("logp", "value") if has_critic else ("logp",))
         assert out.logp is not None
         return replace(rollout, logp_old=out.logp, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
@@ -167,17 +169,6 @@ class StepCollector:
             bad = int(np.flatnonzero(~np.isfinite(r))[0])
             raise ValueError(f"environment {bad} returned the reward {r[bad]}; rewards must be finite numbers")
         return r, term, trunc, infos
-
-    def _scaled(self, r: np.ndarray, done: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """r / std(G) clipped to +-10, G <- gamma G + r the running discounted return of each environment, forgotten at an episode's end."""
-        if not self.scale_reward:
-            return r
-        self._scale_return = self._scale_return * self.gamma + r
-        self.reward_norm.update(torch.from_numpy(self._scale_return[live]))
-        self._scale_return[done] = 0.0
-        if self.reward_norm.count < 2:
-            return r  # one return has no spread yet
-        return np.clip(r / np.sqrt(self.reward_norm.var.item() + 1e-8), -REWARD_CLIP, REWARD_CLIP)
 
     def _episode(self, r: np.ndarray, live: np.ndarray, done: np.ndarray, cost: np.ndarray | None) -> None:
         """Add a step to the running episodes and report those that ended."""

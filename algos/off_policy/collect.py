@@ -54,7 +54,7 @@ class ReplayCollector(StepCollector):
 
     def _unit_action(self, agent: ControlAgent, generator: torch.Generator, uniform: bool) -> Tensor:
         if not uniform:
-            return agent.unit_action(agent.act(self._obs, generator=generator)[0])
+            return agent.unit_action(agent.sample(self._obs, generator))
         shape = (self.venv.num_envs, agent.action_size)
         return 2.0 * torch.rand(shape, generator=generator, device=generator.device) - 1.0
 

@@ -11,6 +11,7 @@ from markovia.agents.control import ControlAgent
 from markovia.agents.records import Rollout
 from markovia.agents.tabular import TabularAgent
 from markovia.algos.collect import SequenceCollector, StepCollector, check_score
+from markovia.algos.reward_scale import RewardScale
 
 torch.set_num_threads(1)
 
@@ -135,10 +136,17 @@ def test_first_pass_ratio_is_exactly_one(squash):
 def test_logp_is_that_of_the_sampled_action():
     agent = agent_for()
     seen = []
-    act = agent.act
-    agent.act = lambda *a, **k: seen.append(act(*a, **k)) or seen[-1]
-    r = StepCollector(venv(AutoresetMode.SAME_STEP), agent, 6).collect(agent, torch.Generator().manual_seed(1))
-    assert torch.equal(r.action, torch.stack([a for a, _ in seen], 1))
+
+    def sample(obs, generator):
+        action, logp = agent.act(obs, generator=generator)
+        seen.append((action, logp))
+        return action
+
+    state = torch.Generator().manual_seed(1)
+    plain = StepCollector(venv(AutoresetMode.SAME_STEP), agent_for(), 6).collect(agent_for(), torch.Generator().manual_seed(1))
+    agent.sample = sample
+    r = StepCollector(venv(AutoresetMode.SAME_STEP), agent, 6).collect(agent, state)
+    assert torch.equal(r.action, torch.stack([a for a, _ in seen], 1)) and torch.equal(r.action, plain.action)
     assert torch.allclose(r.logp_old, torch.stack([p for _, p in seen], 1), atol=1e-6)
 
 
@@ -191,8 +199,20 @@ def test_reward_scale_is_the_formula_and_survives_a_checkpoint():
     other.load_state({k: v.clone() for k, v in collector.state().items()})
     collector.reset(7)
     other.reset(7)
-    assert other.reward_norm.var == pytest.approx(g.var())
-    assert torch.equal(other.reward_norm.count, collector.reward_norm.count)
+    assert other.reward_scale.var == pytest.approx(g.var()) and other.reward_scale.mean == pytest.approx(g.mean())
+    assert other.reward_scale.count == collector.reward_scale.count == 5
+
+
+def test_reward_scale_does_not_depend_on_where_it_is_cut_nor_on_the_returns_level():
+    rng = np.random.default_rng(0)
+    reward, ended, live = rng.normal(1e6, 1.0, (3, 40)), rng.random((3, 40)) < 0.1, rng.random((3, 40)) < 0.9
+    reward = np.where(live, reward, 0.0)
+    ended &= live
+    whole, parts = RewardScale(3, 0.0), RewardScale(3, 0.0)
+    one = whole(reward, ended, live)
+    two = np.concatenate([parts(reward[:, i : i + 8], ended[:, i : i + 8], live[:, i : i + 8]) for i in range(0, 40, 8)], axis=1)
+    assert np.allclose(one, two, rtol=1e-9)
+    assert whole.var == pytest.approx(reward[live].var(), rel=1e-6) and parts.var == pytest.approx(whole.var, rel=1e-6)
 
 
 def test_agent_without_critic_gets_no_values():
