@@ -11,7 +11,7 @@ from torch import Tensor
 from markovia.agents.denoising import DenoisingAgent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector
-from markovia.algos.denoising.loop import ChainTrainer, part
+from markovia.algos.denoising.loop import ChainTrainer
 from markovia.algos.denoising.pairs import anchor_rule, as_scores, clipped, control_ratio, noise_error, views_of
 from markovia.algos.denoising.sampling import denoise, predictor
 from markovia.algos.denoising.sources import (
@@ -30,6 +30,7 @@ from markovia.algos.preference.anchors import EachRound, Frozen
 from markovia.algos.preference.pairwise import Pairwise
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream
+from markovia.algos.trainer import part
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class DenoisingPreference:
 class DenoisingPreferenceDriver(ChainTrainer):
     """Trains a denoising agent on pairs.
 
-    score   what a step-aware preference model says of x at step k (`Candidates`); by default the reward of the policy's clean estimate
+    score   what a step-aware preference model says of x at step k (`Candidates`); by default the reward of the anchor's clean estimate, which does
+            not move with the policy
     data    {"x": (n, *shape), "cond": (n, C) or None}: pairs, preferred first (`NoisedData`), or winners (`SemiPolicy`); by default drawn from
             the start policy and labelled by the task's reward
     Raises ValueError at construction when the source needs likelihoods or noise levels that the kernel has not.
@@ -79,7 +81,7 @@ class DenoisingPreferenceDriver(ChainTrainer):
         data: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(method, agent, collector, seed)
-        self.score = score or clean_estimate_score(self.task, agent)
+        self.score = score or clean_estimate_score(self.task, self.reference)
         self.data: dict[str, Any] = {}
         self.pool: list[dict[str, Tensor]] = []
         if isinstance(method.source, SameStart | Candidates):
@@ -144,14 +146,11 @@ class DenoisingPreferenceDriver(ChainTrainer):
 
     def improve(self, items: Items) -> dict[str, float]:
         """Epochs of minibatches of pairs."""
-        solver, stats, generator = self.method.solver, Statistics(), self.generator("minibatch")
-        size = solver.minibatch or max(len(items.pairs), 1)
-        for _ in range(solver.epochs):
-            order = torch.randperm(len(items.pairs), generator=generator).to(items.pairs.device)
-            for start in range(0, len(order), size):
-                rows = items.pairs[order[start : start + size]].flatten()
-                loss, found = self.loss(items.record.rows(rows), items.score[rows])
-                stats.add({**found, "grad_norm": self.descend(loss)})
+        stats = Statistics()
+        for index in self.minibatches(len(items.pairs)):
+            rows = items.pairs[index.to(items.pairs.device)].flatten()
+            loss, found = self.loss(items.record.rows(rows), items.score[rows])
+            stats.add({**found, "grad_norm": self.descend(loss)})
         return stats.means()
 
     def loss(self, record: Rollout, score: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
