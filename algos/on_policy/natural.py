@@ -13,6 +13,8 @@ from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.on_policy.method import NaturalGradient, OnPolicy
+from markovia.algos.safe.dual import TrustRegionDual
+from markovia.algos.safe.trust_region import acceptable, trust_region_dual
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, *, iterations: int, tolerance: float = 1e-10) -> Tensor:
@@ -96,31 +98,49 @@ def fisher_product(agent: Agent, rollout: Rollout, *, damping: float) -> Callabl
     return product
 
 
-def natural_step(method: OnPolicy, solver: NaturalGradient, agent: Agent, rollout: Rollout) -> dict[str, float]:
+def natural_step(
+    method: OnPolicy, solver: NaturalGradient, agent: Agent, rollout: Rollout, violation: float | None = None
+) -> dict[str, float]:
     """One trust-region step on the whole batch; the policy is left untouched when no candidate is accepted.
 
     s = sqrt(2 delta / x^T F x) x, F x = g; accept theta + 0.8^j s for the first j with mean KL(old||new) <= delta and a better surrogate.
     Schulman 2015 (arXiv 1502.05477), appendix C. Without line search: the natural policy gradient step itself.
+    With a violation (cost per step over its limit): CPO's step s = along_x x + along_p p, F p = b = gradient of the cost surrogate, and its
+    acceptance (`trust_region_dual`, `acceptable`).                                                                     [arXiv 1705.10528]
     """
     params = agent.parameters("policy")
-    adv, mask = rollout.columns["adv"], rollout.mask
+    mask = rollout.mask
 
-    def surrogate() -> Tensor:
+    def surrogate(adv: Tensor) -> Tensor:
         logp = agent.evaluate(rollout, ("logp",)).logp
         assert logp is not None
         log_ratio = torch.where(mask, logp - rollout.logp_old, 0.0)
         return masked_mean(method.surrogate(log_ratio, adv, None, torch.ones(())), mask)
 
-    value = surrogate()
+    adv = rollout.columns["adv"]
+    value = surrogate(adv)
     g = flatten(list(torch.autograd.grad(value, params)))
+    if violation is not None:
+        assert method.constraint is not None and isinstance(method.constraint.dual, TrustRegionDual)
+        tolerance, cost_adv = method.constraint.dual.tolerance, rollout.columns["cost_adv"][..., 0]
+        cost_value = surrogate(cost_adv)
+        b = flatten(list(torch.autograd.grad(cost_value, params)))
     with torch.no_grad():
         product = fisher_product(agent, rollout, damping=solver.damping)
-        x = conjugate_gradient(product, g, iterations=solver.cg_iterations, tolerance=solver.cg_tolerance)
-        curvature = x.dot(product(x))
+        solve = lambda v: conjugate_gradient(product, v, iterations=solver.cg_iterations, tolerance=solver.cg_tolerance)  # noqa: E731
+        x = solve(g)
         stats: dict[str, Any] = {"policy_loss": -float(value), "line_search_steps": 0.0, "accepted": 0.0, "approx_kl": 0.0}
-        if not torch.isfinite(curvature) or curvature <= 0:
-            return stats  # no gradient (or a broken one): stay
-        step = torch.sqrt(2.0 * solver.kl_limit_nats / curvature) * x
+        if violation is not None:
+            p = solve(b)
+            q, r, s = float(g.dot(x)), float(g.dot(p)), float(b.dot(p))
+            found = trust_region_dual(max(q, 0.0), r, max(s, 0.0), violation, delta=solver.kl_limit_nats)
+            step = found.along_x * x + found.along_p * p
+            stats |= {"cost_weight": found.nu, "recovery": float(found.case == "recovery"), "limit_active": float(found.case in ("active", "edge"))}
+        else:
+            curvature = x.dot(product(x))
+            if not torch.isfinite(curvature) or curvature <= 0:
+                return stats  # no gradient (or a broken one): stay
+            step = torch.sqrt(2.0 * solver.kl_limit_nats / curvature) * x
         start = flatten([p.detach() for p in params]).clone()
         old = agent.evaluate(rollout, ("dist",)).dist
         assert old is not None
@@ -141,7 +161,12 @@ def natural_step(method: OnPolicy, solver: NaturalGradient, agent: Agent, rollou
         for j in range(solver.max_backtracks):
             put(start + solver.backtrack**j * step)
             kl_new = measured_kl()
-            if kl_new <= solver.kl_limit_nats and surrogate() > value:
+            if violation is None:
+                accept = bool(kl_new <= solver.kl_limit_nats and surrogate(adv) > value)
+            else:
+                changes = {"gain": float(surrogate(adv) - value), "cost_change": float(surrogate(cost_adv) - cost_value)}
+                accept = acceptable(float(kl_new), violation=violation, delta=solver.kl_limit_nats, tolerance=tolerance, **changes)
+            if accept:
                 return {**stats, "accepted": 1.0, "line_search_steps": float(j), "approx_kl": float(kl_new)}
         put(start)
         return {**stats, "line_search_steps": float(solver.max_backtracks)}

@@ -73,14 +73,14 @@ class Constraint:
     estimator, on one critic column per cost. Raises ValueError for a negative limit.
     """
 
-    cost_limit: float | tuple[float, ...] = 25.0  # what an episode may cost; one number per cost of info["cost"]
+    cost_limit: tuple[float, ...] = (25.0,)  # what an episode may cost, one number per cost of info["cost"]; a plain number is taken as one
     dual: Dual = field(default_factory=gradient)
     mix: Mix = "sum"
     cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
     termination: SoftTermination | None = None
 
     def __post_init__(self) -> None:
-        limits(self.cost_limit)
+        object.__setattr__(self, "cost_limit", tuple(limits(self.cost_limit).tolist()))
         if not 0 <= self.cost_gamma <= 1:
             raise ValueError(f"cost_gamma must lie in [0, 1], got {self.cost_gamma}")
         if self.termination is not None and not isinstance(self.dual, FixedDual):
@@ -91,11 +91,11 @@ class Constraint:
     @property
     def limits(self) -> np.ndarray:
         """(m,)."""
-        return limits(self.cost_limit)
+        return np.array(self.cost_limit)
 
     @property
     def num_costs(self) -> int:
-        return len(self.limits)
+        return len(self.cost_limit)
 
 
 def checked_cost(cost: Tensor | None, num_costs: int) -> Tensor:

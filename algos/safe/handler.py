@@ -14,7 +14,7 @@ from torch import Tensor
 from markovia.agents.records import Rollout
 from markovia.algos.advantages import Advantage
 from markovia.algos.safe.constraint import Constraint, centred, checked_cost, mix_advantages
-from markovia.algos.safe.dual import FixedDual
+from markovia.algos.safe.dual import FixedDual, TrustRegionDual
 from markovia.algos.safe.termination import soften
 
 PATIENCE = 50  # measured iterations in a row above the limit, after which a user is told
@@ -37,6 +37,24 @@ class ConstraintHandler:
         self.above = 0  # measured iterations in a row with a violation
         self.scale: Tensor | None = None
         self.advantage_states: list[dict[str, Any]] = [{} for _ in range(m)]
+
+    @classmethod
+    def for_agent(cls, constraint: Constraint, advantage: Advantage, agent: Any) -> ConstraintHandler:
+        """Raises ValueError when the agent's critic has not one column for each cost."""
+        columns = getattr(agent, "num_costs", 0)
+        if advantage.needs_critic and columns != constraint.num_costs:
+            raise ValueError(
+                f"{constraint.num_costs} cost limit(s) need as many cost columns in the critic, this {agent.kind} agent has {columns}; "
+                "build it with num_costs equal to the number of limits, or choose an advantage without a critic"
+            )
+        return cls(constraint, float(getattr(advantage, "gamma", 1.0)))
+
+    @property
+    def step_violation(self) -> float | None:
+        """What CPO's step must make up for, in the cost surrogate's unit (a mean per step); None for other duals and before any episode ended."""
+        if not isinstance(self.constraint.dual, TrustRegionDual) or np.isnan(self.cost[0]):
+            return None
+        return float(self.violation[0]) / self.horizon
 
     @property
     def violation(self) -> np.ndarray:
@@ -108,6 +126,23 @@ class ConstraintHandler:
         self.cost = np.array([np.nan if c is None else c for c in state["cost"]])
         self.horizon, self.above, self.advantage_states = state["horizon"], state["above"], state["advantage_states"]
         self.scale = None if state["scale"] is None else torch.tensor(state["scale"], dtype=torch.float64)
+
+
+def finished(collector: Any) -> tuple[Sequence[Sequence[float]], Sequence[int]]:
+    """Costs (k, m) and lengths (k,) of the episodes that a collector has seen end since they were last read; none where the task has no costs."""
+    costs = getattr(collector, "episode_costs", ())
+    return costs, list(getattr(collector, "episode_lengths", ()))[-len(costs) :]
+
+
+def drain_costs(collector: Any) -> dict[str, float]:
+    """{"cost": mean total cost of the finished episodes}, which are forgotten; nothing where none has ended."""
+    costs = getattr(collector, "episode_costs", None)
+    if not costs:
+        return {}
+    mean = sum(map(sum, costs)) / len(costs)
+    costs.clear()
+    collector.episode_lengths.clear()
+    return {"cost": mean}
 
 
 def _column(rollout: Rollout, i: int) -> Rollout:

@@ -41,16 +41,17 @@ def soften(reward: Tensor, continuation: Tensor, delta: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class SoftTermination:
-    """CaT: `p_max` for each cost, or one number for all."""
+    """CaT: a violation ends the episode with a probability that grows with it."""
 
-    p_max: float | tuple[float, ...] = 1.0  # probability at the largest violation; 1 for hard constraints
+    p_max: tuple[float, ...] = (1.0,)  # probability at the largest violation of each cost, or one for all; 1 for hard constraints
     p_min: float = 0.0  # probability at the slightest violation
     tau: float = 0.95  # memory of the scale
     curriculum: bool = False  # p_max grows from 0.05 to its value over the run
 
     def __post_init__(self) -> None:
-        top = self.p_max if isinstance(self.p_max, tuple) else (self.p_max,)
-        if not all(0 <= self.p_min <= p <= 1 for p in top):
+        if not isinstance(self.p_max, list | tuple):
+            object.__setattr__(self, "p_max", (float(self.p_max),))
+        if not all(0 <= self.p_min <= p <= 1 for p in self.p_max):
             raise ValueError(f"expected 0 <= p_min <= p_max <= 1, got p_min={self.p_min}, p_max={self.p_max}")
         if not 0 <= self.tau < 1:
             raise ValueError(f"tau must lie in [0, 1), got {self.tau}")
