@@ -28,7 +28,7 @@ class Items(NamedTuple):
 
 
 def clean_estimate_score(task: Any, agent: DenoisingAgent) -> StepScore:
-    """The task's reward of the clean sample that the policy expects from x at step k."""
+    """The task's reward of the clean sample that an agent expects from x at step k."""
 
     def score(x: Tensor, k: int, cond: Tensor | None) -> Tensor:
         if k == agent.kernel.num_steps:
