@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from markovia.algos import advantages
 from markovia.algos.denoising import adjoint, sources
 from markovia.algos.denoising import preference as denoising_preference
 from markovia.algos.off_policy import method as off_policy
-from markovia.algos.on_policy import divergence, method, surrogates
+from markovia.algos.on_policy import divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
 from markovia.algos.preference.method import Preference
 from markovia.algos.systems import Method, find
@@ -19,7 +20,8 @@ from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
-_MODULES = (divergence, method, surrogates, off_policy, adjoint, denoising_preference, sources)
+_ON_POLICY = (advantages, divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens)
+_MODULES = (*_ON_POLICY, off_policy, adjoint, denoising_preference, sources)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }

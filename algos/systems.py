@@ -6,6 +6,7 @@ from markovia.algos.denoising.methods import DENOISING, ChainMethod
 from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.preference.methods import PREFERENCE
@@ -16,7 +17,7 @@ Method = OnPolicy | OffPolicy | ChainMethod  # what a driver can be built for, o
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values(), *MEASURES.values()])
+    return table([*ON_POLICY.values(), *LANGUAGE.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values(), *MEASURES.values()])
 
 
 def find(method_id: str) -> Row:

@@ -7,6 +7,7 @@ per state and k3 that of KL(ref||pi). Value and gradient of an estimator are dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,7 +43,7 @@ def rho_k3(d: Tensor, log_ratio: Tensor) -> Tensor:
     return log_ratio.exp() * k3(d)
 
 
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": torch.abs}
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "abs": torch.abs}
 
 
 def summed(x: Tensor, mask: Tensor) -> Tensor:

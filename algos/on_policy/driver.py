@@ -97,7 +97,7 @@ class OnPolicyDriver:
             if isinstance(m.solver, NaturalGradient):
                 raise ValueError("natural-gradient steps are not offered for language models; use ppo, rloo or ppo-rlhf")
             for s in (m.solver, m.value.separate):
-                if isinstance(s, Descent) and s.unit == "decision":
+                if isinstance(s, Descent) and s.unit != "row":
                     raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
 
         if "greedy" in getattr(m.advantage, "needs", ()):

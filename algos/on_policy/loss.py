@@ -16,7 +16,7 @@ from markovia.algos.on_policy.surrogates import KLDrift, tsallis_bregman
 from markovia.algos.table import nearest
 
 
-def weights(mask: Tensor, how: str, max_length: int | None = None) -> Tensor:
+def weights(mask: Tensor, how: str, max_length: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Omega (B, T), the weight of each decision in the batch's loss; names as in verl.
 
     token-mean           1 / sum_j L_j    every decision alike (PPO, DAPO)         seq-mean-token-mean      1 / (B L_i)    every row alike (GRPO)
@@ -25,7 +25,7 @@ def weights(mask: Tensor, how: str, max_length: int | None = None) -> Tensor:
     L_i counts row i's masked decisions, B the rows that have some; L_max is `max_length`, None: the width of the mask.
     Raises ValueError for another name.
     """
-    m = mask.to(torch.get_default_dtype())
+    m = mask.to(dtype or torch.get_default_dtype())
     rows = mask.any(1).sum().clamp(min=1)
     if how == "token-mean":
         return m / m.sum().clamp(min=1.0)

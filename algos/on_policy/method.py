@@ -69,7 +69,7 @@ class Descent:
     weight_decay: float = 0.0
     epochs: int = 10  # passes over the batch
     minibatch: int | None = 64  # decisions or rows, None: the whole batch
-    unit: Literal["decision", "row", "group"] = "decision"  # what a minibatch counts; tokens need "row", or "group" to keep groups together
+    unit: Literal["decision", "row"] = "decision"  # what a minibatch counts; tokens need "row"
     micro: int | None = None  # units per forward pass; gradients are accumulated, the result equals the large batch
     max_grad_norm: float = 0.5  # global norm, policy and critic together
     kl_stop_nats: float | None = None  # stop the epochs when the mean k3 KL of a minibatch exceeds 1.5 times this
@@ -164,14 +164,15 @@ class OnPolicy:
                 raise ValueError(
                     f"{what} is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean-token-mean'"
                 )
-        if isinstance(self.tokens, Partner) and (self.group_size != 2 or not isinstance(self.solver, Descent) or self.solver.unit != "group"):
-            raise ValueError("pairs need group_size=2 and a solver with unit='group', so that both responses are in one minibatch")
+        if isinstance(self.tokens, Partner):
+            if self.group_size != 2 or not isinstance(self.solver, Descent) or self.solver.unit != "row":
+                raise ValueError(f"pairs of responses need group_size=2 and a solver with unit='row', got group_size={self.group_size}")
+            if (self.solver.minibatch or 2) % 2:
+                raise ValueError(f"both responses of a pair are in one minibatch, so its size must be even, got {self.solver.minibatch}")
         if isinstance(self.tokens, TopCov | Unlikely) and self.loss_divergence is None:
             raise ValueError(f"{type(self.tokens).__name__} says which tokens a divergence applies to; give one with place='loss'")
         if isinstance(self.tokens, Unlikely) != (self.divergence is not None and self.divergence.reference == "min-p"):
             raise ValueError("the reference 'min-p' and the token rule Unlikely need each other")
-        if isinstance(self.solver, Descent) and self.solver.unit == "group" and (self.solver.minibatch or 0) % self.group_size:
-            raise ValueError(f"minibatch={self.solver.minibatch} counts rows; unit='group' needs a multiple of group_size={self.group_size}")
 
     @property
     def loss_divergence(self) -> Divergence | None:
@@ -186,7 +187,7 @@ class OnPolicy:
     @property
     def references(self) -> tuple[str, ...]:
         """Names of the policies whose log-probabilities the method reads."""
-        names = [self.divergence.reference] if self.divergence is not None else []
+        names: list[str] = [self.divergence.reference] if self.divergence is not None else []
         names += ["ref"] if isinstance(self.surrogate, Regress) and self.surrogate.anchor == "ref" else []
         names += [name for transform in self.reward for name in transform.needs]
         return tuple(dict.fromkeys(n for n in names if n not in ("old", "min-p")))

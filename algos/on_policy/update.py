@@ -16,6 +16,7 @@ from markovia.algos.advantages import normalise
 from markovia.algos.compiled import Compiled
 from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import Descent, OnPolicy
+from markovia.algos.on_policy.tokens import Partner
 from markovia.algos.optimizer import Optimizer
 from markovia.algos.statistics import Stats
 
@@ -50,24 +51,24 @@ class Update:
         names = {id(p): name for name, p in agent.net.named_parameters()}
         self._param_names = [f"net.{names[id(p)]}" for p in optimizer.params]
         self._module = _Around(agent.net)
+        self._paired = isinstance(method.tokens, Partner) and loss is policy_loss
 
     def begin(self, rollout: Rollout) -> None:
         """Take the record whose minibatches follow."""
         self.base = rollout.decisions() if self.solver.unit == "decision" else rollout
         self.index = torch.nonzero(self.base.mask.any(dim=1)).squeeze(1)
-        if self.solver.unit == "group" and self.base.group is not None:
+        if self._paired and self.base.group is not None:
             self.index = self.index[torch.argsort(self.base.group[self.index], stable=True)]
         if self.compiled is not None:
             self._static = len(self.base.mask) if self.solver.minibatch is None else self.solver.minibatch
             # What the loss can read; anything else would only be carried along.
             self._template = replace(self.base, boot_value=None, cost=None, discount=None, group=None)
-            self._columns: list[Tensor] = []
-            self._template.map(lambda t: (self._columns.append(t), t)[1])
+            self._columns = self._template.tensors()
             self._key = (self._static, *(t.shape for t in self._columns))
 
     def minibatches(self, generator: torch.Generator) -> Iterator[Tensor]:
         """One pass over the record as index tensors, shuffled unless a minibatch is the whole."""
-        index, size = self.index, self.method.group_size if self.solver.unit == "group" else 1
+        index, size = self.index, 2 if self._paired else 1
         if self.solver.minibatch is not None:
             order = torch.randperm(len(index) // size, generator=generator).to(index.device)
             index = index.view(-1, size)[order].reshape(-1)
@@ -93,7 +94,7 @@ class Update:
         m = self.method
         if m.normalize_advantage == "minibatch":
             part.columns["adv"] = normalise(part.columns["adv"], part.mask)
-        return part, weights(part.mask, m.aggregation, m.max_length).to(part.columns["adv"].dtype)
+        return part, weights(part.mask, m.aggregation, m.max_length, part.columns["adv"].dtype)
 
     @property
     def _surveys(self) -> bool:
@@ -103,7 +104,8 @@ class Update:
     @torch.no_grad()
     def _survey(self, part: Rollout) -> dict[str, Tensor]:
         """Columns that depend on the whole minibatch under the current policy: token weights, selections, the pull of the entropy anchor."""
-        m, out = self.method, {}
+        m = self.method
+        out: dict[str, Tensor] = {}
         ev = self.agent.evaluate(part, {w for rule in (m.tokens, m.anchor) if rule is not None for w in rule.want})
         if m.tokens is not None:
             out |= m.tokens(part, ev, m.surrogate)

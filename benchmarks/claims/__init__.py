@@ -22,6 +22,7 @@ _DENOISING = "markovia.claims.denoising:"
 _CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
 _OFF_POLICY = "markovia.claims.off_policy:"
 _SAFE = "markovia.claims.safe:"
+_LANGUAGE = "markovia.claims.language:"
 _TREE = (
     "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
     "rloo", "rloo/reinforce", "ppo-rlhf",
@@ -29,6 +30,17 @@ _TREE = (
 
 CLAIMS: dict[str, Claim] = {
     **{m: Claim(_HERE + "token_tree", "fast", {"method": m}) for m in _TREE},
+    "grpo": Claim(_LANGUAGE + "grpo_fixed_point"),
+    "grpo/dr-grpo": Claim(_LANGUAGE + "grpo_lengths"),
+    "grpo/dapo": Claim(_LANGUAGE + "dapo_prompts"),
+    "grpo/gspo": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "grpo/gspo"}),
+    "remax": Claim(_LANGUAGE + "remax_variance"),
+    "grpo-d": Claim(_LANGUAGE + "grpo_d_speed", "slow"),
+    "ppo-max": Claim(_LANGUAGE + "ppo_max_entropy", "slow"),
+    "p3o": Claim(_LANGUAGE + "p3o_frontier"),
+    "p3o@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o"}),
+    "apa": Claim(_LANGUAGE + "apa_fixed_point"),
+    "apa/initial": Claim(_LANGUAGE + "apa_fixed_point", "fast", {"anchor": "ref"}),
     "ddpo": Claim(_HERE + "linear_gaussian", "fast", {"method": "ddpo"}),
     "ppo@linear-gaussian": Claim(_HERE + "linear_gaussian", "fast", {"method": "ppo"}),
     "ppo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "ppo"}),
