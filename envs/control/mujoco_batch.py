@@ -20,7 +20,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,6 +239,23 @@ TASKS = {
     "Pusher-v5": Task(_pusher, _nothing, ("xpos",)),
     "InvertedPendulum-v5": Task(_inverted_pendulum, _nothing),
     "InvertedDoublePendulum-v5": Task(_inverted_double_pendulum, _nothing, ("site_xpos", "qfrc_constraint")),
+}
+
+
+def _speed_limited(plain: Task) -> Task:
+    """The robot with the cost of markovia's velocity tasks (envs/safe/velocity.py): 1 where the step was faster than the limit."""
+
+    def step(env: Any, data: Any, velocity: Array, action: Array) -> Step:
+        observation, reward, terminated, info = plain.step(env, data, velocity, action)
+        speed = np.hypot(velocity[:, 0], velocity[:, 1]) if env.in_plane else velocity[:, 0]
+        return observation, reward, terminated, {**info, "cost": (speed > env.max_speed).astype(np.float64)}
+
+    return replace(plain, step=step)
+
+
+TASKS |= {
+    f"markovia/Safe{robot}Velocity-v0": _speed_limited(TASKS[f"{robot}-v5"])
+    for robot in ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")
 }
 
 
