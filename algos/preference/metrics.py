@@ -112,10 +112,11 @@ def dimension_conflict(change: Tensor) -> Tensor:
     return (harm.sum(1) - harm.diagonal()) / (len(change) - 1)
 
 
-def hybrid_weights(accuracy: Tensor, *, temperature: float = 0.1) -> Tensor:
+def hybrid_weights(accuracy: Tensor, *, temperature: float = 0.5) -> Tensor:
     """(n,) sampling weights of the next round: more of the dimensions whose held-out accuracy lags.
 
     softmax((max_j acc_j - acc_i) / temperature)                                                                              [arXiv 2405.11647]
+    accuracy is a share in [0, 1]; a temperature far below the spread of accuracies overshoots, and dimensions then take turns in lagging.
     """
     positive(temperature=temperature)
     return torch.softmax((accuracy.max() - accuracy) / temperature, 0)

@@ -44,7 +44,7 @@ def online_ipo(tau: float = 0.5, bound: float = 1e-3, seeds: int = 5) -> dict[st
             pi = torch.softmax(z, -1).detach()
             return (pi[first] * pi[second] * loss(bandit_scores(z[None], ref=ref[None]), views)).sum()  # noqa: B023 (called at once)
 
-        z = at(np.random.default_rng(seed).standard_normal(game.K)).requires_grad_()
+        z = at(np.random.default_rng(1000 + seed).standard_normal(game.K)).requires_grad_()
         logp = torch.log_softmax(z, -1)
         ascent = (logp.exp() * (P @ logp.exp().detach() - 0.5 - tau * (logp - ref))).sum()
         pair = (torch.autograd.grad(f, z)[0] for f in (objective(z), ascent))
@@ -113,7 +113,7 @@ def inpo(tau: float = 0.1, eta: float = 1.0, bound: float = 1e-3, seeds: int = 5
     for seed in range(seeds):
         game = PreferenceGame.random(seed=seed)
         views, first, second = every_pair(game)
-        old = torch.log_softmax(at(game.logp_ref) + at(np.random.default_rng(seed).standard_normal(game.K)), -1)
+        old = torch.log_softmax(at(game.logp_ref) + at(np.random.default_rng(1000 + seed).standard_normal(game.K)), -1)
         diff = Difference(Score(anchors=(("ref", tau / eta), ("old", 1 - tau / eta))))
         loss = loss_of("inpo", diff=diff, link=Squared(eta), label=Given())
         ref, weight = at(game.logp_ref), old.exp()[first] * old.exp()[second]
