@@ -44,6 +44,7 @@ class LanguageAgent(Agent):
 
     def __init__(self, model: Any, tokenizer: Any, *, base: str | None = None, **options: Any) -> None:
         self.options = LanguageOptions(**options)
+        self.num_costs = self.options.num_costs
         self.tokenizer = as_tokenizer(tokenizer)
         self.base = base
         model.eval()  # without dropout, so that the first-pass ratio is exactly 1

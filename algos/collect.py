@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ class StepCollector:
         seed: int = 0,
         gamma: float = 0.99,
         scale_reward: bool = True,
+        cost_gamma: float = 1.0,
     ) -> None:
         mode = venv.metadata.get("autoreset_mode")
         if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
@@ -55,9 +57,11 @@ class StepCollector:
         self.reward_scale = RewardScale(venv.num_envs, gamma) if scale_reward else None
         self.next_step = mode is AutoresetMode.NEXT_STEP
         self.num_costs: int = getattr(agent, "num_costs", 0)
+        self.cost_gamma = cost_gamma
         self.episodes: list[float] = []
-        self.episode_lengths: deque[int] = deque(maxlen=100)
-        self.episode_costs: deque[float] = deque(maxlen=100)
+        # The most recent ones; a loop that reads them empties them.
+        self.episode_lengths: deque[int] = deque(maxlen=1000)
+        self.episode_costs: deque[list[float]] = deque(maxlen=1000)
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -67,7 +71,7 @@ class StepCollector:
         self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)
         if self.reward_scale is not None:
             self.reward_scale.restart(n)
-        self._return, self._length, self._cost = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+        self._return, self._length, self._cost = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros((n, 1))
 
     def state(self) -> dict[str, Tensor]:
         """The reward scale. Environments are reset at a checkpoint, so nothing of theirs is kept."""
@@ -90,7 +94,7 @@ class StepCollector:
         reward = np.zeros((B, T))
         terminated, truncated = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
         valid = np.zeros((B, T), dtype=bool)
-        cost: np.ndarray | None = np.zeros((B, T, self.num_costs)) if self.num_costs else None
+        cost: np.ndarray | None = None  # until the environment tells one
         finals: list[tuple[np.ndarray, int, Any]] = []  # environments, step, their raw final observations
         for t in range(T):
             live = ~self._starting
@@ -103,11 +107,11 @@ class StepCollector:
             r, term, trunc, infos = self._advance(agent.env_action(action), live)
             done = term | trunc
             valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
-            step_cost = _cost(infos, done & (not self.next_step), B)
+            step_cost = cost_of(infos, done & (not self.next_step), B)
             if step_cost is not None:
                 if not np.isfinite(step_cost).all():
                     raise ValueError(f"info['cost'] is not finite at step {t}; costs must be finite numbers")
-                cost = np.zeros((B, T, step_cost.shape[1])) if cost is None else cost
+                cost = np.zeros((B, T, self.num_costs or step_cost.shape[1])) if cost is None else cost
                 if cost.shape[2] != step_cost.shape[1]:
                     raise ValueError(
                         f"info['cost'] has {step_cost.shape[1]} column(s), expected {cost.shape[2]}; "
@@ -173,9 +177,9 @@ class StepCollector:
     def _episode(self, r: np.ndarray, live: np.ndarray, done: np.ndarray, cost: np.ndarray | None) -> None:
         """Add a step to the running episodes and report those that ended."""
         self._return += r
-        self._length += live
         if cost is not None:
-            self._cost += cost.sum(1)
+            self._cost = self._cost + self.cost_gamma ** self._length[:, None] * cost
+        self._length += live
         if not done.any():
             return
         self.episodes += self._return[done].tolist()
@@ -217,7 +221,7 @@ def final_obs(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
 
 
-def _cost(infos: dict[str, Any], ended: np.ndarray, n: int) -> np.ndarray | None:
+def cost_of(infos: dict[str, Any], ended: np.ndarray, n: int) -> np.ndarray | None:
     """info["cost"] of every environment (n, m), that of the ending step where the environment was reset in it; None where none is told."""
     final = infos.get("final_info")
     last = final.get("cost") if isinstance(final, dict) and ended.any() else None
@@ -255,14 +259,18 @@ class SequenceTask(Protocol):
 class SequenceCollector:
     """`num_rows` whole sequences: starts of the task, the agent's own `generate`, and the task's score at the last valid step of each row.
 
+    `cost(rollout) -> (n,) or (n, m)` (or the task's own `cost`) gives each sequence its costs, paid at that step too.
     With `greedy` (which a driver sets for methods that read it) the column `greedy` holds the score of the greedy response to each row's prompt.
     """
 
-    def __init__(self, task: SequenceTask, num_rows: int) -> None:
+    def __init__(self, task: SequenceTask, num_rows: int, cost: Callable[[Rollout], Any] | None = None) -> None:
         if num_rows < 1:
             raise ValueError(f"num_rows must be >= 1, got {num_rows}")
         self.task, self.num_rows = task, num_rows
+        self.cost = cost if cost is not None else getattr(task, "cost", None)
         self.episodes: list[float] = []
+        self.episode_lengths: deque[int] = deque(maxlen=1000)
+        self.episode_costs: deque[list[float]] = deque(maxlen=1000)
         self.greedy = False
 
     def reset(self, seed: int) -> None:
@@ -288,12 +296,30 @@ class SequenceCollector:
         last = (steps * rollout.valid).argmax(1, keepdim=True)
         at_end = torch.zeros_like(rollout.reward).scatter_(1, last, score.to(rollout.reward)[:, None])
         rollout = replace(rollout, reward=rollout.reward + at_end)
+        if self.cost is not None:
+            cost = check_cost(self.cost(rollout), rollout.shape[0])
+            self.episode_costs += cost.tolist()
+            self.episode_lengths += rollout.valid.sum(1).tolist()
+            column = torch.zeros(*rollout.shape, cost.shape[1], dtype=rollout.reward.dtype, device=rollout.reward.device)
+            rollout = replace(rollout, cost=column.scatter_(1, last[..., None].expand(-1, -1, cost.shape[1]), cost.to(column)[:, None]))
         if self.greedy:
             best = check_score(self.task.score(agent.generate(starts, generator, deterministic=True)), rollout.shape[0])
             rollout.columns["greedy"] = best.to(rollout.reward)[:, None].expand(rollout.shape)
         if agent.critic is not None:
             rollout = replace(rollout, value=agent.evaluate(rollout, ("value",)).value)
         return rollout
+
+
+def check_cost(cost: Any, n: int) -> Tensor:
+    """The task's costs as (n, m) float64, one column for a plain vector. Raises ValueError for another length and for NaN or infinite entries."""
+    out = torch.as_tensor(cost, dtype=torch.float64).detach().cpu()
+    out = out[:, None] if out.dim() == 1 else out
+    if out.dim() != 2 or len(out) != n:
+        raise ValueError(f"the cost function must return {n} numbers, or {n} rows with one number per cost, got shape {tuple(out.shape)}")
+    if not torch.isfinite(out).all():
+        bad = int(torch.nonzero(~torch.isfinite(out))[0, 0])
+        raise ValueError(f"the cost function returned {out[bad].tolist()} for sequence {bad}; costs must be finite numbers")
+    return out
 
 
 def check_score(score: Any, n: int) -> Tensor:

@@ -15,13 +15,14 @@ from markovia.algos.off_policy import method as off_policy
 from markovia.algos.on_policy import divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
 from markovia.algos.preference.method import Preference
+from markovia.algos.safe import constraint, dual, termination
 from markovia.algos.systems import Method, find
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
 _ON_POLICY = (advantages, divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens)
-_MODULES = (*_ON_POLICY, off_policy, adjoint, denoising_preference, sources)
+_MODULES = (*_ON_POLICY, off_policy, adjoint, denoising_preference, sources, constraint, dual, termination)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }
@@ -78,7 +79,7 @@ def configure(method_id: str, env_id: str) -> Any:
     if isinstance(row.value, Preference):
         raise ValueError(f"{method_id} learns from preferences, not from the rewards of {env_id}; `markovia show {method_id}` says what it reads")
     if not isinstance(row.value, Method):
-        raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing, it works on a finished model; see `markovia show {method_id}`")
+        raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing in an environment; `markovia show {method_id}` says what it does")
     value: Method = row.value
     for where, changes in preset_sources(method_id, env_id):
         # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.

@@ -12,7 +12,7 @@ import torch
 
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
-from markovia.algos.collect import SequenceCollector, StepCollector
+from markovia.algos.collect import SequenceCollector, StepCollector, cost_of
 from markovia.algos.compiled import can_compile
 from markovia.algos.denoising.adjoint import AdjointMatching
 from markovia.algos.denoising.driver import AdjointDriver
@@ -91,12 +91,19 @@ def _gamma(method: OnPolicy) -> float:
     return float(getattr(method.advantage, "gamma", 1.0))
 
 
+def _num_costs(method: Any) -> int:
+    """Cost columns that the critic needs."""
+    constraint = getattr(method, "constraint", None)
+    return 0 if constraint is None else constraint.num_costs
+
+
 def _stepped(
     kind: str, env_id: str, method: OnPolicy, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str
 ) -> Setup:
     venv = make_vec(env_id, method.num_envs, vectorization=vectorization, seed=seed, kwargs=env_kwargs)
     spaces = venv.single_observation_space, venv.single_action_space
     critic = method.advantage.needs_critic
+    options = {"num_costs": _num_costs(method), **options}
     agent: Agent
     if kind == "tabular":
         from markovia.agents.tabular import TabularAgent
@@ -107,7 +114,8 @@ def _stepped(
 
         options = {"normalize_obs": method.normalize_obs, **options}
         agent = ControlAgent.from_spaces(*spaces, critic=critic, device=device, **options)
-    collector = StepCollector(venv, agent, method.num_steps, seed=seed, gamma=_gamma(method), scale_reward=method.scale_reward)
+    cost_gamma = 1.0 if method.constraint is None else method.constraint.cost_gamma
+    collector = StepCollector(venv, agent, method.num_steps, seed, _gamma(method), method.scale_reward, cost_gamma)
     return _stepped_setup(kind, env_id, agent, collector, venv, env_kwargs)
 
 
@@ -171,7 +179,7 @@ def _sequences(
         base = options.pop("model", task.model)
         if base is None:
             raise ValueError(f"{env_id} names no model of its own; say which to train with the agent option model=<name or folder>")
-        agent = LanguageAgent.from_name(base, value_head=critic, **options)
+        agent = LanguageAgent.from_name(base, value_head=critic, **{"num_costs": _num_costs(method), **options})
         agent.to(device)
     collector = SequenceCollector(task, method.num_envs)
 
@@ -186,14 +194,18 @@ def evaluate_stepped(agent: Agent, env_id: str, episodes: int, seed: int, env_kw
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
     obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
+    costs: np.ndarray | None = None
     while running.any():
         actions, _ = agent.predict(obs, deterministic=True)
-        obs, reward, terminated, truncated, _ = venv.step(actions)
+        obs, reward, terminated, truncated, infos = venv.step(actions)
         returns += reward * running
+        step_cost = cost_of(infos, terminated | truncated, episodes)
+        if step_cost is not None:
+            costs = (0.0 if costs is None else costs) + step_cost.sum(1) * running
         lengths += running
         running &= ~(terminated | truncated)
     venv.close()
-    return {"returns": returns.tolist(), "lengths": lengths.tolist()}
+    return {"returns": returns.tolist(), "lengths": lengths.tolist(), **({} if costs is None else {"costs": costs.tolist()})}
 
 
 def sample_sequences(agent: Agent, task: Any, n: int, seed: int) -> Rollout:

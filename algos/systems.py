@@ -10,6 +10,7 @@ from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.preference.methods import PREFERENCE
+from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
 Method = OnPolicy | OffPolicy | ChainMethod  # what a driver can be built for, one settings class per family
@@ -17,7 +18,7 @@ Method = OnPolicy | OffPolicy | ChainMethod  # what a driver can be built for, o
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([*ON_POLICY.values(), *LANGUAGE.values(), *OFF_POLICY.values(), *DENOISING.values(), *PREFERENCE.values(), *MEASURES.values()])
+    return table([row for family in (ON_POLICY, LANGUAGE, OFF_POLICY, DENOISING, PREFERENCE, SAFE, MEASURES) for row in family.values()])
 
 
 def find(method_id: str) -> Row:

@@ -1,6 +1,6 @@
 """The on-policy proximal loop, once for control, tokens and denoising.
 
-An iteration: collect -> reference log-probs -> penalised reward -> advantage -> solver's inner steps -> controller -> reference refresh.
+An iteration: collect -> constraint -> reference log-probs -> penalised reward -> advantage -> solver's inner steps -> controller -> refresh.
 This is the only place with loops, optimisers and side effects.
 """
 
@@ -26,6 +26,7 @@ from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, lerp, put
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
+from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream, stream_seed
 
@@ -35,7 +36,7 @@ Role = Literal["policy", "value"]
 class Collector(Protocol):
     """What the driver needs of its source of records; `StepCollector` and `SequenceCollector` are the two."""
 
-    episodes: list[float]
+    episodes: list[float]  # and, where the task has costs, `episode_costs` and `episode_lengths` of the same episodes
 
     def collect(self, agent: Any, generator: torch.Generator) -> Rollout: ...
     def reset(self, seed: int) -> None: ...
@@ -67,6 +68,7 @@ class OnPolicyDriver:
         self.advantage_state: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}  # of reward transforms and the entropy anchor
         self._check()
+        self.constraint = None if method.constraint is None else ConstraintHandler.for_agent(method.constraint, method.advantage, agent)
         self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
         self._given = dict(references or {})
         self._check_references()
@@ -144,6 +146,8 @@ class OnPolicyDriver:
         """Collect a batch, improve the policy on it, and return the iteration's statistics."""
         rollout, drawn = self._collect()
         found: dict[str, float] = {}
+        if self.constraint is not None:
+            self.constraint.measure(*finished(self.collector))
         if rollout.shape[0]:
             reward = self.prepare(rollout)
             self.advantages(rollout, reward)
@@ -178,7 +182,8 @@ class OnPolicyDriver:
     def prepare(self, rollout: Rollout) -> Tensor:
         """Fill what the method reads and return the reward (B, T) after transforms and penalty."""
         policies = {**self.references, **self._given}
-        return fill(self.method, self.agent, policies, rollout, self.beta, self.memory, self.generator("selection"))
+        reward = fill(self.method, self.agent, policies, rollout, self.beta, self.memory, self.generator("selection"))
+        return reward if self.constraint is None else self.constraint.soften(rollout, reward, self.progress)
 
     @torch.no_grad()
     def advantages(self, rollout: Rollout, reward: Tensor) -> None:
@@ -186,6 +191,8 @@ class OnPolicyDriver:
         adv, ret = self.method.advantage(reward, rollout, self.advantage_state)
         if self.method.normalize_advantage == "batch":
             adv = normalise(adv, rollout.mask)
+        if self.constraint is not None:
+            adv = self.constraint.mix(rollout, adv, self.method.advantage)
         rollout.columns["adv"], rollout.columns["ret"] = adv, ret
 
     def improve(self, rollout: Rollout, reward: Tensor) -> dict[str, float]:
@@ -194,7 +201,7 @@ class OnPolicyDriver:
         out: dict[str, float] = {}
         pretraining = self.iteration < m.value.pretrain
         if isinstance(m.solver, NaturalGradient) and not pretraining:
-            out.update(natural_step(m, m.solver, self.agent, rollout))
+            out.update(natural_step(m, m.solver, self.agent, rollout, None if self.constraint is None else self.constraint.step_violation))
         for name in self.updates:
             if pretraining if name == "main" else not (pretraining or m.trains_critic):
                 continue
@@ -313,6 +320,7 @@ class OnPolicyDriver:
         if self.collector.episodes:
             out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
             self.collector.episodes.clear()
+        out |= drain_costs(self.collector) | ({} if self.constraint is None else self.constraint.describe())
         if "ref" in rollout.logp_ref:
             d = torch.where(rollout.mask, rollout.logp_old - rollout.logp_ref["ref"], 0.0)
             out["kl_ref"] = float(d.sum(1).mean())
@@ -356,6 +364,7 @@ class OnPolicyDriver:
             "advantage_state": self.advantage_state,
             "memory": self.memory,
             "episodes": list(self.collector.episodes),
+            "constraint": None if self.constraint is None else self.constraint.state(),
         }
         return tensors, meta
 
@@ -379,3 +388,5 @@ class OnPolicyDriver:
         self.coef, self.advantage_state = meta["coef"], meta["advantage_state"]
         self.beta, self.memory = meta["beta"], meta["memory"]
         self.collector.episodes[:] = meta["episodes"]
+        if self.constraint is not None:
+            self.constraint.load_state(meta["constraint"])

@@ -47,6 +47,15 @@ def value_error(value: Tensor, ret: Tensor, value_old: Tensor, *, clip: float | 
     return 0.5 * error
 
 
+def critic_error(method: OnPolicy, value: Tensor, part: Rollout) -> Tensor:
+    """(b, t): the squared error of the reward's column of `value` (b, t, 1 + m), plus those of cost columns where the record has their targets."""
+    assert part.value is not None
+    error = value_error(value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)
+    if "cost_ret" in part.columns:
+        error = error + value_error(value[..., 1:], part.columns["cost_ret"], part.value[..., 1:], clip=method.value.clip).sum(-1)
+    return error
+
+
 def drift_kl(method: OnPolicy, dist: Distribution, dist_old: dict[str, Tensor]) -> Tensor:
     """The divergence that the surrogate asks for, (b, t) nats."""
     surrogate, old = method.surrogate, with_params(dist, dist_old)
@@ -145,8 +154,8 @@ def policy_loss(
     if method.anchor is not None:
         loss = loss + (part.columns["pull"] * method.anchor.quantity(ev)).sum()
     if joint_value:
-        assert ev.value is not None and part.value is not None
-        v_loss = (omega * value_error(ev.value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)).sum()
+        assert ev.value is not None
+        v_loss = (omega * critic_error(method, ev.value, part)).sum()
         loss = loss + method.value.coef * v_loss
         stats["value_loss"] = v_loss.detach()
     if kl_value is not None:
@@ -158,6 +167,6 @@ def policy_loss(
 def critic_loss(method: OnPolicy, agent: Agent, part: Rollout, omega: Tensor, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """sum_bt Omega value error, for critics that are fitted apart from the policy."""
     ev = agent.evaluate(part, ("value",))
-    assert ev.value is not None and part.value is not None
-    loss = (omega * value_error(ev.value[..., 0], part.columns["ret"], part.value[..., 0], clip=method.value.clip)).sum()
+    assert ev.value is not None
+    loss = (omega * critic_error(method, ev.value, part)).sum()
     return loss, {"value_loss": loss.detach()}

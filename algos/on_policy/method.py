@@ -13,6 +13,8 @@ from markovia.algos.on_policy.references import Fixed, Refresh
 from markovia.algos.on_policy.rewards import RewardTransform
 from markovia.algos.on_policy.surrogates import Clip, Regress, Surrogate
 from markovia.algos.on_policy.tokens import Partner, TokenRule, TopCov, Unlikely
+from markovia.algos.safe.constraint import Constraint
+from markovia.algos.safe.dual import TrustRegionDual
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]  # verl's names
 
@@ -138,6 +140,7 @@ class OnPolicy:
     entropy_coef: float = 0.0
     value: ValueLoss = field(default_factory=ValueLoss)
     solver: Solver = field(default_factory=Descent)
+    constraint: Constraint | None = None  # limits on what an episode may cost
 
     def __post_init__(self) -> None:
         for name in ("num_env_steps", "num_envs", "num_steps", "group_size"):
@@ -154,6 +157,17 @@ class OnPolicy:
         self._check_sequences()
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")
+        if self.constraint is not None:
+            self._check_constraint(self.constraint)
+
+    def _check_constraint(self, constraint: Constraint) -> None:
+        if self.normalize_advantage == "minibatch":
+            raise ValueError(
+                "with a constraint the reward's advantage is standardised before it is mixed with the cost's, else the weight of a cost would "
+                "depend on the minibatch; set normalize_advantage='batch' or 'none'"
+            )
+        if isinstance(constraint.dual, TrustRegionDual) and not (isinstance(self.solver, NaturalGradient) and self.solver.line_search):
+            raise ValueError("TrustRegionDual solves for a natural-gradient step with a line search; set solver=NaturalGradient()")
 
     def _check_sequences(self) -> None:
         """Terms that count once per response, and rules that need whole groups or the right place."""

@@ -68,6 +68,7 @@ CLAIMS: dict[str, Claim] = {
     "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
     "cpo@exact": Claim(_SAFE + "cpo_grid"),
     "cat@exact": Claim(_SAFE + "cat_grid"),
+    "trpo-lag": Claim(_SAFE + "trpo_lag_grid", "slow"),
     "reload": Claim(_SAFE + "reload_cycles"),
     "stepmix": Claim(_SAFE + "stepmix_floor"),
     "stepmix@offline": Claim(_SAFE + "stepmix_offline"),

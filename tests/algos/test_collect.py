@@ -181,7 +181,7 @@ def test_costs_come_from_the_step_that_ends_the_episode_too(mode):
     collector = StepCollector(venv(mode, with_cost=True), agent, 7, scale_reward=False)
     r = collector.collect(agent)
     assert torch.equal(r.cost[..., 0], 10.0 * r.reward)
-    assert set(collector.episode_costs) == {30.0, 60.0}
+    assert {tuple(c) for c in collector.episode_costs} == {(30.0,), (60.0,)}
     wrong = agent_for(num_costs=2)
     with pytest.raises(ValueError, match="num_costs"):
         StepCollector(venv(mode, with_cost=True), wrong, 7).collect(wrong)

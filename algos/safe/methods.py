@@ -1,0 +1,128 @@
+"""The constrained methods: settings of the on-policy loop with its constraint slot filled (where a row is silent, PPO's default holds), and the
+methods that are solved on tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from markovia.algos.on_policy.method import Descent, NaturalGradient, OnPolicy, ValueLoss
+from markovia.algos.on_policy.surrogates import PolicyGradient
+from markovia.algos.safe.conservative import History, Rule, explore
+from markovia.algos.safe.constraint import Constraint
+from markovia.algos.safe.dual import FixedDual, TrustRegionDual, pid
+from markovia.algos.safe.exact import Trace, reload
+from markovia.algos.safe.pareto import Front, c_morl
+from markovia.algos.safe.termination import SoftTermination
+from markovia.algos.table import Row, table
+from markovia.envs.exact.cmdp import CMDP
+from markovia.envs.exact.tabular import TabularMDP
+
+STEPPED = ("control", "tabular", "denoising")
+ALL = (*STEPPED, "language")
+_HERE = "markovia.algos.safe."
+
+# Four environments for the length of the usual episode: every iteration ends on finished episodes, on which the cost is measured.
+PPO_LAG = OnPolicy(num_envs=4, num_steps=1000, normalize_advantage="batch", constraint=Constraint())
+TRPO_LAG = replace(
+    PPO_LAG,
+    surrogate=PolicyGradient(),
+    solver=NaturalGradient(max_backtracks=15),
+    value=ValueLoss(coef=1.0, separate=Descent(lr=1e-3, anneal=False, epochs=10, minibatch=128)),
+)
+
+SAFE = table(
+    [
+        Row(
+            "ppo-lag", PPO_LAG, "ppo", "2007.03964",
+            "a multiplier, raised by gradient ascent, weighs the advantage of cost against that of reward", ALL,
+            (_HERE + "dual:PIDDual", _HERE + "constraint:mix_advantages"), "ppo-lag@exact",
+        ),
+        Row(
+            "ppo-lag/pid", replace(PPO_LAG, constraint=Constraint(dual=pid())), "ppo-lag", "2007.03964",
+            "the multiplier is a PID controller of the violation, which damps its swing", ALL, (_HERE + "dual:PIDDual",), "ppo-lag@exact",
+        ),
+        Row(
+            "trpo-lag", TRPO_LAG, "trpo", "2007.03964", "the multiplier's mixed advantage in a trust-region step", STEPPED,
+            (_HERE + "constraint:mix_advantages", "markovia.algos.on_policy.natural:natural_step"), "trpo-lag",
+        ),
+        Row(
+            "cpo", replace(TRPO_LAG, constraint=Constraint(dual=TrustRegionDual())), "trpo", "1705.10528",
+            "the trust-region step meets the linearised cost limit in closed form, or recovers from missing it", STEPPED,
+            (_HERE + "trust_region:trust_region_dual", _HERE + "trust_region:acceptable"), "cpo@exact",
+        ),
+        Row(
+            "cat", replace(PPO_LAG, constraint=Constraint(dual=FixedDual(), termination=SoftTermination())), "ppo", "2403.18765",
+            "a violation ends the episode for the learner with a probability, and nothing is weighed", STEPPED,
+            (_HERE + "termination:termination_probability", _HERE + "termination:soften"), "cat@exact",
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Settings of ReLOAD on a tabular CMDP: `Reload().solve(cmdp_grid())`."""
+
+    step: float = 1.0  # of the policy's mirror step
+    dual_step: float = 0.1  # of the multiplier
+    iterations: int = 4000
+
+    def solve(self, problem: CMDP) -> Trace:
+        """Values, costs and multipliers of all iterates, and the last policy."""
+        return reload(problem, step=self.step, dual_step=self.dual_step, iterations=self.iterations)
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Settings of exploration above a floor: `Exploration().run(P, reward, start, baseline, floor, episodes=4000)`."""
+
+    rule: Rule = "step-mixture"
+    bonus_scale: float = 0.03  # 1 is the theory's, at which nothing but the baseline is played for very long
+    confidence: float = 0.1  # chance that any bound fails
+
+    def run(self, *problem: np.ndarray, **options: Any) -> History:
+        """`explore` with these settings; `counts=` begins from a data set."""
+        return explore(*problem, rule=self.rule, bonus_scale=self.bonus_scale, confidence=self.confidence, **options)
+
+
+@dataclass(frozen=True)
+class FrontSearch:
+    """Settings of C-MORL on a tabular problem: `FrontSearch().search(mdp, rewards, weights)`."""
+
+    rounds: int = 4  # of extensions
+    picks: int = 5  # points extended per round, the least crowded first
+    beta: float = 0.9  # share of the other returns that an extension keeps
+    capacity: int = 200  # points kept
+
+    def search(self, mdp: TabularMDP, rewards: np.ndarray, weights: np.ndarray) -> Front:
+        """The front of the returns (n, S, A) from the optima of the preferences (w, n)."""
+        return c_morl(mdp, rewards, weights, rounds=self.rounds, picks=self.picks, beta=self.beta, capacity=self.capacity)
+
+
+_EXACT = ("value", "limit", "invariance", "bad_input")
+_WHY = "solved on tables: there is no sampled gradient and no training state to resume"
+SAFE |= table(
+    [
+        Row(
+            "reload", Reload(), "ppo-lag", "2302.01275", "policy and multiplier both take optimistic steps, so that the last iterate converges",
+            ("tabular",), (_HERE + "exact:reload", _HERE + "exact:primal_dual"), "reload", _EXACT, _WHY,
+        ),
+        Row(
+            "stepmix", Exploration(), None, "2306.06265", "no episode below a floor: the baseline for the first steps, mixed in one of them",
+            ("tabular",), (_HERE + "conservative:step_mixture", _HERE + "conservative:optimal", _HERE + "conservative:evaluate"), "stepmix",
+            _EXACT, _WHY,
+        ),
+        Row(
+            "epsmix", Exploration("episode-mixture"), "stepmix", "2306.06265", "the mixture is tossed once an episode", ("tabular",),
+            (_HERE + "conservative:episode_mixture",), "epsmix", _EXACT, _WHY,
+        ),
+        Row(
+            "c-morl", FrontSearch(), None, "2410.02236",
+            "a front of returns: optima of a few preferences, extended under constraints on the other returns", ("tabular",),
+            (_HERE + "pareto:extend", _HERE + "pareto:hypervolume", _HERE + "pareto:crowding_distance"), "c-morl", _EXACT, _WHY,
+        ),
+    ]
+)
