@@ -81,6 +81,14 @@ def check_memoryless(kernel: GaussianKernel, limit: float = 0.05) -> None:
         )
 
 
+def check_solver(solver: Descent) -> None:
+    """Raise ValueError for settings of the on-policy loop that the trainers of chains do not read."""
+    usual = Descent()
+    given = [name for name in ("micro", "kl_stop_nats", "recompute_advantage", "warmup") if getattr(solver, name) != getattr(usual, name)]
+    if given:
+        raise ValueError(f"solver.{', solver.'.join(given)} has no meaning for trainers of denoising chains; leave it at its default.")
+
+
 @dataclass(frozen=True)
 class AdjointMatching:
     """Settings of adjoint matching: maximise lam E r - sum_k KL_k, so lam = 1/beta."""
@@ -103,6 +111,7 @@ class AdjointMatching:
             raise ValueError(f"steps_per_chain={self.steps_per_chain}; expected at least 1, or None for all steps.")
         if self.drop_quantile is not None and not 0 < self.drop_quantile < 1:
             raise ValueError(f"drop_quantile={self.drop_quantile}; expected a share in (0, 1), or None to keep everything.")
+        check_solver(self.solver)
 
 
 def strata(n: int, num_steps: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from markovia.agents.denoising import DenoisingAgent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import SequenceCollector
+from markovia.algos.denoising.adjoint import check_solver
 from markovia.algos.denoising.loop import ChainTrainer
 from markovia.algos.denoising.pairs import anchor_rule, as_scores, clipped, control_ratio, noise_error, views_of
 from markovia.algos.denoising.sampling import denoise, predictor
@@ -52,6 +53,7 @@ class DenoisingPreference:
             raise ValueError(f"clip={self.clip}; expected a half-width in (0, 1), or None for no clip.")
         if isinstance(self.source, SemiPolicy) and isinstance(self.reference, EachRound):
             raise ValueError("a semi-policy source brings its own anchor, the checkpoint that sampled; leave reference at Frozen().")
+        check_solver(self.solver)
 
     @property
     def anchors(self) -> tuple[str, ...]:

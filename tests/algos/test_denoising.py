@@ -466,6 +466,7 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
         (lambda: AdjointMatching(lam=0.0), "1/beta"),
         (lambda: AdjointMatching(index="nxt"), "Did you mean 'next'"),
         (lambda: AdjointMatching(steps_per_chain=0), "at least 1"),
+        (lambda: AdjointMatching(solver=Descent(micro=4, kl_stop_nats=0.1)), "solver.micro, solver.kl_stop_nats has no meaning"),
         (lambda: AdjointMatching(drop_quantile=1.0), r"share in \(0, 1\)"),
         (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), start=10), "0 to 9"),
         (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), repeats=0), "at least 1 visit"),

@@ -333,6 +333,7 @@ def test_d3po_raises_the_exact_reward() -> None:
     "call, message",
     [
         (lambda: DenoisingPreference(num_envs=3), "even and >= 2"),
+        (lambda: DenoisingPreference(solver=Descent(recompute_advantage=True)), "solver.recompute_advantage has no meaning"),
         (lambda: DenoisingPreference(clip=1.0), r"half-width in \(0, 1\)"),
         (lambda: DenoisingPreference(source=SemiPolicy(), reference=EachRound()), "brings its own anchor"),
         (lambda: Candidates(count=1), "count >= 2"),
