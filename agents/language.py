@@ -125,9 +125,9 @@ class LanguageAgent(Agent):
             raise ValueError(f"evaluate() can give {WANT}, got {sorted(unknown)}")
         if "value" in want and "critic" not in self.net:
             raise ValueError("this language agent has no value head; build it with value_head=True")
-        out = self._evaluate_packed(rollout, want) if self._packing() else self._evaluate_padded(rollout, want)
+        out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if self._packing() else self._evaluate_padded(rollout, want))
         if "dist" in out:
-            return Evaluation(**{**out, "dist": Categorical(out["dist"])})
+            out["dist"] = Categorical(out["dist"])
         return Evaluation(**out)
 
     def _measure(self, logits: Tensor, token: Tensor, hidden: Tensor | None, want: set[str]) -> dict[str, Tensor]:
