@@ -174,7 +174,7 @@ class _Corrected(nn.Module):
 def _mixture(means: Tensor, tau: float, reward: Any, num_steps: int = 50) -> DenoisingTask:
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    scheduler: Any = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     torch.manual_seed(0)
     network = _Corrected(GMMDenoiser(means, tau).network(scheduler.alphas_cumprod))
     return DenoisingTask(network, GaussianKernel.from_scheduler(scheduler, num_steps), reward, (2,), name="mixture")
@@ -238,7 +238,7 @@ def se_ppo(steps: int = 300, seeds: int = 1) -> dict[str, Any]:
 
     for seed in range(seeds):
         pick = torch.randint(2, (4096,), generator=(generator := _generator(seed)))
-        data = {"x": means[pick] + 0.2 * torch.randn(4096, 2, generator=generator), "cond": None}
+        data: dict[str, Any] = {"x": means[pick] + 0.2 * torch.randn(4096, 2, generator=generator), "cond": None}
         for name, otherwise in (("se-ppo", -1.0), ("always a loser", 1.0), ("left out", 0.0)):
             source = SemiPolicy(every=steps // 6, otherwise=otherwise)
             method = replace(DENOISING["se-ppo"].value, num_env_steps=steps * 256, num_envs=256, source=source, loss=Pairwise(20.0), solver=_ADAM)
