@@ -46,9 +46,17 @@ class Tool:
     function: str  # "module:function"
 
 
-def _row(id: str, value: Any, parent: str | None, paper: str, new: str, functions: str, kinds: tuple[str, ...] = BOTH, claim: str = "") -> Row:
+# Variants that another row's claim measures.
+_CLAIM = {
+    "slic/hinge-norm": "slic", "ipo/online": "ipo", "rdpo-refined/soft": "rdpo-refined", "orpo/beta": "orpo", "asft": "orpo", "asft/beta": "orpo",
+    "tpo/length": "tpo", "tdpo/tdpo1": "tdpo", "exo/pair": "exo", "nca/pair": "nca", "nca/info-nca": "exo", "aot/unpaired": "aot",
+    "sppo/hard": "sppo@displacement", "tr-dpo/hard": "tr-dpo", **{f"sft-bridge/{v}": "sft-bridge" for v in ("sft", "kl", "js", "hellinger")},
+}  # fmt: skip
+
+
+def _row(id: str, value: Any, parent: str | None, paper: str, new: str, functions: str, kinds: tuple[str, ...] = BOTH) -> Row:
     where = tuple(_HERE + f for f in functions.split())
-    return Row(id, value, parent, paper, new, kinds, where, claim or id, CHECKS, PURE)
+    return Row(id, value, parent, paper, new, kinds, where, _CLAIM.get(id, id), CHECKS, PURE)
 
 
 def _tool(id: str, paper: str, new: str, functions: str, kinds: tuple[str, ...] = BOTH) -> Row:

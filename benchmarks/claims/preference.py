@@ -245,6 +245,16 @@ def _sampled_votes(seed: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def hard_syncs(rounds: int = 3, beta: float = 1.5, bound: float = 1e-3) -> dict[str, Any]:
+    """Total variation to ref e^(n r / beta) / Z after each of n converged rounds, the reference replaced in between (what TR-DPO and staged DPO do)."""
+    bandit = PreferenceBandit.random()
+    logp, found = at(bandit.logp_ref), []
+    for n in range(1, rounds + 1):
+        logp = trained(Pairwise(beta), bandit, *population(bandit), start=logp, ref=logp)
+        found.append(float(total_variation(logp, at(bandit.kl_optimum(beta / n)))))
+    return at_most(found, bound)
+
+
 def dro(tau: float = 1.0, bound: float = 2e-3) -> dict[str, Any]:
     """Total variation to ref e^(r / tau) / Z and |V - tau log Z| (at most 0.01), policy and value trained together on singles from the reference;
     with 50 noisy singles per prompt the mean E r over 10 seeds is above KTO's (labels split at the median, z0 = 0)."""

@@ -26,6 +26,16 @@ def every_pair(game: PreferenceGame) -> tuple[Views, Tensor, Tensor]:
     return Views(pairs=torch.stack([first, second], 1), q=at(game.P)[first, second]), first, second
 
 
+def minimum(loss: Pairwise, game: PreferenceGame, views: Views, weight: Tensor, **anchors: Tensor) -> Tensor:
+    """log pi (K,) at the minimum of the weighted mean of a loss."""
+    ref = at(game.logp_ref)
+
+    def objective(z: Tensor) -> Tensor:
+        return weighted_mean(loss(bandit_scores(z[None], ref=ref[None], **anchors), views), weight)
+
+    return torch.log_softmax(minimise(objective, ref), -1)
+
+
 def kl(target: np.ndarray, logp: np.ndarray) -> float:
     """KL(target || pi), nats."""
     return float(np.exp(target) @ (target - logp))
@@ -76,9 +86,7 @@ def ipo_md(tau: float = 0.5, mix: float = 0.5, bound: float = 1e-6, seeds: int =
         for _ in range(12):
             mixed = torch.log_softmax((1.0 - mix) * logp + mix * ref, -1)
             weight = mixed.exp()[first] * mixed.exp()[second]
-            loss = Pairwise(1.0, link=Squared(tau), label=Given())
-            z = minimise(lambda z, w=weight, loss=loss: weighted_mean(loss(bandit_scores(z[None], ref=ref[None]), views), w), logp)  # noqa: B023
-            step = torch.log_softmax(z, -1)
+            step = minimum(Pairwise(1.0, link=Squared(tau), label=Given()), game, views, weight)
             closed = at(game.response(game.logp_ref, mixed.numpy(), tau))
             found.append(float(total_variation(step, closed)))
             moved, logp = float(total_variation(step, logp)), step
@@ -98,10 +106,9 @@ def sppo(bound: float = 0.06, seeds: int = 5) -> dict[str, Any]:
             logp = game.response(logp, logp, 10.0)
         average.append(game.duality_gap(mean))
         views, first, second = every_pair(game)
-        ref, loss = at(game.logp_ref), Pairwise(0.05, label=Given())
-        weight = ref.exp()[first] * ref.exp()[second] * (first != second)
-        z = minimise(lambda z, w=weight, v=views, r=ref, loss=loss: weighted_mean(loss(bandit_scores(z[None], ref=r[None]), v), w), ref)
-        dpo.append(game.duality_gap(torch.softmax(z, -1).numpy()))
+        ref = at(game.logp_ref).exp()
+        logp_dpo = minimum(Pairwise(0.05, label=Given()), game, views, ref[first] * ref[second] * (first != second))
+        dpo.append(game.duality_gap(logp_dpo.exp().numpy()))
     out = at_most(average, bound, gap_of_dpo=dpo)
     return {**out, "holds": out["holds"] and min(dpo) > 0.15}
 
@@ -116,13 +123,9 @@ def inpo(tau: float = 0.1, eta: float = 1.0, bound: float = 1e-3, seeds: int = 5
         old = torch.log_softmax(at(game.logp_ref) + at(np.random.default_rng(1000 + seed).standard_normal(game.K)), -1)
         diff = Difference(Score(anchors=(("ref", tau / eta), ("old", 1 - tau / eta))))
         loss = loss_of("inpo", diff=diff, link=Squared(eta), label=Given())
-        ref, weight = at(game.logp_ref), old.exp()[first] * old.exp()[second]
-
-        def objective(z: Tensor) -> Tensor:
-            return weighted_mean(loss(bandit_scores(z[None], ref=ref[None], old=old[None]), views), weight)  # noqa: B023 (called at once)
-
         closed = game.response(tau / eta * game.logp_ref + (1 - tau / eta) * old.numpy(), old.numpy(), eta)
-        steps.append(float(total_variation(torch.log_softmax(minimise(objective, ref), -1), at(closed))))
+        found_step = minimum(loss, game, views, old.exp()[first] * old.exp()[second], old=old[None])
+        steps.append(float(total_variation(found_step, at(closed))))
         end, logp = game.equilibrium(tau, damping=0.1), game.logp_ref
         for _ in range(60):
             logp = game.response(tau / eta * game.logp_ref + (1 - tau / eta) * logp, logp, eta)

@@ -298,7 +298,11 @@ def information(bound: float = 1e-3, K: int = 32, beta: float = 0.5) -> dict[str
     views, found = Views(pairs=torch.as_tensor(np.stack([first, second], 1))), []
     for rejected in (ideal_rejected(optimum, ref, beta=beta), torch.full_like(ref, -float(np.log(K)))):
         weight = ref.exp()[first] * rejected.exp()[second]
-        z = minimise(lambda z, w=weight: weighted_mean(Pairwise(beta)(bandit_scores(z[None], ref=ref[None]), views), w), ref, 500)
+
+        def objective(z: Tensor, weight: Tensor = weight) -> Tensor:
+            return weighted_mean(Pairwise(beta)(bandit_scores(z[None], ref=ref[None]), views), weight)
+
+        z = minimise(objective, ref, 500)
         found.append(float(total_variation(torch.log_softmax(z, -1), optimum)))
     joint, q = optimum.exp()[:, None] * ref.exp()[None], did(optimum, ref)
     identity = float((torch.sigmoid(q[:, None] - q[None]) - joint / (joint + joint.T)).abs().max())
