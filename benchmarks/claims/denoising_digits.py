@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from markovia.algos.denoising.adjoint import AdjointMatching
-from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.denoising.pairs import control_ratio
-from markovia.algos.denoising.sources import NoisedData
-from markovia.algos.on_policy.method import Descent
-from markovia.algos.preference.pairwise import Pairwise
+from markovia.algos.presets import configure
 from markovia.algos.setup import build, make_driver
 from markovia.claims.on_policy import _describe_digits
 
@@ -41,8 +36,7 @@ def adjoint_digits(wanted: int = 3) -> dict[str, Any]:
     """Adjoint matching on the classifier's probability, lam 30: the judge, whom training never saw, reads the wanted digit with probability >= 0.9;
     samples no further from the data than 1.25 times the distance between real images, pairwise distances >= 0.5 of those of real digits.
     """
-    solver = Descent(lr=3e-4, betas=(0.9, 0.95), anneal=True, epochs=1, minibatch=None, max_grad_norm=1.0)
-    method = AdjointMatching(num_env_steps=3840, num_envs=64, lam=30.0, solver=solver)
+    method = configure("adjoint-matching", _ENV)
     found = _trained(method, wanted, {"final": "mid"})
     after = found["after"]
     holds = after["judge"] >= 0.9 and after["nearest_real_ratio"] <= 1.25 and after["diversity_ratio"] >= 0.5
@@ -51,8 +45,6 @@ def adjoint_digits(wanted: int = 3) -> dict[str, Any]:
 
 def dpo_digits(wanted: int = 3) -> dict[str, Any]:
     """Diffusion-DPO on 4,096 pairs of the reference, labelled by the classifier: the judge's probability of the wanted digit grows to >= 0.5."""
-    solver = Descent(lr=3e-4, anneal=True, epochs=1, minibatch=None, max_grad_norm=1.0)
-    row = DENOISING["diffusion-dpo"].value
-    method = replace(row, num_env_steps=200 * 256, num_envs=256, source=NoisedData(4096), loss=Pairwise(1.0), solver=solver)
+    method = configure("diffusion-dpo", _ENV)
     found = _trained(method, wanted, {})
     return {"measured": found["after"]["judge"], "bound": 0.5, "holds": found["after"]["judge"] >= 0.5, **found}
