@@ -5,18 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.denoising import DenoisingAgent
-from markovia.algos.collect import SequenceCollector
-from markovia.algos.denoising.adjoint import AdjointMatching, chain_of, lean_adjoint, matching_loss, reward_gradient, strata
-from markovia.algos.denoising.driver import AdjointDriver
 from markovia.algos.denoising.itps import ITPS, STRATEGIES, alignment, ranking, resample_path
 from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.denoising.particles import (
@@ -30,16 +25,13 @@ from markovia.algos.denoising.particles import (
 )
 from markovia.algos.denoising.rlg import RLGuidance
 from markovia.algos.denoising.sampling import denoise, predictor
-from markovia.algos.on_policy.method import Descent
-from markovia.algos.presets import configure
-from markovia.algos.setup import build, make_driver
 from markovia.algos.systems import find
 from markovia.claims import CLAIMS
 from markovia.envs.denoising.env import DenoisingTask
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import GuidedDenoiser, MLPDenoiser
 from markovia.envs.denoising.tasks import make_task
-from markovia.envs.exact.denoisers import GMMDenoiser, LinearGaussianDenoising
+from markovia.envs.exact.denoisers import GMMDenoiser
 
 diffusers = pytest.importorskip("diffusers")
 torch.set_num_threads(1)
@@ -302,129 +294,6 @@ def test_pr_is_the_best_of_its_candidates() -> None:
     assert torch.equal(ITPS("pr", candidates=5).sample(task, SKETCH, 6, gen())["x"], best)
 
 
-# -- adjoint matching -----------------------------------------------------------------------------------------------------------------------
-
-
-def small_driver(seed: int = 0, **options: Any) -> AdjointDriver:
-    task = make_task("linear_gaussian")
-    method = AdjointMatching(**{"num_env_steps": 256, "num_envs": 16, "lam": 2.0, "solver": Descent(lr=0.01, epochs=2, minibatch=32), **options})
-    agent = DenoisingAgent.from_task(task, critic_hidden=None)
-    return AdjointDriver(method, agent, SequenceCollector(task, method.num_envs), seed)
-
-
-def test_matching_loss_by_hand_and_its_gradient() -> None:
-    # u = (1, -2), a = (3, 1), s = 0.5: (1 + 1.5)^2 + (-2 + 0.5)^2 = 6.25 + 2.25 = 8.5
-    u, a, s = torch.tensor([[1.0, -2.0]], dtype=F64, requires_grad=True), torch.tensor([[3.0, 1.0]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
-    assert matching_loss(u, a, s).tolist() == [8.5] and matching_loss(u, a, s, "mean").tolist() == [4.25]
-    assert torch.autograd.gradcheck(lambda u: matching_loss(u, a, s), (u,))
-    held = a.clone().requires_grad_(True)
-    matching_loss(u, held, s).sum().backward()
-    assert held.grad is None
-
-
-def test_lean_adjoint_is_the_product_of_the_references_jacobians() -> None:
-    net = MLPDenoiser((2,), 8, 1).double()
-    kernel = GaussianKernel.memoryless(ddim(), 4)
-    predict = predictor(kernel, net)
-    chain, gradient = torch.randn(3, 5, 2, dtype=F64, generator=gen()), torch.randn(3, 2, dtype=F64, generator=gen(1))
-
-    def mean(x: Tensor, k: int) -> Tensor:
-        return kernel.mean_std(predict(x, k), x, k)[0]
-
-    found = lean_adjoint(mean, chain, gradient, lam=0.7)
-    assert torch.equal(found[:, -1], -0.7 * gradient)
-    for i in range(3):
-        row = -0.7 * gradient[i]
-        for k in (3, 2, 1, 0):
-            row = row @ torch.autograd.functional.jacobian(lambda x, k=k: mean(x[None], k)[0], chain[i, k])
-            torch.testing.assert_close(found[i, k], row, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("num_steps", [5, 20])
-def test_the_closed_form_optimum_is_the_fixed_point_of_the_next_index_only(num_steps: int) -> None:
-    """Everything is affine, so E[a_{k+1} | x_k] is the adjoint of the noise-free continuation under the optimal policy."""
-    problem = LinearGaussianDenoising([[1 - 0.5 / num_steps]], [0.1], num_steps**-0.5, [[1.0]], [0.8], beta=0.5, num_steps=num_steps)
-    G, h = problem.optimal()
-    worst = {"next": 0.0, "current": 0.0}
-    for k in range(num_steps):
-        chain = [torch.tensor([[-1.0], [2.0]], dtype=F64)]
-        for j in range(k, num_steps):
-            chain.append(chain[-1] @ G[j].T + h[j])
-        at_end = problem.q - chain[-1] @ problem.Q
-        adjoint = lean_adjoint(lambda x, j, k=k: x @ problem.A[k + j].T + problem.b[k + j], torch.stack(chain, 1), at_end, lam=1 / problem.beta)
-        control = (chain[1] - (chain[0] @ problem.A[k].T + problem.b[k])) / problem.s[k]
-        for name, i in (("next", 1), ("current", 0)):
-            worst[name] = max(worst[name], float((control + problem.s[k] * adjoint[:, i]).abs().max()))
-    assert worst["next"] < 1e-12 and worst["current"] > 1e-2
-
-
-def test_adjoint_matching_learns_the_closed_form_optimum() -> None:
-    problem = LinearGaussianDenoising()
-    solver = Descent(lr=0.02, epochs=1, minibatch=None, max_grad_norm=100.0)
-    driver = small_driver(num_env_steps=4096, num_envs=64, lam=1 / problem.beta, solver=solver)
-    while not driver.finished:
-        driver.step()
-    policy = driver.agent.net["policy"]
-    assert problem.gap_fraction(policy.G, policy.h) < 0.02
-
-
-def test_reward_gradients_against_the_closed_form() -> None:
-    task, problem = make_task("linear_gaussian"), LinearGaussianDenoising()
-    x = torch.randn(4, 2, dtype=F64, generator=gen())
-    torch.testing.assert_close(reward_gradient(task, x), problem.q - x @ problem.Q)
-
-
-def test_strata_draw_one_step_from_each_part() -> None:
-    drawn = strata(500, 12, 4, gen())
-    assert bool((drawn.unflatten(1, (4, 3)).sum(-1) == 1).all()) and drawn.float().mean(0).tolist() == pytest.approx([1 / 3] * 12, abs=0.08)
-    assert bool(strata(3, 5, 9, gen()).all())  # more strata than steps: every step
-
-
-def test_only_drawn_steps_are_trained_and_outliers_are_left_out() -> None:
-    driver = small_driver(steps_per_chain=2)
-    rollout = driver.collector.collect(driver.agent, gen())
-    driver.prepare(rollout)
-    assert bool((rollout.mask.sum(1) == 2).all()) and torch.equal(chain_of(rollout)[:, :-1], rollout.obs["x"])
-    strict = small_driver(drop_quantile=0.5)
-    strict.prepare(rollout := strict.collector.collect(strict.agent, gen()))
-    every = small_driver().loss(rollout)[0].detach()
-    assert bool(strict.loss(rollout)[0].detach() < every) and strict.root_loss_limit is not None
-
-
-def test_the_index_chooses_the_adjoint() -> None:
-    columns = []
-    for index in ("next", "current"):
-        driver = small_driver(index=index)
-        driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
-        columns.append(rollout.columns["adjoint"])
-    assert torch.equal(columns[0][:, :-1], columns[1][:, 1:])
-
-
-def test_resumed_equals_uninterrupted(tmp_path: Any) -> None:
-    options = {"steps_per_chain": 4, "drop_quantile": 0.9}
-    whole, first, second = (small_driver(**options) for _ in range(3))
-    for _ in range(4):
-        whole.step()
-    for _ in range(2):
-        first.step()
-    save_tensors(tmp_path / "state.safetensors", *first.state())
-    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    for _ in range(2):
-        second.step()
-    for name, value in whole.state()[0].items():
-        assert torch.equal(value, second.state()[0][name]), name
-    assert second.state()[1] == whole.state()[1] and whole.num_env_steps == 64
-
-
-def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
-    driver = small_driver()
-    driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
-    with torch.no_grad():
-        driver.agent.net["policy"].h.add_(0.1)
-    order = torch.randperm(16, generator=gen())
-    torch.testing.assert_close(driver.loss(rollout)[0], driver.loss(rollout.rows(order))[0])
-
-
 # -- agents: ratios and guidance -------------------------------------------------------------------------------------------------------------
 
 
@@ -463,46 +332,12 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
         (lambda: ITPS().sample(gaussian_task(), SKETCH, 2), r"no paths; expected \(H, 2\)"),
         (lambda: ITPS().sample(path_task(), torch.zeros(3), 2), "at least one point"),
         (lambda: ITPS("op").sample(path_task(), SKETCH, 2), "condition is missing"),
-        (lambda: AdjointMatching(lam=0.0), "1/beta"),
-        (lambda: AdjointMatching(index="nxt"), "Did you mean 'next'"),
-        (lambda: AdjointMatching(steps_per_chain=0), "at least 1"),
-        (lambda: AdjointMatching(solver=Descent(micro=4, kl_stop_nats=0.1)), "solver.micro, solver.kl_stop_nats has no meaning"),
-        (lambda: AdjointMatching(drop_quantile=1.0), r"share in \(0, 1\)"),
         (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), start=10), "0 to 9"),
         (lambda: denoise(gaussian_task().kernel, lambda x, k: x, torch.zeros(1, 1), repeats=0), "at least 1 visit"),
         (lambda: GaussianKernel.direct([0.1]).add_to_eps(torch.zeros(1), torch.zeros(1), 0), "no eps estimate"),
-        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: [0.0] * len(x)), torch.zeros(2, 1)), "no gradient.*it returned list"),
-        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: (x[:, 0] > 0).float()), torch.zeros(2, 1)), "Tensor without a graph"),
-        (lambda: reward_gradient(gaussian_task(reward=lambda x, c: x[:, 0].abs().sqrt()), torch.zeros(2, 1)), "not finite"),
-        (lambda: adjoint_on(eta=1.0), "final='mid'"),
-        (lambda: adjoint_on(eta=0.3, final="mid"), "remembers its starting noise"),
         (lambda: DenoisingAgent.from_task(make_task("mixture2d", eta=0.0)), "eta = 0"),
     ],
 )
 def test_bad_input_is_explained(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def adjoint_on(**options: Any) -> AdjointDriver:
-    """Adjoint matching of a small network on a kernel of one's own."""
-    kernel = GaussianKernel.from_scheduler(ddim(), 10, **options)
-    task = DenoisingTask(MLPDenoiser((1,), 8, 1), kernel, lambda x, c: x[:, 0], (1,))
-    return AdjointDriver(AdjointMatching(), DenoisingAgent.from_task(task, critic_hidden=None), SequenceCollector(task, 4))
-
-
-def test_trainers_are_built_from_the_table_and_samplers_are_refused() -> None:
-    env = "markovia/LinearGaussian-v0"
-    setup = build(env, configure("adjoint-matching", env))
-    assert isinstance(make_driver(configure("adjoint-matching", env), setup), AdjointDriver) and setup.agent.critic is None
-    for method_id in ("rlg", "fk-steering", "itps"):
-        with pytest.raises(ValueError, match="trains nothing"):
-            configure(method_id, env)
-    with pytest.raises(ValueError, match="CartPole-v1 is a control task"):
-        build("CartPole-v1", AdjointMatching())
-
-
-def test_other_kinds_of_agents_are_refused() -> None:
-    other: Any = SimpleNamespace(kind="language")
-    with pytest.raises(ValueError, match="AdjointMatching trains denoising agents, got kind 'language'"):
-        AdjointDriver(AdjointMatching(), other, SequenceCollector(make_task("linear_gaussian"), 2))
