@@ -189,14 +189,17 @@ def _sequences(
     return Setup(kind, agent, collector, evaluate, task)
 
 
-def evaluate_stepped(agent: Agent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Raw returns of `episodes` greedy episodes, each of its own environment and seed (no bias towards short ones)."""
+def evaluate_stepped(
+    agent: Agent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None, deterministic: bool = True
+) -> dict[str, Any]:
+    """Raw returns, lengths and, where the task has them, costs of `episodes` greedy episodes, each of its own environment and seed (no bias towards
+    short ones); with deterministic=False of sampled actions."""
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
     obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
     costs: np.ndarray | None = None
     while running.any():
-        actions, _ = agent.predict(obs, deterministic=True)
+        actions, _ = agent.predict(obs, deterministic=deterministic)
         obs, reward, terminated, truncated, infos = venv.step(actions)
         returns += reward * running
         step_cost = cost_of(infos, terminated | truncated, episodes)
