@@ -16,6 +16,7 @@ USAGE = """usage: markovia COMMAND ...
 commands
   train METHOD --env ID   train a method on an environment     markovia train ppo --env HalfCheetah-v5
   eval RUN ...            evaluate trained runs                markovia eval runs/HalfCheetah-v5/ppo-seed0
+  cost-of RUN             what a trained policy costs per episode, against its limit
   plot RUN ...            learning curves as a PNG
   profile METHOD --env ID how training time splits
   video RUN               rendered episodes, or samples of a text or denoising run
@@ -223,6 +224,27 @@ def eval_command(argv: list[str]) -> None:
         print(f"over {len(results)} runs: mean {over['mean']:.4g}, IQM {over['iqm']:.4g}, 95 % [{over['ci95'][0]:.4g}, {over['ci95'][1]:.4g}]")
 
 
+def cost_of_command(argv: list[str]) -> None:
+    parser = _parser("cost-of", "What the policy of a run costs per episode, with sampled actions as in training and with greedy ones.")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--episodes", type=int, default=10, help="episodes of each kind (default 10)")
+    parser.add_argument("--seed", type=int, default=1000, help="of the evaluation (default 1000, apart from training seeds)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    from markovia.costs import cost_of
+
+    _at_least_one("--episodes", args.episodes)
+    found = cost_of(args.run, args.episodes, args.seed)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    limit = "no limit known" if found["limit"] is None else f"limit {found['limit']:.4g}"
+    for name in ("sampled", "greedy"):
+        r = found[name]
+        over = "" if r["over"] is None else f", {100 * r['over']:.0f} % of episodes over it"
+        print(f"{name}: cost {r['cost']:.4g} ± {r['cost_std']:.3g} an episode ({limit}{over}), return {r['return']:.4g}")
+
+
 def plot_command(argv: list[str]) -> None:
     parser = _parser("plot", "Learning curves: a panel per environment, a line per method with the range over its seeds.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -424,6 +446,7 @@ def demo_command(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "eval": eval_command,
+    "cost-of": cost_of_command,
     "plot": plot_command,
     "profile": profile_command,
     "video": video_command,

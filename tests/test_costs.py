@@ -1,0 +1,47 @@
+"""`markovia cost-of`: what a run's policy costs, against the limit it was trained for."""
+
+import json
+
+import pytest
+
+from markovia import cli
+from markovia.costs import cost_of
+from markovia.runs import train
+
+ONE_ITERATION = {"eval_episodes": 0, "progress": False, "compile": False, "callbacks": [lambda info: False]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from markovia.algos.presets import configure, override
+
+    settings = override(
+        configure("ppo-lag", "markovia/SafeGrid-v0"),
+        {"num_env_steps": 320, "num_envs": 4, "num_steps": 40, "constraint": {"cost_limit": [3.0]}},
+    )
+    folder = tmp_path_factory.mktemp("runs") / "grid"
+    return train(settings, "markovia/SafeGrid-v0", out=folder, method_id="ppo-lag", eval_episodes=2, progress=False).run
+
+
+def test_costs_are_told_for_sampled_and_greedy_actions(run, capsys):
+    found = cost_of(run, episodes=5)
+    assert found["limit"] == 3.0 and found == json.loads(json.dumps(cost_of(run, episodes=5)))  # plain, and the same again
+    sampled = found["sampled"]
+    assert len(sampled["costs"]) == 5 and sampled["cost"] == pytest.approx(sum(sampled["costs"]) / 5)
+    assert sampled["over"] == sum(c > 3.0 for c in sampled["costs"]) / 5 and sampled["cost"] > 0
+    assert found["greedy"]["costs"] != sampled["costs"]
+    cli.run(["cost-of", str(run), "--episodes", "3"])
+    out = capsys.readouterr().out
+    assert "sampled: cost" in out and "limit 3" in out and "greedy: cost" in out
+    assert "costs" in json.loads((run / "done.json").read_text())["evaluation"]
+
+
+def test_the_tasks_own_limit_counts_where_the_method_has_none(tmp_path):
+    out = train("ppo", "markovia/SafePendulum-v0", out=tmp_path / "plain", **ONE_ITERATION)
+    assert cost_of(out.run, episodes=1)["limit"] == 25.0
+
+
+def test_a_task_without_a_cost_is_refused(tmp_path):
+    out = train("a2c", "CartPole-v1", out=tmp_path / "pole", **ONE_ITERATION)
+    with pytest.raises(ValueError, match="puts no 'cost' into info"):
+        cost_of(out.run, episodes=1)
