@@ -68,6 +68,7 @@ class StepCollector:
         """Start every environment anew from `seed`; unfinished episodes are dropped, the reward scale stays."""
         n = self.venv.num_envs
         self._raw, _ = self.venv.reset(seed=seed)
+        self._steps = 0
         self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)
         if self.reward_scale is not None:
             self.reward_scale.restart(n)
@@ -171,7 +172,8 @@ class StepCollector:
         r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
         if not np.isfinite(r).all():
             bad = int(np.flatnonzero(~np.isfinite(r))[0])
-            raise ValueError(f"environment {bad} returned the reward {r[bad]}; rewards must be finite numbers")
+            raise ValueError(f"environment {bad} returned the reward {r[bad]} at step {self._steps}; rewards must be finite numbers")
+        self._steps += 1
         return r, term, trunc, infos
 
     def _episode(self, r: np.ndarray, live: np.ndarray, done: np.ndarray, cost: np.ndarray | None) -> None:
