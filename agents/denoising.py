@@ -19,12 +19,12 @@ from markovia.envs.denoising.networks import NETWORKS, build_network, network_co
 
 
 class ChainCritic(nn.Module):
-    """V(x, k, cond): an MLP on the flat sample, the step as a one-hot vector and the condition; (N, 1)."""
+    """V(x, k, cond): an MLP on the flat sample, the step as a one-hot vector and the condition; (N, 1 + num_costs)."""
 
-    def __init__(self, size: int, num_steps: int, cond_dim: int, hidden: int) -> None:
+    def __init__(self, size: int, num_steps: int, cond_dim: int, hidden: int, num_costs: int = 0) -> None:
         super().__init__()
         self.num_steps = num_steps
-        layers = [nn.Linear(size + num_steps + cond_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)]
+        layers = [nn.Linear(size + num_steps + cond_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1 + num_costs)]
         for layer, gain in zip(layers, (2**0.5, 2**0.5, 1.0), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
@@ -53,16 +53,17 @@ class DenoisingAgent(Agent):
         cond_dim: int = 0,
         critic_hidden: int | None = 128,
         reduce: Literal["sum", "mean"] = "sum",
+        num_costs: int = 0,
     ) -> None:
         if reduce not in ("sum", "mean"):
             raise ValueError(f"reduce must be 'sum' or 'mean', got {reduce!r}")
         self.kernel, self.sample_shape, self.cond_dim = kernel, tuple(int(n) for n in sample_shape), cond_dim
-        self.critic_hidden, self.reduce = critic_hidden, reduce
+        self.critic_hidden, self.reduce, self.num_costs = critic_hidden, reduce, num_costs
         self.net = nn.ModuleDict({"policy": network})
         size = math.prod(self.sample_shape)
         self.scale = 1.0 if reduce == "sum" else 1.0 / size
         if critic_hidden is not None:
-            self.net["critic"] = ChainCritic(size, kernel.num_steps, cond_dim, critic_hidden)
+            self.net["critic"] = ChainCritic(size, kernel.num_steps, cond_dim, critic_hidden, num_costs)
 
     @classmethod
     def from_task(cls, task: Any, **options: Any) -> DenoisingAgent:
@@ -150,7 +151,7 @@ class DenoisingAgent(Agent):
         if "value" in want:
             if self.critic is None:
                 raise ValueError("this agent was built without a critic (critic_hidden=None), so it has no values")
-            ev.value = self.critic(x, step, cond).reshape(B, T, 1)
+            ev.value = self.critic(x, step, cond).reshape(B, T, 1 + self.num_costs)
         return ev
 
     def predict(
@@ -176,6 +177,7 @@ class DenoisingAgent(Agent):
             "cond_dim": self.cond_dim,
             "critic_hidden": self.critic_hidden,
             "reduce": self.reduce,
+            "num_costs": self.num_costs,
         }
 
     @classmethod

@@ -205,14 +205,14 @@ def test_a_length_cost_shortens_texts():
     assert lengths["priced"] < 0.6 * lengths["free"]
 
 
-def test_a_distance_cost_holds_samples_back():
-    from markovia.algos.setup import build as build_task
-
+@pytest.mark.parametrize("method_id", ["ddpo", "ppo"])
+def test_a_distance_cost_holds_samples_back(method_id):
     far = {}
     for name, weight in (("free", 0.0), ("priced", 3.0)):
-        method = override(configure("ddpo", "markovia/LinearGaussian-v0"), {"num_env_steps": 100_000, "num_envs": 64})
-        method = replace(method, constraint=Constraint(cost_limit=(0.5,), dual=FixedDual(weight), mix="plain"))
-        setup = build_task("markovia/LinearGaussian-v0", method, 0)
+        method = override(configure(method_id, "markovia/LinearGaussian-v0"), {"num_env_steps": 100_000, "num_envs": 64})
+        constraint = Constraint(cost_limit=(0.5,), dual=FixedDual(weight), mix="plain")
+        method = replace(method, constraint=constraint, normalize_advantage="batch" if method_id == "ppo" else "none")
+        setup = build("markovia/LinearGaussian-v0", method, 0)
         setup.collector.cost = lambda r: r.outcome["x"].square().sum(-1)  # squared distance from the origin
         run = OnPolicyDriver(method, setup.agent, setup.collector)
         far[name] = np.mean([run.step()["cost"] for _ in range(12)][-3:])
