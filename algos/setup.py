@@ -168,7 +168,7 @@ def _sequences(
 
         task: Any = make_task(**kwargs)
         hidden = options.pop("critic_hidden", 128) if critic else None
-        agent = DenoisingAgent.from_task(task, critic_hidden=hidden, **options)
+        agent = DenoisingAgent.from_task(task, critic_hidden=hidden, **{"num_costs": _num_costs(method), **options})
         agent.to(device)
     else:
         from markovia.agents.language import LanguageAgent
