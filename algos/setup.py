@@ -22,6 +22,8 @@ from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.preference.driver import PreferenceDriver
+from markovia.algos.preference.method import Preference
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.systems import Method
 from markovia.envs.control.vector import make_vec
@@ -40,23 +42,35 @@ class Setup:
     collector: Any  # where the driver's data comes from: `StepCollector`, `SequenceCollector`, `ReplayCollector`
     evaluate: Evaluate
     task: Any = None  # the sequence task, None for stepped kinds
+    note: str = ""  # what became of the rows of a file, where data were read
     episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
 
 
 def build(
-    env_id: str,
+    env_id: str | None,
     method: Method,
     seed: int = 0,
     env_kwargs: dict[str, Any] | None = None,
     agent_options: dict[str, Any] | None = None,
     vectorization: str = "auto",
     device: str = "cpu",
+    data: dict[str, Any] | None = None,
 ) -> Setup:
     """Build everything for one run; network initialisation draws from the stream (seed, "init").
 
+    data  for preference methods: {"path": file, "judge": "module:function" or None, "options": fields of DataOptions}; env_id may then be None
     Raises ValueError with the mend for unknown ids and spaces that no agent serves.
     """
-    kind, options = kind_of(env_id), dict(agent_options or {})
+    options = dict(agent_options or {})
+    if isinstance(method, Preference):
+        from markovia.algos.preference.setup import build_preference
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init"))
+            return build_preference(env_id, method, env_kwargs or {}, options, data, device)
+    if env_id is None or data is not None:
+        raise ValueError(f"{type(method).__name__} learns from an environment, not from a file; give it an env and no data")
+    kind = kind_of(env_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
         if isinstance(method, ChainMethod):
@@ -76,13 +90,15 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, DenoisingPreference):
         return DenoisingPreferenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    if isinstance(method, Preference):
+        return PreferenceDriver(method, setup.agent, setup.collector, seed)
     driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
     return driver(method, setup.agent, setup.collector, seed, compile)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, ChainMethod) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, ChainMethod | Preference) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 

@@ -9,11 +9,12 @@ from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
+from markovia.algos.preference.method import Preference
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy | ChainMethod  # what a driver can be built for, one settings class per family
+Method = OnPolicy | OffPolicy | ChainMethod | Preference  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:

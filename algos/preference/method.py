@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from markovia.agents.records import Views
+from markovia.algos.on_policy.method import Descent
 from markovia.algos.preference.anchors import Dataset, Frozen, Reference, Sampler
 from markovia.algos.preference.game import SelfPlay
 from markovia.algos.preference.listwise import Listwise
@@ -24,6 +25,20 @@ class Preference:
     loss: Loss = Pairwise()  # noqa: RUF009 (frozen)
     reference: Reference = Frozen()  # noqa: RUF009 (frozen)
     sampler: Sampler = Dataset()  # noqa: RUF009 (frozen)
+    num_env_steps: int | None = None  # items seen in all: pairs, lists or single responses; None: `passes` over the data
+    passes: int = 1  # over the data, where num_env_steps is not given
+    num_envs: int = 8  # items of a batch; online: prompts of a round
+    rounds: int = 3  # equal parts of the run, after each of which EachRound and Extrapolated move the anchor
+    stored_reference: bool = False  # a frozen anchor's log-probs are computed once, at the start; no second model is kept
+    solver: Descent = Descent(lr=1e-5, anneal=False, epochs=1, minibatch=None, unit="row", max_grad_norm=1.0)  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        for name in ("num_env_steps", "passes", "num_envs", "rounds"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.stored_reference and not isinstance(self.reference, Frozen):
+            kind = type(self.reference).__name__
+            raise ValueError(f"the log-probs of a {kind} anchor can't be stored, it moves; use Frozen() or stored_reference=False")
 
     @property
     def needs(self) -> tuple[str, ...]:

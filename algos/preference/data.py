@@ -1,0 +1,212 @@
+"""From items of text to what a loss reads: rows of tokens, the views that index them, and the log-probs that the data brought along.
+
+Which rows an item becomes depends on what the method needs: a pair is (chosen, rejected) and, where it is asked for, gold; a ranked list is all its
+responses, or its best and worst for a method of pairs; a method of demonstrations gets the chosen or best response alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from markovia.agents.interface import Agent
+from markovia.agents.records import Rollout, Views
+from markovia.algos.preference.anchors import Dataset
+from markovia.algos.preference.method import Preference
+from markovia.algos.preference.pairwise import Crossed, Pairwise
+from markovia.algos.preference.scores import NEEDS
+from markovia.algos.preference.token_level import differing, shared_subset
+from markovia.envs.text.preferences import Item, Kind, PreferenceData
+from markovia.envs.text.tokens import left_pad
+
+COMPUTED = {"kl_ref", "collision", "value", "mismatched", "progress"}  # by the trainer, from any data
+_MEND: dict[str, dict[str, str]] = {
+    "pairs": {"": "chosen and rejected"},
+    "groups": {"pairs": "score_chosen and score_rejected", "": "completions and scores"},
+    "gold": {"pairs": "gold", "": "chosen, rejected and gold"},
+    "unpaired": {"": "completion"},
+    "q": {"": "q"},
+    "margin": {"": "margin"},
+    "score": {"pairs": "score_chosen and score_rejected", "lists": "scores", "": "score"},
+    "label": {"": "label"},
+    "keep": {"": "chosen and rejected"},
+    "diff": {"": "chosen and rejected"},
+}
+
+
+def offered(kind: Kind, columns: Collection[str]) -> set[str]:
+    """Fields of `Views` that items of this kind and these columns can fill."""
+    pairs = {"pairs", "unpaired", "label", "keep", "diff"}
+    own = {
+        "pairs": pairs | ({"groups"} if "score" in columns else set()),
+        "lists": {"pairs", "groups", "unpaired", "score", "keep", "diff"},
+        "single": {"unpaired"},
+        "prompts": set(),
+    }[kind]
+    return own | (set(columns) & NEEDS.keys())
+
+
+def check_needs(method: Preference, data: PreferenceData) -> None:
+    """Raises ValueError naming the column that a file lacks for this method, and what the trainer does not offer."""
+    if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
+        raise ValueError("this loss crosses two prompts with each other's answers; such groups come from Python, as Views.groups of four rows")
+    there = offered(data.kind, data.columns) | COMPUTED
+    for need in method.needs:
+        anchor = need.partition(".")[2]
+        if anchor == "ref" or need in there or anchor in data.anchors:
+            continue
+        if anchor:
+            columns = f"{anchor}_chosen_logps and {anchor}_rejected_logps" if data.kind == "pairs" else f"{anchor}_logps"
+        else:
+            columns = _MEND[need].get(data.kind) or _MEND[need][""]
+        raise ValueError(
+            f"{data.report.source} holds {data.report.format} rows{_with(data.columns)}; the method reads {need} "
+            f"({NEEDS.get(need, NEEDS['logp_ref.NAME'])}): add the column{'s' if ' and ' in columns else ''} {columns}"
+            + ("" if isinstance(method.sampler, Dataset) else ", or let it sample: --judge module:function")
+        )
+
+
+def prepare(method: Preference, data: PreferenceData) -> None:
+    """`check_needs`, and without the lists that have no best and worst response where the method is about pairs: they join the report."""
+    check_needs(method, data)
+    if data.kind != "lists" or select(method.needs, data.kind) != "extremes":
+        return
+    tied = [i for i in data.items if len(set(totals(i))) == 1]
+    if tied:
+        data.report.dropped["all scores are equal"] = [i.line for i in tied]
+        data.items = [i for i in data.items if len(set(totals(i))) > 1]
+        data.report.kept = len(data.items)
+    if not data.items:
+        raise ValueError(f"no list has a best and a worst response. {data.report}")
+
+
+def _with(columns: Collection[str]) -> str:
+    return f" with {', '.join(sorted(columns))}" if columns else ""
+
+
+def select(needs: Collection[str], kind: Kind) -> str:
+    """Which responses of an item are used: "demo" (the good one), "pair", "pair+gold", "extremes" (best and worst of a list) or "all"."""
+    if kind in ("single", "prompts"):
+        return "all"
+    if "unpaired" in needs and not {"label", "score", "pairs", "groups"} & set(needs):
+        return "demo"
+    if kind == "pairs":
+        return "pair+gold" if "gold" in needs else "pair"
+    return "all" if {"groups", "unpaired"} & set(needs) else "extremes"
+
+
+def chosen_responses(item: Item, which: str, kind: Kind) -> list[int]:
+    """Indices into the item's responses, in the order of its rows."""
+    if which == "pair":
+        return [0, 1]
+    if which in ("pair+gold", "all"):
+        return list(range(len(item.responses)))
+    if kind == "pairs":
+        return [0]
+    total = totals(item)
+    best, worst = (pick(range(len(total)), key=total.__getitem__) for pick in (max, min))
+    return [best] if which == "demo" else [best, worst]
+
+
+def totals(item: Item) -> list[float]:
+    """One score per response of a list: the sum over dimensions."""
+    return [float(sum(s)) if isinstance(s, list) else float(s) for s in item.score or ()]
+
+
+@dataclass
+class Batch:
+    """Rows of tokens (B, T), their views, and stored log-probs (B, T) by anchor."""
+
+    record: Rollout
+    views: Views
+    logps: dict[str, Tensor] = field(default_factory=dict)
+
+
+def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> Rollout:
+    """A record of responses given as ids; rows that share a prompt should stand in succession, so that packs share it."""
+    ids, mask = (torch.from_numpy(x).to(device) for x in left_pad(prompts, max(map(len, prompts)), pad))
+    T = max(map(len, responses))
+    action = torch.tensor([[*r, *[pad] * (T - len(r))] for r in responses], device=device)
+    valid = torch.arange(T, device=device) < torch.tensor([len(r) for r in responses], device=device)[:, None]
+    zero = torch.zeros(action.shape, device=device)
+    return Rollout(
+        obs={"prompt_ids": ids, "prompt_mask": mask}, action=action, logp_old=zero, reward=zero, valid=valid, mask=valid.clone(),
+        continuation=zero + 1.0, truncated=torch.zeros_like(valid), per_row=True,
+    )  # fmt: skip
+
+
+def make_batch(
+    items: Sequence[Item],
+    kind: Kind,
+    needs: Collection[str],
+    pad: int,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Batch:
+    """The rows and views of some items; `generator` draws SamPO's subset."""
+    which = select(needs, kind)
+    picks = [chosen_responses(item, which, kind) for item in items]
+    rows = [(item, k) for item, pick in zip(items, picks, strict=True) for k in pick]
+    record = token_rows([i.prompt for i, _ in rows], [i.responses[k] for i, k in rows], pad, device)
+    starts = torch.tensor([0, *[len(p) for p in picks[:-1]]], device=device).cumsum(0)
+    views = _views(items, picks, starts, kind, set(needs))
+    if views.pairs is not None:
+        if "keep" in needs:
+            views.keep = shared_subset(record.mask.cpu(), views.pairs.cpu(), generator).to(device)
+        if "diff" in needs:
+            views.diff = differing(record.action, record.mask, views.pairs)
+    views.check(len(rows))
+    anchors = set.intersection(*(set(i.logps) for i in items))
+    return Batch(record, views, {name: _filled([i.logps[name][k] for i, k in rows], record.valid) for name in sorted(anchors)})
+
+
+def _views(items: Sequence[Item], picks: Sequence[list[int]], starts: Tensor, kind: Kind, needs: set[str]) -> Views:
+    device, width = starts.device, max(map(len, picks))
+    place = torch.arange(width, device=device)
+    count = torch.tensor([len(p) for p in picks], device=device)
+    views = Views()
+    if width > 1 and needs & {"pairs", "keep", "diff"}:
+        views.pairs = starts[:, None] + place[:2]
+    if "gold" in needs:
+        views.gold = starts + 2
+    if "groups" in needs:
+        views.groups = torch.where(place < count[:, None], starts[:, None] + place, -1)
+    if "unpaired" in needs:
+        views.unpaired = torch.arange(int(count.sum()), device=device)
+    for name in ("q", "margin", "weight"):
+        if name in items[0].values and (name == "weight" or name in needs):
+            values = torch.tensor([i.values[name] for i in items], device=device)
+            # A weight belongs to the item of the loss: to each of its rows where they stand alone.
+            setattr(views, name, values.repeat_interleave(count) if "unpaired" in needs else values)
+    if "score" in needs:
+        found = [i.score[k] for i, pick in zip(items, picks, strict=True) for k in pick if i.score is not None]
+        views.score = torch.tensor(found, device=device)
+    if "label" in needs:
+        good = [k == 0 if kind == "pairs" else i.values["label"] > 0.5 for i, pick in zip(items, picks, strict=True) for k in pick]
+        views.label = torch.tensor(good, device=device)
+    return views
+
+
+def _filled(rows: Sequence[Sequence[float]], valid: Tensor) -> Tensor:
+    """(B, T) with the rows' numbers where valid, zero elsewhere."""
+    out = torch.zeros(valid.shape, device=valid.device)
+    out[valid] = torch.tensor([v for row in rows for v in row], device=valid.device)
+    return out
+
+
+@torch.no_grad()
+def with_logps(agent: Agent, items: Sequence[Item], pad: int, anchor: str = "ref", size: int = 8) -> list[Item]:
+    """The items with the agent's log-probs per token of every response under the name `anchor`, `size` items at a time."""
+    out: list[Item] = []
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        rows = [(i, k) for i in part for k in range(len(i.responses))]
+        record = token_rows([i.prompt for i, _ in rows], [i.responses[k] for i, k in rows], pad, agent.device)
+        logp = agent.evaluate(record, ("logp",)).logp
+        assert logp is not None
+        found = iter([x[v].tolist() for x, v in zip(logp, record.valid, strict=True)])
+        out += [replace(i, logps={**i.logps, anchor: [next(found) for _ in i.responses]}) for i in part]
+    return out

@@ -1,0 +1,89 @@
+"""From a file of preferences, a model's name and a method to what a run needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+
+from markovia.agents.interface import Agent
+from markovia.algos.preference.anchors import Dataset
+from markovia.algos.preference.data import prepare
+from markovia.algos.preference.evaluation import HeldOut, prompt_task, unscored
+from markovia.algos.preference.method import Preference
+from markovia.algos.preference.sources import FileItems, JudgedSamples
+from markovia.algos.setup import Setup, evaluate_sequences, sample_sequences
+from markovia.envs.registry import kind_of
+from markovia.envs.text.preferences import DataOptions, PreferenceData, load_preferences
+from markovia.envs.text.rewards import resolve
+from markovia.envs.text.tasks import TextTask, make_task
+
+SAMPLED_PROMPTS = 256  # prompts of a file that samples are drawn for
+
+
+def build_preference(
+    env_id: str | None, method: Preference, env_kwargs: dict[str, Any], options: dict[str, Any], data: dict[str, Any] | None, device: str
+) -> Setup:
+    """Agent, source of items and evaluation. Prompts are the file's, or those of a text task, whose score then judges sampled rounds.
+
+    Raises ValueError for a missing file, model or judge, for columns that the method misses, and for a task that is not text.
+    """
+    from markovia.agents.language import LanguageAgent
+
+    task = None if env_id is None else _text_task(env_id, env_kwargs)
+    if data is None and isinstance(method.sampler, Dataset):
+        raise ValueError("this method learns from preferences, not from rewards; give it a file of them: --data prefs.jsonl (docs/preference.md)")
+    base = options.pop("model", None if task is None else task.model)
+    if base is None:
+        raise ValueError("say which model is to be trained: --model smollm2, a Hugging Face name, or a folder")
+    # A file that holds responses serves every method whose columns it has; without one, or with a judge, a method that samples does so.
+    judged = data is None or data.get("judge") is not None
+    like_task = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens} if task is not None and data is None else {}
+    agent = LanguageAgent.from_name(base, value_head="value" in method.needs, **{"packed": True, **like_task, **options})
+    agent.to(device)
+    found = None if data is None else load_preferences(data["path"], agent.tokenizer, DataOptions(**data.get("options", {})))
+    judge = None if data is None or data.get("judge") is None else resolve(data["judge"])
+    note = "" if found is None else str(found.report)
+    prompts_only = found is not None and found.kind == "prompts"
+    if not isinstance(method.sampler, Dataset) and (judged or prompts_only):
+        return _online(method, agent, task, found, judge, note)
+    assert found is not None and data is not None
+    prepare(method, found)
+    train, held_out = found.parts(DataOptions(**data.get("options", {})).held_out)
+    held = HeldOut(agent, held_out or train[:32], found.kind)
+    task = task or prompt_task(found, agent.tokenizer, judge or unscored, held_out, SAMPLED_PROMPTS)
+
+    def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
+        out = {**held(agent), "held_out": bool(held_out)}
+        if task is not None:
+            rollout = sample_sequences(agent, task, episodes, seed)
+            out |= {"prompts": rollout.outcome["prompt_text"], "completions": rollout.outcome["completion_text"]}
+            if judge is not None or env_id is not None:
+                out["task_returns"] = task.score(rollout).tolist()
+        return out
+
+    return Setup("language", agent, FileItems(train, found.kind), evaluate, task, note=str(found.report))
+
+
+def _text_task(env_id: str, env_kwargs: dict[str, Any]) -> TextTask:
+    if kind_of(env_id) != "language":
+        raise ValueError(f"preferences are learnt on text here; {env_id} is a {kind_of(env_id)} task")
+    return make_task(**{**gym.spec(env_id.rpartition(":")[2]).kwargs, **env_kwargs})
+
+
+def _online(method: Preference, agent: Any, task: TextTask | None, found: PreferenceData | None, judge: Any, note: str) -> Setup:
+    """Rounds of judged samples on the task's prompts, or on the file's with a judge of one's own."""
+    if task is None:
+        if found is None or judge is None:
+            raise ValueError(
+                "this method samples its own responses, so it needs prompts and a judge: --env with a text task, or --data with a column prompt and "
+                "--judge module:function, called as (prompts, completions, **columns) -> list of numbers"
+            )
+        task = prompt_task(found, agent.tokenizer, judge, found.parts(DataOptions().held_out)[1])
+        if task is None:
+            raise ValueError(f"{found.report.source} has no prompts; rounds of samples need a column prompt")
+
+    def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
+        return evaluate_sequences(agent, task, episodes, seed)
+
+    return Setup("language", agent, JudgedSamples(task, method), evaluate, task, note=note)
