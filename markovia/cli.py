@@ -15,6 +15,7 @@ USAGE = """usage: markovia COMMAND ...
 
 commands
   train METHOD --env ID   train a method on an environment     markovia train ppo --env HalfCheetah-v5
+  train METHOD --data F   train a language model on a file of preferences     markovia train dpo --data prefs.jsonl --model smollm2
   eval RUN ...            evaluate trained runs                markovia eval runs/HalfCheetah-v5/ppo-seed0
   cost-of RUN             what a trained policy costs per episode, against its limit
   plot RUN ...            learning curves as a PNG
@@ -93,7 +94,11 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
 class TrainFlags:
     """How a run is carried out; what the method does is set by the flags after these."""
 
-    env: str  # Gymnasium id: markovia/..., or any other environment
+    env: str | None = None  # Gymnasium id: markovia/..., or any other environment
+    data: Path | None = None  # file of preferences (.jsonl, .jsonl.gz or a saved Hugging Face dataset), for methods that learn from them
+    model: str | None = None  # language model to train: smollm2, a Hugging Face name or folder; by default the env's
+    judge: str | None = None  # "module:function" that scores texts, called as (prompts, completions, **columns) -> list of numbers
+    data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
     seed: int = 0  # of everything that is random
     out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>
     resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
@@ -111,12 +116,14 @@ class TrainFlags:
 
 
 _TRAIN_HELP = """usage: markovia train METHOD --env ID [flags]
+       markovia train METHOD --data FILE --model NAME [flags]
 
 Train a method on an environment. The flags are those of the method: `markovia train METHOD --env ID --help` shows them with the values
 that its presets give it there, `markovia systems` lists the methods and `markovia envs` the environments.
 
   markovia train ppo --env HalfCheetah-v5
   markovia train ppo --env markovia/Sentiment-v0
+  markovia train dpo --data prefs.jsonl --model smollm2 --agent-options '{"lora": {"r": 16}}' --solver.lr 1e-4
   markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3"""
 
 
@@ -135,13 +142,17 @@ def train_command(argv: list[str]) -> None:
     row = find(method_id)
     env = _flag(flags, "--env")
     wants_help = "-h" in flags or "--help" in flags
-    if env is None and not wants_help:
+    if env is None and _flag(flags, "--data") is None and not wants_help:
+        from markovia.algos.preference.method import Preference
+
+        if isinstance(row.value, Preference):
+            raise ValueError(f"{method_id} learns from preferences: `markovia train {method_id} --data prefs.jsonl --model smollm2`")
         raise ValueError(f"train needs an environment, e.g. `markovia train {method_id} --env HalfCheetah-v5`")
     given = _parse_train(method_id, env, flags, row)
     from markovia.runs import train
 
     options = dict(vars(given.run))
-    for name in ("env_kwargs", "agent_options"):
+    for name in ("env_kwargs", "agent_options", "data_options"):
         options[name] = _json_object(options[name], f"--{name.replace('_', '-')}")
     result = train(given.settings, method_id=method_id, **options)
     evaluation = result.done["evaluation"]
@@ -166,7 +177,7 @@ def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) ->
     fields: list[Any] = [("run", Annotated[TrainFlags, unprefixed]), ("settings", Annotated[type(settings), unprefixed])]
     Train = make_dataclass("Train", fields, frozen=True)
     about = f"{method_id}: {row.new} (arXiv {row.paper}). Values shown are those for {env or 'no environment in particular'}."
-    default = Train(TrainFlags(env or "ID"), settings)
+    default = Train(TrainFlags(env), settings)
     return tyro.cli(
         Train, prog=f"markovia train {method_id}", description=about, args=flags, default=default, config=(tyro.conf.AvoidSubcommands,)
     )

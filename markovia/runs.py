@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from markovia.envs.control.vector import env_spec
 from markovia.report import Sink, sinks, tracker
-from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json
-from markovia.settings import differences, from_json, to_json
+from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
+from markovia.settings import differences, file_entry, from_json, to_json
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
@@ -82,13 +82,21 @@ def commit() -> str | None:
     return head + ("+" if changes.strip() else "")
 
 
-def resolve(method: str | Method, env: str, method_id: str | None = None) -> tuple[str, Method, dict[str, Any]]:
+def resolve(method: str | Method, env: str | None, method_id: str | None = None) -> tuple[str, Method, dict[str, Any]]:
     """(id, settings, agent options) of a method given by id, or by value with the id it came from (None: its class's name).
 
-    Raises ValueError for an unknown id, and for a kind of MDP that the method does not serve.
+    A method of preferences has the settings of its row, whatever the env. Raises ValueError for an unknown id, for a kind of MDP that the method
+    does not serve, and for a method of rewards without an env.
     """
+    from markovia.algos.preference.method import Preference
     from markovia.algos.presets import agent_options, configure
+    from markovia.algos.systems import find
 
+    preference = isinstance(find(method).value if isinstance(method, str) else method, Preference)
+    if preference or env is None:
+        if not preference:
+            raise ValueError(f"{method_id or method} learns from rewards: name an environment (env), e.g. HalfCheetah-v5")
+        return (method, find(method).value, {}) if isinstance(method, str) else (method_id or type(method).__name__, method, {})
     if isinstance(method, str):
         return method, configure(method, env), agent_options(method, env)
     if method_id is not None:
@@ -98,8 +106,12 @@ def resolve(method: str | Method, env: str, method_id: str | None = None) -> tup
 
 def train(
     method: str | Method,
-    env: str,
+    env: str | None = None,
     *,
+    data: str | Path | None = None,
+    model: str | None = None,
+    judge: str | None = None,
+    data_options: dict[str, Any] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -118,8 +130,10 @@ def train(
     method_id: str | None = None,
     prepare: Callable[[Any], None] | None = None,
 ) -> RunResult:
-    """Train `method` (an id, or a settings value) on the Gymnasium id `env`; everything is written to the folder `out`.
+    """Train `method` (an id, or a settings value) on the Gymnasium id `env`, or on a file of preferences; everything is written to the folder `out`.
 
+    data             file of preferences (docs/preference.md) that the language model `model` learns from; `data_options` are fields of DataOptions,
+                     `judge` ("module:function", TRL's reward signature) scores texts: those of rounds, and the samples of the evaluation
     num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
                      that was killed and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions).
                      Fewer where the reset would come before an episode of full length can end (num_envs x the environment's time limit)
@@ -135,17 +149,20 @@ def train(
 
     from markovia.algos.setup import build, make_driver, worth_compiling
 
-    env_spec(env)
+    if env is not None:
+        env_spec(env)
     name, settings, options = resolve(method, env, method_id)
-    options |= agent_options or {}
+    options |= (agent_options or {}) | ({} if model is None else {"model": model})
+    file = None if data is None else file_entry(data, judge, data_options or {})
     if num_checkpoints < 1:
         raise ValueError(f"num_checkpoints must be >= 1, got {num_checkpoints}")
-    run = Path(out) if out is not None else default_folder(name, env, seed)
+    run = Path(out) if out is not None else default_folder(name, env or Path(data or "data").name.partition(".")[0], seed)
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "method": name,
         "settings": to_json(settings),
         "env": env,
+        **({} if file is None else {"data": file}),
         "env_kwargs": to_json(env_kwargs or {}),
         "agent_options": to_json(options),
         "vectorization": vectorization,
@@ -162,7 +179,7 @@ def train(
     if track:
         tracker(track)
     try:
-        setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device)
+        setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device, data=file)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise
@@ -171,18 +188,23 @@ def train(
     if prepare is not None:
         prepare(setup)
     driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
+    num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
         driver.boundary()
     _open_folder(run, config)
+    if setup.note:
+        write_text(run / "data.txt", setup.note + "\n")
+        if progress:
+            print(setup.note)
     metrics = Metrics(run)
     metrics.cut(driver.iteration)
     small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
     # A reset before the time limit would cut every episode: none would end, and no return would be seen.
-    places = max(1, min(num_checkpoints, settings.num_env_steps // setup.episode_steps))
+    places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
     loop = _Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
-    loop.sinks = sinks(run, config, f"{name} on {env}", settings.num_env_steps, driver.num_env_steps, track, progress)
+    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress)
     usual = torch.get_num_threads()
     try:
         # Threads that wait for each other cost small networks far more than they bring, most of all on a busy machine.
@@ -367,6 +389,7 @@ def load_run(run: str | Path) -> LoadedRun:
         env_kwargs=from_json(dict[str, Any], config["env_kwargs"]),
         agent_options=from_json(dict[str, Any], config["agent_options"]),
         device="cpu",
+        data=config.get("data"),
     )
     setup.agent.load_state(read_agent(found[-1] / "agent")[1])
     return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)

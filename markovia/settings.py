@@ -1,12 +1,14 @@
-"""Frozen dataclasses to plain JSON and back, so that a run's folder says exactly which method it trained."""
+"""Frozen dataclasses to plain JSON and back, so that a run's folder says exactly which method it trained, and on which file."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 TYPE = "type"  # key that names a nested dataclass
@@ -79,3 +81,21 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def file_entry(data: str | Path, judge: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What a run's configuration says of its file: path, content's hash, judge and options. Raises FileNotFoundError, and ValueError for options."""
+    from markovia.algos.table import nearest
+    from markovia.envs.text.preferences import DataOptions
+
+    known = DataOptions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown data option {name!r}{nearest(name, known)}")
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}; --data takes a .jsonl or .jsonl.gz file, or a folder written by datasets' save_to_disk")
+    digest = hashlib.sha256()
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(part.read_bytes())
+    return {"path": str(path), "sha256": digest.hexdigest(), "judge": judge, "options": to_json(options)}
