@@ -1,9 +1,8 @@
-"""Tasks with a cost: published limits, costs recomputed from the state, exact optima, both check_envs, adapters."""
+"""Tasks with a cost: published limits, costs recomputed from the state, exact optima, adapters; checkers and SB3 are in test_every_id.py."""
 
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -37,27 +36,6 @@ def make(env_id, **kwargs):
     if env_id not in LIGHT:
         pytest.importorskip("mujoco")
     return gym.make(env_id, **kwargs)
-
-
-# What the robots themselves bring: unbounded observations and Humanoid's and Pendulum's torque range.
-EXPECTED = ("observation space m", "normalized")
-
-
-@pytest.mark.parametrize("env_id", IDS)
-def test_both_check_envs_pass_without_an_unexpected_warning(env_id):
-    check = pytest.importorskip("stable_baselines3.common.env_checker").check_env
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gymnasium_check_env(make(env_id).unwrapped, skip_render_check=True)
-        check(make(env_id))
-    unexpected = [str(w.message) for w in caught if not any(e in str(w.message) for e in EXPECTED)]
-    assert not unexpected
-
-
-@pytest.mark.parametrize("env_id", [pytest.param(i, marks=[] if i in LIGHT else pytest.mark.slow) for i in IDS])
-def test_sb3_ppo_trains(env_id):
-    ppo = pytest.importorskip("stable_baselines3").PPO
-    ppo("MlpPolicy", make(env_id), n_steps=256, batch_size=64, n_epochs=1, device="cpu").learn(512)
 
 
 @pytest.mark.parametrize("env_id", IDS)
