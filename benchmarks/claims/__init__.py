@@ -27,6 +27,8 @@ _PREFERENCE = "markovia.claims.preference:"
 _PREFERENCE_SAMPLES = "markovia.claims.preference_samples:"
 _PREFERENCE_GAMES = "markovia.claims.preference_games:"
 _PREFERENCE_POLICIES = "markovia.claims.preference_policies:"
+_PREFERENCE_LISTS = "markovia.claims.preference_lists:"
+_PREFERENCE_METRICS = "markovia.claims.preference_metrics:"
 _TREE = (
     "a2c", "ppo", "ppo/kl", "trpo", "trpo/natural", "mdpo-on", "mdpo-on/tsallis", "fixpo", "lpo-dpo-discovered", "lpo-dpo-discovered/lpo",
     "rloo", "rloo/reinforce", "ppo-rlhf",
@@ -96,7 +98,7 @@ CLAIMS: dict[str, Claim] = {
     "kto": Claim(_PREFERENCE + "kto"),
     "tr-dpo": Claim(_PREFERENCE + "hard_syncs"),
     "mmpo": Claim(_PREFERENCE_SAMPLES + "mmpo"),
-    "robust-dpo": Claim(_PREFERENCE_SAMPLES + "robust_dpo"),
+    "robust-dpo": Claim(_PREFERENCE_SAMPLES + "robust_dpo", "slow"),
     "rdpo-refined": Claim(_PREFERENCE_SAMPLES + "rdpo_refined"),
     "slic": Claim(_PREFERENCE_SAMPLES + "slic"),
     "rpo": Claim(_PREFERENCE_SAMPLES + "partial_coverage", "fast", {"method": "rpo"}),
@@ -104,12 +106,15 @@ CLAIMS: dict[str, Claim] = {
     "vpo/online": Claim(_PREFERENCE_SAMPLES + "vpo_online"),
     "spac": Claim(_PREFERENCE_SAMPLES + "spac"),
     "wrpo": Claim(_PREFERENCE_SAMPLES + "wrpo"),
-    "lipo": Claim(_PREFERENCE_SAMPLES + "lipo"),
+    "lipo": Claim(_PREFERENCE_LISTS + "lipo"),
     "aot": Claim(_PREFERENCE_SAMPLES + "aot"),
     "sft-bridge": Claim(_PREFERENCE_SAMPLES + "sft_bridge"),
     "sdpo-stepwise": Claim(_PREFERENCE_SAMPLES + "sdpo"),
-    "exo": Claim(_PREFERENCE_SAMPLES + "exo"),
-    "brain": Claim(_PREFERENCE_SAMPLES + "brain"),
+    **{m: Claim("markovia.claims.preference_sequences:best_reward", "slow", {"method": m}) for m in ("simpo", "ln-dpo", "sam-po")},
+    "implicit-rm-generalisation": Claim("markovia.claims.preference_sequences:reward_models", "slow"),
+    "likelihood-overopt": Claim(_PREFERENCE_METRICS + "over_optimisation"),
+    "exo": Claim(_PREFERENCE_LISTS + "exo"),
+    "brain": Claim(_PREFERENCE_LISTS + "brain"),
     "ipo": Claim(_PREFERENCE_GAMES + "online_ipo"),
     "ipo/ipo-md": Claim(_PREFERENCE_GAMES + "ipo_md"),
     "ipo/nash-md": Claim(_PREFERENCE_GAMES + "nash_md"),
@@ -129,7 +134,7 @@ CLAIMS: dict[str, Claim] = {
     "tpo": Claim(_PREFERENCE_POLICIES + "identities", "fast", {"method": "tpo"}),
     "pro": Claim(_PREFERENCE_POLICIES + "identities", "fast", {"method": "pro"}),
     "iopo": Claim(_PREFERENCE_POLICIES + "iopo"),
-    "did": Claim(_PREFERENCE_POLICIES + "information"),
-    "ranking-accuracy": Claim(_PREFERENCE_POLICIES + "ranking"),
-    "adc": Claim(_PREFERENCE_POLICIES + "conflict"),
+    "did": Claim(_PREFERENCE_METRICS + "information"),
+    "ranking-accuracy": Claim(_PREFERENCE_METRICS + "ranking"),
+    "adc": Claim(_PREFERENCE_METRICS + "conflict"),
 }

@@ -246,7 +246,7 @@ def _sampled_votes(seed: int) -> tuple[float, float]:
 
 
 def hard_syncs(rounds: int = 3, beta: float = 1.5, bound: float = 1e-3) -> dict[str, Any]:
-    """Total variation to ref e^(n r / beta) / Z after each of n converged rounds, the reference replaced in between (what TR-DPO and staged DPO do)."""
+    """Total variation to ref e^(n r / beta) / Z after each of n converged rounds, the reference being replaced in between."""
     bandit = PreferenceBandit.random()
     logp, found = at(bandit.logp_ref), []
     for n in range(1, rounds + 1):

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from markovia.agents.records import Views
-from markovia.algos.preference.metrics import dimension_conflict, hybrid_weights, idealized_accuracy, loss_to_flip, ranking_accuracy
 from markovia.algos.preference.pairwise import Crossed, Difference, Pairwise
 from markovia.algos.preference.pieces import NLL, Fixed
-from markovia.algos.preference.population import bandit_scores, descend, minimise, total_variation, tree_scores, weighted_mean
+from markovia.algos.preference.population import bandit_scores, descend, total_variation, tree_scores
 from markovia.algos.preference.scores import Score, TokenScores
-from markovia.algos.preference.theory import did, did_entropy, ideal_rejected, predicates
+from markovia.algos.preference.theory import predicates
 from markovia.claims.preference import F64, at, at_least, at_most, loss_of, population, trained
 from markovia.envs.exact import EnumerableTokenMDP, PreferenceBandit
 from markovia.envs.exact.preference import DISPLACEMENT_FEATURES
@@ -119,7 +118,7 @@ def _ipo(tau: float) -> Any:
 # -- token trees ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _tree_pairs(tree: EnumerableTokenMDP, n: int, rng: np.random.Generator, logits: np.ndarray | None = None) -> np.ndarray:
+def tree_pairs(tree: EnumerableTokenMDP, n: int, rng: np.random.Generator, logits: np.ndarray | None = None) -> np.ndarray:
     """(n, 2) different sequences of a policy, by default the reference, with Bradley-Terry labels."""
     out: list[tuple[int, int]] = []
     while len(out) < n:
@@ -137,7 +136,7 @@ def tdpo(seeds: int = 5, bound: float = 0.75) -> dict[str, Any]:
         tree = EnumerableTokenMDP.random(V=4, H=3, seed=seed)
         rng = np.random.default_rng(1000 + seed)
         tree = EnumerableTokenMDP(4, 3, tree.logits_ref, rng.standard_normal(tree.M))
-        views = Views(pairs=torch.as_tensor(_tree_pairs(tree, 64, rng)))
+        views = Views(pairs=torch.as_tensor(tree_pairs(tree, 64, rng)))
         found = []
         for m in ("tdpo", "dpo"):
             loss = loss_of(m, beta=0.1)
@@ -200,7 +199,7 @@ def wpo(seeds: int = 5, bound: float = 0.15) -> dict[str, Any]:
         distant = 1.5 * rng.standard_normal(tree.logits_ref.shape)
         means = []
         for logits in (None, distant):
-            views = Views(pairs=torch.as_tensor(_tree_pairs(tree, 300, rng, logits)))
+            views = Views(pairs=torch.as_tensor(tree_pairs(tree, 300, rng, logits)))
             means.append(float(weight(tree_scores(tree, at(tree.logits_ref)), views).mean()))
         gaps.append(means[0] - means[1])
     tree = EnumerableTokenMDP.random(V=4, H=3)
@@ -284,106 +283,3 @@ def iopo(seeds: int = 6) -> dict[str, Any]:
         accuracy.append(found)
     mean = np.mean(accuracy, 0)
     return {"measured": float(mean[0]), "bound": float(mean[1]), "holds": bool(mean[0] >= mean[1]), "each_iopo_dpo": accuracy}
-
-
-# -- theory and metrics ------------------------------------------------------------------------------------------------------------------------------
-
-
-def information(bound: float = 1e-3, K: int = 32, beta: float = 0.5) -> dict[str, Any]:
-    """Population DPO on pairs of the reference and its ideal rejected sampler: total variation to pi*, with a uniform one above 0.2; the probability
-    identity (at most 1e-10); entropy of the information lower for ref^2 than for ref^0.5 of a Zipf reference."""
-    g = torch.Generator().manual_seed(0)
-    optimum, ref = (torch.log_softmax(torch.randn(K, generator=g, dtype=F64), -1) for _ in range(2))
-    first, second = np.nonzero(~np.eye(K, dtype=bool))
-    views, found = Views(pairs=torch.as_tensor(np.stack([first, second], 1))), []
-    for rejected in (ideal_rejected(optimum, ref, beta=beta), torch.full_like(ref, -float(np.log(K)))):
-        weight = ref.exp()[first] * rejected.exp()[second]
-
-        def objective(z: Tensor, weight: Tensor = weight) -> Tensor:
-            return weighted_mean(Pairwise(beta)(bandit_scores(z[None], ref=ref[None]), views), weight)
-
-        z = minimise(objective, ref, 500)
-        found.append(float(total_variation(torch.log_softmax(z, -1), optimum)))
-    joint, q = optimum.exp()[:, None] * ref.exp()[None], did(optimum, ref)
-    identity = float((torch.sigmoid(q[:, None] - q[None]) - joint / (joint + joint.T)).abs().max())
-    zipf = torch.log_softmax(-torch.log(torch.arange(1, K + 1, dtype=F64)), -1)
-    entropies = [float(did_entropy(torch.log_softmax(c * zipf, -1), zipf)) for c in (2.0, 0.5)]
-    holds = found[0] <= bound and found[1] > 0.2 and identity <= 1e-10 and entropies[0] < entropies[1]
-    return {"measured": found[0], "bound": bound, "holds": holds, "uniform": found[1], "identity": identity, "entropy_nats": entropies}
-
-
-def ranking(n: int = 10_000) -> dict[str, Any]:
-    """Violations of "ranked rightly iff the DPO loss is at most phi(beta c)" on random pairs; population DPO's ranking accuracy is the idealised."""
-    g = torch.Generator().manual_seed(0)
-    logp, ref = (4 * torch.randn(2 * n, 1, generator=g, dtype=F64) for _ in range(2))
-    views = Views(pairs=torch.arange(2 * n).view(-1, 2))
-    loss = Pairwise(0.1)(TokenScores(logp, torch.ones_like(logp, dtype=torch.bool), {"ref": ref}), views)
-    wrong = int(((loss <= loss_to_flip(ref[0::2, 0], ref[1::2, 0], beta=0.1)) != (logp[0::2] >= logp[1::2]).squeeze(1)).sum())
-    bandit = PreferenceBandit.random()
-    every, p = population(bandit)
-    trained_logp, ref = trained(Pairwise(0.5), bandit, every, p).flatten(), at(bandit.logp_ref).flatten()
-    w, l = every.pairs.unbind(1)  # type: ignore[union-attr]
-    keep = torch.as_tensor(p > 0.5)
-    found = float(ranking_accuracy(trained_logp[w][keep], trained_logp[l][keep]))
-    ideal = float(idealized_accuracy(ref[w][keep], ref[l][keep], at(p)[keep], beta=0.5))
-    return {"measured": wrong, "bound": 0, "holds": wrong == 0 and found == ideal, "ranking_accuracy": found, "idealized": ideal}
-
-
-def conflict(seeds: int = 5, bound: float = 5.0) -> dict[str, Any]:
-    """Linear reward models of four dimensions from an uninformative start: ADC with true rewards at cosine -0.3 over that of orthogonal ones, percent
-    points squared; +0.3 gives less than orthogonal. On a 70/10/10/10 mixture hybrid sampling lifts the worst dimension by at least 3 points."""
-    adc = {c: float(np.mean([_adc(c, seed) for seed in range(seeds)])) for c in (-0.3, 0.0, 0.3)}
-    gains = [_hybrid_gain(seed) for seed in range(seeds)]
-    ratio, gain = adc[-0.3] / adc[0.0], float(np.mean(gains))
-    holds = ratio >= bound and adc[0.3] < adc[0.0] and gain >= 3.0
-    return {"measured": ratio, "bound": bound, "holds": holds, "adc": adc, "worst_dimension_gain": gain}
-
-
-def _directions(cosine: float, d: int = 16) -> Tensor:
-    """(4, d) unit vectors with one pairwise cosine."""
-    gram = (1 - cosine) * torch.eye(4, dtype=F64) + cosine
-    values, vectors = torch.linalg.eigh(gram)
-    return F.pad(vectors @ torch.diag(values.clamp(min=0).sqrt()), (0, d - 4))
-
-
-def _pairs_of(direction: Tensor, n: int, g: torch.Generator) -> Tensor:
-    """(n, d) differences of features, chosen less rejected, with Bradley-Terry labels of reward 2 direction . x."""
-    x = torch.randn(n, len(direction), generator=g, dtype=F64)
-    wins = torch.rand(n, generator=g, dtype=F64) < torch.sigmoid(2 * x @ direction)
-    return torch.where(wins[:, None], x, -x)
-
-
-def _fit_reward(start: Tensor, data: Tensor, steps: int = 100) -> Tensor:
-    return descend(lambda w: F.softplus(-data @ w).mean(), {"w": start}, steps, 0.05)["w"]
-
-
-def _accuracies(w: Tensor, directions: Tensor, x: Tensor) -> Tensor:
-    """(4,) percent of held-out pairs that w orders as each dimension does; a start of zeros is right in half of them."""
-    agree = torch.sign(x @ w)[None] * torch.sign(directions @ x.T)
-    return 50.0 * (1.0 + agree.mean(1))
-
-
-def _adc(cosine: float, seed: int) -> float:
-    g = torch.Generator().manual_seed(seed)
-    directions = _directions(cosine)
-    x = torch.randn(4000, 16, generator=g, dtype=F64)
-    start = torch.zeros(16, dtype=F64)
-    change = torch.stack([_accuracies(_fit_reward(start, _pairs_of(v, 400, g)), directions, x) for v in directions]) - 50.0
-    return float(dimension_conflict(change).mean())
-
-
-def _hybrid_gain(seed: int, rounds: int = 10, n: int = 400) -> float:
-    """Percent points that sampling by accuracy deficits adds to the worst of four orthogonal dimensions."""
-    directions, share = _directions(0.0), torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=F64)
-    worst = []
-    for hybrid in (True, False):
-        g = torch.Generator().manual_seed(seed)
-        x = torch.randn(4000, 16, generator=g, dtype=F64)
-        w, weights = torch.zeros(16, dtype=F64), share
-        for _ in range(rounds):
-            which = torch.multinomial(weights, n, replacement=True, generator=g)
-            w = _fit_reward(w, torch.cat([_pairs_of(directions[i], int((which == i).sum()), g) for i in range(4)]), 60)
-            if hybrid:
-                weights = hybrid_weights(_accuracies(w, directions, x) / 100.0)
-        worst.append(float(_accuracies(w, directions, x).min()))
-    return worst[0] - worst[1]
