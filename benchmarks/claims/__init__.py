@@ -23,6 +23,8 @@ _CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion"
 _OFF_POLICY = "markovia.claims.off_policy:"
 _SAFE = "markovia.claims.safe:"
 _LANGUAGE = "markovia.claims.language:"
+_TARGETS = "markovia.claims.language_targets:"
+_ENTROPY = "markovia.claims.language_entropy:"
 _PREFERENCE = "markovia.claims.preference:"
 _PREFERENCE_SAMPLES = "markovia.claims.preference_samples:"
 _PREFERENCE_GAMES = "markovia.claims.preference_games:"
@@ -47,6 +49,29 @@ CLAIMS: dict[str, Claim] = {
     "p3o@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o"}),
     "apa": Claim(_LANGUAGE + "apa_fixed_point"),
     "apa/initial": Claim(_LANGUAGE + "apa_fixed_point", "fast", {"anchor": "ref"}),
+    "rto": Claim(_TARGETS + "rto_fixed_point"),
+    "dvpo": Claim(_TARGETS + "dvpo_one_step", "slow"),
+    "gtpo": Claim(_ENTROPY + "gtpo_shared_prefix"),
+    "copo": Claim(_ENTROPY + "copo_silent_prompts"),
+    "steer": Claim(_ENTROPY + "steer_ranks"),
+    "clip-cov": Claim(_ENTROPY + "clip_cov_entropy", "slow"),
+    "kl-cov": Claim(_ENTROPY + "kl_cov_entropy", "slow"),
+    "lp-reg": Claim(_ENTROPY + "lp_reg_rescue"),
+    "siren": Claim(_ENTROPY + "siren_anchor"),
+    "prorl": Claim(_TARGETS + "prorl_resets", "slow"),
+    "difficulty-filter": Claim(_TARGETS + "difficulty_kl"),
+    "lcpo": Claim(_TARGETS + "lcpo_lengths", "slow"),
+    "lcpo/max": Claim(_TARGETS + "lcpo_lengths", "slow", {"mode": "max"}),
+    "kdrl": Claim(_TARGETS + "kdrl_fixed_point"),
+    "f-div-reg": Claim(_TARGETS + "f_optimum", "fast", {"f": "js"}),
+    "f-div-reg/forward-kl": Claim(_TARGETS + "f_optimum", "fast", {"f": "kl_ref_pi"}),
+    "f-div-reg/chi2": Claim(_TARGETS + "f_optimum", "fast", {"f": "chi2"}),
+    "f-div-reg/hellinger": Claim(_TARGETS + "f_optimum", "fast", {"f": "hellinger"}),
+    "f-div-reg/alpha": Claim(_TARGETS + "f_optimum", "fast", {"f": "alpha", "alpha": 0.5}),
+    "f-div-reg/tv": Claim(_TARGETS + "f_optimum", "fast", {"f": "tv", "bound": 0.03}),
+    "kl-controller": Claim(_TARGETS + "kl_controller"),
+    "salsa": Claim(_TARGETS + "salsa_optimum"),
+    "warp": Claim(_TARGETS + "warp_merging"),
     "ddpo": Claim(_HERE + "linear_gaussian", "fast", {"method": "ddpo"}),
     "ppo@linear-gaussian": Claim(_HERE + "linear_gaussian", "fast", {"method": "ppo"}),
     "ppo@cartpole": Claim(_HERE + "cartpole", "slow", {"method": "ppo"}),
@@ -74,6 +99,8 @@ CLAIMS: dict[str, Claim] = {
     "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
     "cpo@exact": Claim(_SAFE + "cpo_grid"),
     "cat@exact": Claim(_SAFE + "cat_grid"),
+    "ppo-lag/pid@pendulum": Claim(_SAFE + "pendulum_limit", "slow", {"method": "ppo-lag/pid"}),
+    "cpo@pendulum": Claim(_SAFE + "pendulum_limit", "slow", {"method": "cpo"}),
     "trpo-lag": Claim(_SAFE + "trpo_lag_grid", "slow"),
     "reload": Claim(_SAFE + "reload_cycles"),
     "stepmix": Claim(_SAFE + "stepmix_floor"),

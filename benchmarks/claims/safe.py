@@ -288,3 +288,33 @@ def trpo_lag_grid(seed: int = 0) -> dict[str, Any]:
     cost, value = float(np.mean(costs[-30:])), float(np.mean(values[-30:]))
     holds = abs(cost - 0.5) <= 0.05 and value >= 0.64
     return {"measured": abs(cost - 0.5), "bound": 0.05, "holds": holds, "cost": cost, "return": value, "optimum": problem.solve().value}
+
+
+def _pendulum(method_id: str, limit: float, seed: int) -> tuple[float, float, float]:
+    """Mean episode cost over the last tenth of 120,000 steps, mean violation per episode over all of them, and the return over the last tenth."""
+    from markovia.algos.presets import configure, override
+    from markovia.algos.setup import build, make_driver
+
+    env = "markovia/SafePendulum-v0"
+    changes: dict[str, Any] = {"num_env_steps": 120_000, "num_envs": 4, "num_steps": 1000, "advantage": {"gamma": 0.95}}
+    if method_id not in ("cpo", "trpo-lag"):
+        changes["solver"] = {"minibatch": 250, "lr": 1e-3}
+    changes |= {"normalize_advantage": "batch"} if method_id == "ppo" else {"constraint": {"cost_limit": [limit]}}
+    method = override(configure(method_id, env), changes)
+    setup = build(env, method, seed)
+    driver, costs, returns = make_driver(method, setup, seed), [], []
+    while not driver.finished:
+        stats = driver.step()
+        costs.append(stats["cost"])
+        returns.append(stats["return"])
+    return float(np.mean(costs[-3:])), float(np.maximum(np.array(costs) - limit, 0.0).mean()), float(np.mean(returns[-3:]))
+
+
+def pendulum_limit(method: str, limit: float = 10.0, seeds: int = 2) -> dict[str, Any]:
+    """The pendulum with a limit of 10 steps an episode above 2 rad/s: after 120,000 steps the method's episodes cost at most 1.2 times the limit
+    (mean of the seeds, last tenth of training), PPO's at least twice the limit, and over training the violation is smaller than under gradient
+    ascent on the multiplier. Measured is the cost."""
+    found = {m: np.mean([_pendulum(m, limit, seed) for seed in range(seeds)], axis=0).tolist() for m in (method, "ppo", "ppo-lag")}
+    cost, free, overshoot = found[method][0], found["ppo"][0], found[method][1]
+    holds = cost <= 1.2 * limit and free >= 2 * limit and overshoot < found["ppo-lag"][1]
+    return {"measured": cost, "bound": 1.2 * limit, "holds": bool(holds), "limit": limit, "cost, mean violation, return": found}
