@@ -41,7 +41,7 @@ def hinge(z: Tensor, *, delta: float) -> Tensor:
 
 
 def squared(z: Tensor, *, target: float) -> Tensor:
-    """Regress z on a finite target, so that certain labels do not push it to infinity.
+    """Regress z on a finite target, so that certain labels do not push it to infinity. z is a difference of sums; TRL's offline trainer takes means.
 
     L = (z - 1 / (2 tau))^2;  target = 1 / (2 tau)                                                        [Azar 2023, eq. 17; arXiv 2310.12036]
     """

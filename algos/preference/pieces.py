@@ -143,6 +143,7 @@ class FromData:
 class ScoreGap:
     """margin = c (score_w - score_l) - c k (log old/ref of w - of l): what the log-ratio is regressed on, or has to exceed.
 
+    How refined DPO's scores enter its loss is not public: this margin, and soft labels (`FromScores`), are the two reconstructions.
     REBEL with c = eta; refined DPO in the logit; k > 0 keeps the sampler near the reference.   [arXiv 2404.16767; 2402.08005; 2406.19185]
     """
 
@@ -297,7 +298,8 @@ class NLL:
 class LogRatio:
     """coef x the log-ratio l of one response of the pair: above 0 pushes it down (a sample to calibrate on), below 0 pulls it up.  [arXiv 2405.19320]
 
-    With a bound, l is replaced by bound tanh(l / bound): a term that is linear in l alone has no minimum.
+    With a bound, l is replaced by bound tanh(l / bound): a term that is linear in l alone has no minimum. SPAC is three such terms beside the pair
+    loss, + l(own sample) / eta - (l_w + l_l) / (2 eta), reconstructed from its game between actor and critic (arXiv 2406.04274).
     """
 
     coef: float = 1.0

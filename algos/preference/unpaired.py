@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -74,7 +75,7 @@ def imitation(r: Tensor, *, generator: Generator) -> Tensor:
         return torch.exp((-r).clamp(max=60.0)) - 1.0
     floor = FLOOR[generator]
     held = r.clamp(min=floor)
-    below = (r - held) * (1.0 / (2.0 * torch.exp(torch.tensor(floor)).item() - 1.0) if generator == "js" else (1.0 + floor) ** -2.0)
+    below = (r - held) * (1.0 / (2.0 * math.exp(floor) - 1.0) if generator == "js" else (1.0 + floor) ** -2.0)
     g = torch.log(2.0 - torch.exp(-held)) if generator == "js" else held / (1.0 + held)
     return -(g + below)
 
