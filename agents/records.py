@@ -131,6 +131,7 @@ class Views:
     weight: Tensor | None = None  # (N,) factor of each item's loss
     score: Tensor | None = None  # (B,) reward or win rate of each row, or (B, D) for D dimensions
     label: Tensor | None = None  # (B,) bool: the row is desirable
+    c: Tensor | None = None  # (B, T) weight of each decision in the score: credit of steps or turns, discounts, critiques
     keep: Tensor | None = None  # (B, T) bool: decisions that enter the score, a subset of the mask
     diff: Tensor | None = None  # (B, T) bool: decisions in which the two responses of a pair differ
 

@@ -18,6 +18,6 @@ The names in `needs`, all of them in `NEEDS`:
     value           scores.value: V(x), one number per row, with gradient
     mismatched      scores.mismatched: log-ratios of responses put under other prompts
     progress        scores.progress: the share of training that is done
-    pairs, groups, gold, unpaired, q, margin, score, label, keep, diff     the fields of `views`
+    pairs, groups, gold, unpaired, q, margin, score, label, c, keep, diff     the fields of `views`
     weight          is never needed: where views.weight is set, it multiplies each item's loss
 """

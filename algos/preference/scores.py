@@ -34,11 +34,12 @@ NEEDS = {
     "margin": "margin of each pair on the logit scale, (P,): views.margin",
     "score": "reward or win rate of each row, (B,) or (B, D): views.score",
     "label": "whether each row is desirable, (B,) bool: views.label",
+    "c": "weight of each token in the score, (B, T): views.c",
     "keep": "decisions that enter the score, (B, T) bool: views.keep (preference.token_level.shared_subset draws it)",
     "diff": "decisions in which the responses of a pair differ, (B, T) bool: views.diff (preference.token_level.differing finds them)",
 }
 _IN_SCORES = {"kl_ref", "collision", "value", "mismatched", "progress"}
-_PER_TOKEN = {"kl_ref", "collision", "keep", "diff"}
+_PER_TOKEN = {"kl_ref", "collision", "c", "keep", "diff"}
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Score:
     policy: float = 1.0  # weight of the policy's own log-probs
     psi: Psi = "identity"  # function over the reduced log-ratio
     alpha: float = 0.5  # order of psi = "alpha"
-    tokens: Literal["all", "kept", "boosted"] = "all"  # kept: views.keep (SamPO); boosted: more weight where views.diff (BMC)
+    tokens: Literal["all", "weighted", "kept", "boosted"] = "all"  # weighted: views.c; kept: views.keep (SamPO); boosted: where views.diff (BMC)
     boost_limit: float = 1.5  # largest extra weight of a token, for tokens = "boosted"
 
     def __post_init__(self) -> None:
@@ -166,12 +167,12 @@ class Score:
     @property
     def needs(self) -> tuple[str, ...]:
         """Anchors and token columns."""
-        column = {"all": (), "kept": ("keep",), "boosted": ("diff",)}[self.tokens]
+        column = {"all": (), "weighted": ("c",), "kept": ("keep",), "boosted": ("diff",)}[self.tokens]
         return (*(f"logp_ref.{name}" for name, _ in self.anchors), *column)
 
     def __call__(self, scores: TokenScores, views: Views) -> Tensor:
         """(B,) scores of all rows."""
-        weight = None
+        weight = views.c if self.tokens == "weighted" else None
         if self.tokens == "kept":
             assert views.keep is not None
             weight = views.keep.to(scores.logp.dtype)

@@ -94,6 +94,18 @@ def test_weights_multiply_items(method_id: str, random_batch: Any, fitting: Any)
     torch.testing.assert_close(LOSSES[method_id].value(scores, dataclasses.replace(views, weight=weight)), weight * value)
 
 
+def test_weights_of_tokens(random_batch: Any) -> None:
+    """Zeros and ones leave tokens out (a segment loss); anything else scales their log-ratios."""
+    scores, views = random_batch(15)
+    weighted = Pairwise(diff=Difference(Score(tokens="weighted")))
+    first = scores.mask & (torch.arange(4) < 2)
+    torch.testing.assert_close(weighted(scores, dataclasses.replace(views, c=first.double())), DPO(dataclasses.replace(scores, mask=first), views))
+    doubled = weighted(scores, dataclasses.replace(views, c=torch.full((B, 4), 2.0, dtype=F64)))
+    torch.testing.assert_close(doubled, Pairwise(beta=0.2)(scores, views))
+    with pytest.raises(ValueError, match=r"views\.c"):
+        weighted(scores, views)
+
+
 def test_rows_of_sums_give_the_same_scores(random_batch: Any) -> None:
     """A row of which only the sum is known has one token and a length."""
     scores, views = random_batch(13)
