@@ -1,7 +1,7 @@
 """psi: the function put over a response's log-ratio before two of them are compared; elementwise, any shape, nats in.
 
 Where pi* solves max E r - beta D_f(pi || ref) in the interior, r = beta f'(u) + const with u = pi / ref = e^l; so psi(l) = f'(e^l), up to constants,
-turns DPO into the classifier of that divergence's optimum                                            [Wang 2023, theorem 1; arXiv 2309.16240].
+turns DPO into the classifier of that divergence's optimum                                            [Wang 2023; arXiv 2309.16240].
 """
 
 from __future__ import annotations

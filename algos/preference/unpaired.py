@@ -23,7 +23,7 @@ from markovia.algos.table import nearest
 def kto(s: Tensor, label: Tensor, z0: Tensor, *, beta: float, desirable: float, undesirable: float) -> Tensor:
     """Prospect theory: gains and losses are judged against a reference point, so no pairs are needed.
 
-    L = lam_D (1 - s(beta (l - z0))) if desirable, lam_U (1 - s(beta (z0 - l))) if not              [Ethayarajh 2024, eq. 8; arXiv 2402.01306]
+    L = lam_D (1 - s(beta (l - z0))) if desirable, lam_U (1 - s(beta (z0 - l))) if not              [Ethayarajh 2024; arXiv 2402.01306]
     z0 () nats, without gradient: max(0, mean log-ratio of mismatched prompts and responses), beta outside it.
     """
     sign = torch.where(label, 1.0, -1.0).to(s.dtype)
