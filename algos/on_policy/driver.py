@@ -283,7 +283,8 @@ class OnPolicyDriver:
 
     def _set_lr(self) -> None:
         for update in self.updates.values():
-            update.optimizer.scale_lr(1.0 - self.progress if update.solver.anneal else 1.0)
+            rising = min(1.0, (self.iteration + 1) / max(1, update.solver.warmup))
+            update.optimizer.scale_lr(rising * (1.0 - self.progress if update.solver.anneal else 1.0))
         if isinstance(self.method.controller, MirrorStep):
             self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - self.progress)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from markovia.algos.advantages import Greedy, GroupNormalised, LeaveOneOut
-from markovia.algos.on_policy.divergence import KL
+from markovia.algos.advantages import ConflictAware, Consistency, FrozenQ, Greedy, GroupNormalised, LeaveOneOut
+from markovia.algos.on_policy.divergence import KL, FDivergence
+from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
-from markovia.algos.on_policy.rewards import Scaled, SoftOverlong
-from markovia.algos.on_policy.schedules import DownThenUp
-from markovia.algos.on_policy.surrogates import Clip, Regress
-from markovia.algos.on_policy.tokens import Partner
+from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup
+from markovia.algos.on_policy.rewards import ImplicitReward, LengthBudget, Scaled, SoftOverlong
+from markovia.algos.on_policy.schedules import AdaptiveKL, Anneal, DownThenUp
+from markovia.algos.on_policy.surrogates import Clip, PolicyGradient, Regress
+from markovia.algos.on_policy.tokens import ClipCov, Partner, Steer, TopCov, Unlikely
 from markovia.algos.table import Row, table
 
 TEXT = ("language",)
@@ -39,6 +41,7 @@ DAPO = replace(
 )  # fmt: skip
 TOKENS = replace(GRPO, aggregation="token-mean", divergence=None)
 RLHF = ON_POLICY["ppo-rlhf"].value
+RLOO = ON_POLICY["rloo"].value
 
 LANGUAGE = table(
     [
@@ -68,5 +71,57 @@ LANGUAGE = table(
              "2306.02231", "the log-ratio to the sampling policy is regressed on the advantage", "surrogates:regress"),
         _row("apa/initial", replace(RLHF, surrogate=Regress(1.0, "ref"), refresh=OnPolicy().refresh, solver=replace(RLHF.solver, epochs=2)), "apa",
              "2306.02231", "the log-ratio to the initial policy is regressed", "surrogates:regress"),
+        _row("rto", replace(RLHF, reward=(ImplicitReward(0.05, 0.05),), divergence=KL(0.01), refresh=Fixed()), "ppo-rlhf", "2404.18922",
+             "the log-ratio of a DPO-trained policy is paid at every token", "rewards:implicit_reward surrogates:clip_drift"),
+        _row("dvpo", replace(
+                RLHF, advantage=FrozenQ(), divergence=KL(0.05, "k2", "loss"), refresh=Fixed(),
+                value=ValueLoss(1.0, separate=replace(WHOLE, lr=5e-6, minibatch=16), pretrain=20)),
+             "ppo-rlhf", "2502.16944", "the critic is fitted first and then frozen: its Q is the advantage", "advantages:FrozenQ divergence:k2"),
+        _row("gtpo", replace(GRPO, advantage=ConflictAware(), surrogate=PolicyGradient(), divergence=None), "grpo", "2508.03772",
+             "tokens that right and wrong responses share are not pushed down; uncertain responses are left out",
+             "advantages:ConflictAware tokens:conflict_weights"),
+        _row("copo", replace(TOKENS, advantage=Consistency(), surrogate=Clip(0.2, dual=3.0)), "grpo", "2508.04138",
+             "prompts are compared too, and all the more where their answers agree", "advantages:Consistency surrogates:dual_clip"),
+        _row("steer", replace(TOKENS, surrogate=Clip(0.2, 0.28, dual=10.0), tokens=Steer(0.8)), "grpo", "2510.10150",
+             "tokens that would change the entropy much count less", "tokens:entropy_change tokens:damped"),
+        _row("clip-cov", replace(TOKENS, tokens=ClipCov()), "grpo", "2505.22617", "some tokens of high covariance are left out, at random",
+             "tokens:covariance tokens:ClipCov"),
+        _row("kl-cov", replace(
+                TOKENS, surrogate=PolicyGradient(), tokens=TopCov(), divergence=KL(1.0, "abs", "loss", reference="old"),
+                solver=replace(WHOLE, epochs=4, minibatch=32)),
+             "grpo", "2505.22617", "no clip; the tokens of highest covariance are held to the sampling policy", "tokens:covariance tokens:TopCov"),
+        _row("lp-reg", replace(TOKENS, surrogate=Clip(1.0, 9.0), tokens=Unlikely(), divergence=KL(1.0, "k3", "loss", reference="min-p")), "grpo",
+             "2510.03222", "unlikely tokens that are no noise are held to the filtered sampling policy", "divergence:min_p_logp tokens:Unlikely"),
+        _row("siren", replace(
+                GRPO, advantage=GroupNormalised("none"), surrogate=Clip(0.2, 0.28), aggregation="seq-mean-token-sum-norm", divergence=None,
+                anchor=EntropyAnchor()),
+             "grpo/dr-grpo", "2509.25133", "the entropy at the uncertain places is tied to its start", "entropy:nucleus_entropy entropy:anchor_pull"),
+        _row("prorl", replace(
+                TOKENS, filter=AccuracyBand(), surrogate=Clip(0.2, 0.4), divergence=KL(0.001, "k3", "loss"), refresh=HardReset(200)),
+             "grpo/dapo", "2505.24864", "the reference is replaced by the policy again and again, with a fresh optimiser", "references:HardReset"),
+        _row("difficulty-filter", replace(GRPO, group_size=16, filter=AccuracyBand(0.25, 0.75, strict=False)), "grpo", "2504.03380",
+             "only prompts that are solved about half the time", "filters:AccuracyBand"),
+        _row("lcpo", replace(GRPO, reward=(LengthBudget("exact"),)), "grpo", "2503.04697", "as many tokens as the prompt asks for",
+             "rewards:exact_length"),
+        _row("lcpo/max", replace(GRPO, reward=(LengthBudget("max"),)), "lcpo", "2503.04697", "at most as many tokens as the prompt asks for",
+             "rewards:at_most_length"),
+        _row("kdrl", replace(TOKENS, divergence=KL(0.2, "k2", "loss", reference="teacher", schedule=Anneal(0.002))), "grpo", "2506.02208",
+             "the reverse KL to a teacher on the student's own responses, annealed", "divergence:k2 schedules:linear"),
+        _row("f-div-reg", replace(RLOO, divergence=FDivergence(0.05, "js")), "rloo", "2302.08215",
+             "any f-divergence of whole responses in the reward, here Jensen-Shannon", "divergence:f_reward"),
+        *(_row(f"f-div-reg/{name}", replace(RLOO, divergence=FDivergence(0.05, f, alpha)), "f-div-reg", "2302.08215", new, "divergence:f_reward")
+          for name, f, alpha, new in (
+              ("forward-kl", "kl_ref_pi", None, "KL(ref || pi): covers what the reference does"),
+              ("chi2", "chi2", None, "Pearson's chi^2: the optimum is linear in the reward"),
+              ("hellinger", "hellinger", None, "the squared Hellinger distance"),
+              ("alpha", "alpha", 0.5, "the alpha divergence, between both KLs"),
+              ("tv", "tv", None, "total variation: mass moves to the best only where it pays"))),
+        _row("kl-controller", replace(RLHF, divergence=KL(0.2, schedule=AdaptiveKL()), refresh=Fixed()), "ppo-rlhf", "1909.08593",
+             "the weight of the KL follows the measured KL to a target", "schedules:adaptive"),
+        _row("salsa", replace(RLHF, refresh=Soup(0.5)), "ppo-rlhf", "2411.01798", "the reference is the average of two supervised models",
+             "references:Soup references:lerp"),
+        _row("warp", replace(ON_POLICY["rloo/reinforce"].value, num_envs=64, divergence=KL(0.1), refresh=EMA(0.01)), "rloo/reinforce", "2406.16768",
+             "the reference is the policy's own average; runs are merged on the sphere and pulled back to the start",
+             "references:slerp references:lerp references:EMA"),
     ]
 )  # fmt: skip

@@ -66,6 +66,7 @@ class Descent:
     lr: float = 3e-4
     value_lr: float | None = None  # learning rate of the critic, None: the same
     anneal: bool = True  # learning rate falls linearly to 0 over num_env_steps
+    warmup: int = 0  # iterations over which the learning rate first rises linearly; Adam's first steps have the size of lr whatever the noise
     eps: float = 1e-5  # of Adam / RMSprop
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's averages
     weight_decay: float = 0.0

@@ -14,18 +14,30 @@ import torch
 from torch import Tensor
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
-from markovia.algos.advantages import GroupNormalised, LeaveOneOut, MovingBaseline, group_normalised
-from markovia.algos.on_policy.divergence import KL
+from markovia.algos.advantages import GAE, ConflictAware, Consistency, FrozenQ, Greedy, GroupNormalised, LeaveOneOut, MovingBaseline, group_normalised
+from markovia.algos.on_policy.divergence import KL, FDivergence, f_reward, k3, min_p_logp
 from markovia.algos.on_policy.driver import OnPolicyDriver
+from markovia.algos.on_policy.entropy import EntropyAnchor, anchor_pull, nucleus_entropy, peak_mask
 from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import policy_loss, sequence_ratio, value_error, weights
 from markovia.algos.on_policy.method import OnPolicy, ValueLoss
-from markovia.algos.on_policy.rewards import Scaled, SoftOverlong, overlong
-from markovia.algos.on_policy.schedules import DownThenUp, Steady, down_then_up
+from markovia.algos.on_policy.references import EMA, Fixed, HardReset, lerp, slerp
+from markovia.algos.on_policy.rewards import (
+    ImplicitReward,
+    LengthBudget,
+    Scaled,
+    SoftOverlong,
+    at_most_length,
+    exact_length,
+    implicit_reward,
+    overlong,
+)
+from markovia.algos.on_policy.schedules import AdaptiveKL, Anneal, DownThenUp, Steady, adaptive, down_then_up
 from markovia.algos.on_policy.surrogates import Clip, PolicyGradient, Regress
-from markovia.algos.on_policy.tokens import partner_ratio
+from markovia.algos.on_policy.tokens import ClipCov, Steer, TopCov, conflict_weights, covariance, damped, entropy_change, partner_ratio
 from markovia.algos.presets import override
 from markovia.algos.systems import find
 from markovia.algos.tree_records import TreeCollector
@@ -189,8 +201,6 @@ def value_gspo() -> None:
 
 def value_remax() -> None:
     # rewards to go of .25 (a penalty) and 1 at the end: 1.25, 1; the greedy response scored .5
-    from markovia.algos.advantages import Greedy
-
     rollout = record([[0.0, 0.0]], [[0.0, 0.0]])
     rollout.columns["greedy"] = t(0.5, 0.5)[None]
     assert Greedy()(t(0.25, 1.0)[None], rollout, {})[0].tolist() == [[0.75, 0.5]]
@@ -231,7 +241,187 @@ def value_apa_initial() -> None:
     assert given_loss(method, [[0.2]], [[1.0]], ref=[[0.3]]) == pytest.approx(0.36)
 
 
+def value_rto() -> None:
+    # .05 (-1 + 2) = .05 is clipped to .04; .05 (-1 + 1.5) = .025
+    assert implicit_reward(t(-1, -1), t(-2, -1.5), scale=0.05, clip=0.04).tolist() == pytest.approx([0.04, 0.025])
+
+
+def value_dvpo() -> None:
+    # V = .3, .6 and reward 1 at the end: Q = V of the next prefix, and the reward
+    rollout = record([[0.0, 0.0]], [[0.0, 0.0]])
+    rollout.value = t(0.3, 0.6)[None, :, None]
+    q, target = FrozenQ()(t(0, 1)[None], rollout, {})
+    assert q.tolist() == [[0.6, 1.0]] and target.tolist() == [[0.6, 1.0]]
+
+
+def value_gtpo() -> None:
+    # 1 2 3 right, 1 5 3 wrong: the first and the last token are shared, each run stops at the middle one; a third response is neutral
+    action = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 2, 3]])
+    mask, group = torch.ones(3, 3, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
+    assert conflict_weights(action, t(1, -1, 0), mask, group, boost=2.0)[:2].tolist() == [[2.0, 1.0, 2.0], [0.0, 1.0, 0.0]]
+    # 7 1 against 7 9 1: from the start 7 is shared, from the end 1 is; in the second response 9 ends both runs
+    action, mask = torch.tensor([[7, 1, 0], [7, 9, 1]]), torch.tensor([[True, True, False], [True, True, True]])
+    weight = conflict_weights(action, t(1, -1), mask, group[:2], boost=2.0)
+    assert weight[0, :2].tolist() == [2.0, 2.0] and weight[1].tolist() == [0.0, 1.0, 0.0]
+    # rewards 1, 0 without shared tokens, entropies .2 and 1 > log 2: A = .5 - .1 * .2, and the uncertain response is left out
+    rollout = record([[0.0], [0.0]], [[0.0], [0.0]])
+    rollout = dataclasses.replace(rollout, action=torch.tensor([[1], [2]]), columns={"entropy": t(0.2, 1.0)[:, None]})
+    assert ConflictAware()(t(1, 0)[:, None], rollout, {})[0][:, 0].tolist() == pytest.approx([0.48, 0.0])
+
+
+def value_copo() -> None:
+    # answers 7, 7 both right: e = 0, Rg = 1; answers 1, 2 one right: e = 1 bit, z = 1/2, Rg = .5 (1 - .5): Ag = +-.375 / (.75 / sqrt 2)
+    rollout = record([[0.0]] * 4, [[0.0]] * 4)
+    rollout = dataclasses.replace(rollout, group=torch.tensor([0, 0, 1, 1]), outcome={"completion_text": ["7", "7", "1", "2"]})
+    adv, _ = Consistency(eps=1e-12)(t(1, 1, 1, 0)[:, None], rollout, {})
+    assert adv[2:, 0].tolist() == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)])
+    assert rollout.columns["adv_other"][:, 0].tolist() == pytest.approx([1 / math.sqrt(2)] * 2 + [-1 / math.sqrt(2)] * 2)
+    assert rollout.columns["mix"][:, 0].tolist() == pytest.approx([0.0, 0.0, *[1 / (1 + math.exp(-0.5))] * 2])
+    # the loss: .5 min(1.5, 1.2) 1 + .5 max(min(-4.5, -3.6), -9) with rho = 1.5, A = 1 and -3
+    other = given_loss(find("copo").value, [[math.log(1.5)]], [[1.0]], adv_other=t(-3.0)[None].tolist(), mix=[[0.5]])
+    assert other == pytest.approx(-(0.5 * 1.2 - 0.5 * 4.5))
+
+
+def value_steer() -> None:
+    # p = b = 1/4, A = 1, H = 1: 4 * 3/16 * (1 - log 4)
+    omega = entropy_change(t(0.25).log(), t(0.25).log(), t(1.0), t(1.0))
+    assert omega.item() == pytest.approx(0.75 * (1 - math.log(4)))
+    weight = damped(t(-0.2, 0.1, 9.0), torch.tensor([True, True, False]), w_min=0.8)
+    assert weight[:2].tolist() == pytest.approx([0.8, math.sqrt(0.8)])
+    # dual clip: A = -1, rho = 20: not -20 but -10
+    assert given_loss(find("steer").value, [[math.log(20)]], [[-1.0]]) == pytest.approx(10.0)
+
+
+COV = ([[-1.0, -3.0, -2.0, -2.0]], [[2.0, -2.0, 1.0, -1.0]])  # means -2 and 0: covariances 2, 2, 0, 0
+
+
+def value_clip_cov() -> None:
+    part = record([[0.0] * 4], COV[1])
+    logp = torch.tensor(COV[0], dtype=F64)
+    assert covariance(logp, part.columns["adv"], part.mask).tolist() == [[2.0, 2.0, 0.0, 0.0]]
+    part.logp_old, part.columns["chance"] = logp.clone(), t(0.1, 0.9, 0.5, 0.5)[None]
+    # half of 4 tokens may go, but only 2 are candidates; with a quarter the one with the higher chance goes
+    for rate, weight in ((0.5, [0.0, 0.0, 1.0, 1.0]), (0.25, [1.0, 0.0, 1.0, 1.0]), (1e-4, [1.0, 0.0, 1.0, 1.0])):
+        assert ClipCov(rate)(part, Evaluation(logp=logp), Clip(0.2))["weight"].tolist() == [weight]
+    # a token that PPO already clips is no candidate: the second has A < 0 and rho < .8
+    part.logp_old = logp + t(0.0, 1.0, 0.0, 0.0)
+    assert ClipCov(0.25)(part, Evaluation(logp=logp), Clip(0.2))["weight"].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
+def value_kl_cov() -> None:
+    part = record([[0.0] * 4], COV[1])
+    chosen = TopCov(0.5)(part, Evaluation(logp=torch.tensor(COV[0], dtype=F64)), None)["selected"]
+    assert chosen.tolist() == [[True, True, False, False]]
+    # two tokens with l - l_b = .2 and -.3, A = 1, only the first selected: (-e^.2 + .2 - e^-.3) / 2
+    loss = given_loss(find("kl-cov").value, [[0.2, -0.3]], [[1.0, 1.0]], ref=[[0.0, 0.0]], beta=1.0, selected=[[True, False]])
+    assert loss == pytest.approx((-math.exp(0.2) + 0.2 - math.exp(-0.3)) / 2)
+
+
+def value_lp_reg() -> None:
+    # .6, .39, .01 with kappa .02: below .012 is noise; .6 / .99 and nothing
+    logits = t(0.6, 0.39, 0.01).log().expand(1, 2, 3)
+    found = min_p_logp(logits, torch.tensor([[0, 2]]), kappa=0.02)
+    assert found.tolist()[0] == pytest.approx([math.log(0.6 / 0.99), -1e4])
+    # d loss / d l = -A rho + c (1 - proxy / pi) at a kept token: A = -2, rho = 1.5, proxy / pi = 1.2
+    x = torch.tensor(math.log(1.5), dtype=F64, requires_grad=True)
+    d = x - (x.detach() + math.log(1.2))
+    loss = -Clip(1.0, 9.0)(x, t(-2.0)[0], None, ONE) + k3(d)
+    assert torch.autograd.grad(loss, x)[0].item() == pytest.approx(2 * 1.5 + 1 - 1.2)
+
+
+def value_siren() -> None:
+    # .5, .3, .15, .05 with top_p .8: .625 and .375 are left; a first token above top_p is alone
+    logits = t(0.5, 0.3, 0.15, 0.05).log().requires_grad_()
+    entropy = nucleus_entropy(logits, top_p=0.8 + 1e-9)
+    assert entropy.item() == pytest.approx(-(0.625 * math.log(0.625) + 0.375 * math.log(0.375)))
+    (grad,) = torch.autograd.grad(entropy, logits)
+    assert grad[2:].tolist() == [0.0, 0.0] and abs(float(grad[0])) > 0.01
+    assert nucleus_entropy(t(0.9, 0.1).log(), top_p=0.8).item() == 0.0
+    # responses with entropies 1, 3 and 2: all places, means 2 and 2; H0 = 1.5: pull 2 (.5) / (2 rows n_i)
+    mask = torch.tensor([[True, True], [True, False]])
+    pull, mean = anchor_pull(torch.tensor([[1.0, 3.0], [2.0, 9.0]], dtype=F64), mask, t(1.5)[0])
+    assert mean == 2.0 and pull.tolist() == [[0.25, 0.25], [0.5, 0.0]]
+    assert anchor_pull(t(1.0)[None], mask[:1, :1], t(1.5)[0])[0].item() < 0  # below the anchor it pulls up
+    peaks = peak_mask(torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]]), quantile=0.5)
+    assert peaks.tolist() == [[False, True, False, False]]
+
+
+def value_prorl() -> None:
+    assert given_loss(dataclasses.replace(find("prorl").value, divergence=None), [[math.log(1.5)]], [[1.0]]) == pytest.approx(-1.4)
+    method = small("prorl", refresh={"every": 2}, filter=None)
+    driver = made(method, TreeCollector(trees(), 12, method.group_size))
+    ref, own = driver.references["ref"].net["policy"].table, driver.agent.net["policy"].table  # type: ignore[union-attr]
+    driver.step()
+    assert not torch.equal(ref, own) and float(driver.updates["main"].optimizer.groups[0].count) == 2.0
+    driver.step()
+    assert torch.equal(ref, own) and float(driver.updates["main"].optimizer.groups[0].count) == 0.0
+
+
+def value_difficulty_filter() -> None:
+    # means 0, 1/4, 3/4 and 1 of groups of 4: both middle ones are kept, bounds included
+    returns = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=F64)
+    keep = find("difficulty-filter").value.filter.keep(returns.reshape(-1), torch.arange(4).repeat_interleave(4))
+    assert keep.view(4, 4)[:, 0].tolist() == [False, True, True, False]
+
+
+def value_lcpo() -> None:
+    right, n = t(1, 1, 0), t(2000, 2000, 2000)
+    assert exact_length(right, t(2000, 3000, 2000), n, rate=3e-4).tolist() == pytest.approx([1.0, 0.7, 0.0])
+
+
+def value_lcpo_max() -> None:
+    # at the budget .5, 500 tokens below .65, a wrong answer nothing; far below it the cap
+    found = at_most_length(t(1, 1, 0, 1), t(2000, 1500, 2000, 0), t(2000, 2000, 2000, 2000), rate=3e-4)
+    assert found.tolist() == pytest.approx([0.5, 0.65, 0.0, 1.0])
+
+
+def value_kdrl() -> None:
+    # half way from .2 to .002; the loss of one token with d = .5: beta d^2 / 2
+    assert Anneal(0.002).after(0.2, 0.2, 0.5, 0.0, 1) == pytest.approx(0.101)
+    method = dataclasses.replace(find("kdrl").value, divergence=KL(0.2, "k2", "loss"))
+    assert given_loss(method, [[0.0]], [[1.0]], ref=[[-0.5]], beta=0.2) == pytest.approx(-1 + 0.2 * 0.125)
+
+
+def value_f_div(f: str, alpha: float | None, u: float, expected: float) -> Callable[[], None]:
+    return lambda: check_close(f_reward(t(u).log(), f=f, alpha=alpha), expected)
+
+
+def check_close(found: Tensor, expected: float) -> None:
+    assert found.item() == pytest.approx(expected)
+
+
+def value_kl_controller() -> None:
+    # twice the target is clipped to +.2, nine tenths of it is -.1; 64 responses on a horizon of 10,000
+    assert adaptive(0.2, 12.0, kl_target_nats=6.0, horizon=1e4, num_samples=64) == pytest.approx(0.2 * (1 + 0.2 * 0.0064))
+    assert adaptive(0.2, 5.4, kl_target_nats=6.0, horizon=1e4, num_samples=64) == pytest.approx(0.2 * (1 - 0.1 * 0.0064))
+
+
+def value_salsa() -> None:
+    a, b = t(1.0, 0.0, -1.0), t(0.0, 2.0, 0.5)
+    (soup,) = lerp([a], [b], eta=0.25)
+    assert soup.tolist() == [0.75, 0.5, -0.625]
+    # on logits it is the normalised geometric mean
+    mean = a.softmax(-1) ** 0.75 * b.softmax(-1) ** 0.25
+    torch.testing.assert_close(soup.softmax(-1), mean / mean.sum())
+
+
+def value_warp() -> None:
+    # task vectors (2, 0) and (0, 2): the half way point keeps the norm, 2 (sin 45, sin 45); parallel vectors: the mean
+    start = [t(1.0, 1.0)]
+    (found,) = slerp(start, [t(3.0, 1.0)], [t(1.0, 3.0)])
+    assert found.tolist() == pytest.approx([1 + math.sqrt(2)] * 2)
+    (found,) = slerp(start, [t(3.0, 1.0)], [t(5.0, 1.0)])
+    assert found.tolist() == pytest.approx([4.0, 1.0])
+
+
 VALUES: dict[str, Callable[[], None]] = {
+    "rto": value_rto, "dvpo": value_dvpo, "gtpo": value_gtpo, "copo": value_copo, "steer": value_steer, "clip-cov": value_clip_cov,
+    "kl-cov": value_kl_cov, "lp-reg": value_lp_reg, "siren": value_siren, "prorl": value_prorl, "difficulty-filter": value_difficulty_filter,
+    "lcpo": value_lcpo, "lcpo/max": value_lcpo_max, "kdrl": value_kdrl, "kl-controller": value_kl_controller, "salsa": value_salsa,
+    "warp": value_warp,
+    "f-div-reg": value_f_div("js", None, 2.0, math.log(4 / 3)), "f-div-reg/forward-kl": value_f_div("kl_ref_pi", None, 2.0, -0.5),
+    "f-div-reg/chi2": value_f_div("chi2", None, 1.5, 1.0), "f-div-reg/hellinger": value_f_div("hellinger", None, 4.0, 0.5),
+    "f-div-reg/alpha": value_f_div("alpha", 0.5, 4.0, 1.0), "f-div-reg/tv": value_f_div("tv", None, 2.0, 0.5),
     "grpo": value_grpo, "grpo/dr-grpo": value_dr_grpo, "grpo/dapo": value_dapo, "grpo/gspo": value_gspo, "remax": value_remax,
     "grpo-d": value_grpo_d, "ppo-max": value_ppo_max, "p3o": value_p3o, "apa": value_apa, "apa/initial": value_apa_initial,
 }  # fmt: skip
@@ -244,8 +434,6 @@ class Scored:
         self.logp = logp
 
     def evaluate(self, part: Rollout, want: object) -> Any:
-        from markovia.agents.interface import Evaluation
-
         return Evaluation(logp=self.logp)
 
 
@@ -395,7 +583,114 @@ def limit_apa_initial() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
 
+def limit_rto() -> None:
+    method = small("rto")
+    same_update(dataclasses.replace(method, reward=(ImplicitReward(0.0),)), dataclasses.replace(method, reward=()))
+
+
+def limit_dvpo() -> None:
+    # A critic that says 0 everywhere: Q is the reward, as is PPO's TD error.
+    method = small("dvpo", value={"pretrain": 0}, divergence=None)
+    ppo = dataclasses.replace(method, advantage=GAE(1.0, 0.0))
+    rollout = collect(method)
+    rollout.value = torch.zeros_like(rollout.value)  # type: ignore[arg-type]
+    torch.testing.assert_close(policy_of(method, rollout), policy_of(ppo, rollout), rtol=0, atol=1e-12)
+
+
+def limit_gtpo() -> None:
+    # Certain, of one token, right and wrong never share it: Dr.GRPO's advantage and the policy gradient.
+    method = small("gtpo", advantage={"penalty": 0.0, "entropy_limit": 1e9}, solver={"epochs": 1})
+    short = record([[0.0]] * 12, [[0.0]] * 12)
+    action = torch.tensor([0, 0, 1, 1] * 3)[:, None]
+    short = dataclasses.replace(short, action=action, reward=1.0 - action.double(), group=torch.arange(12) // 4, columns={})
+    same_update(method, dataclasses.replace(method, advantage=GroupNormalised("none")), short)
+
+
+def limit_copo() -> None:
+    # Where the answers must never agree for the local term to count alone, it is GRPO by tokens.
+    method = small("copo", advantage={"centre": -1e9, "eps": 1e-4})
+    rollout = collect(method)
+    last = (rollout.continuation == 0) & rollout.valid
+    rollout = dataclasses.replace(rollout, reward=torch.where(last, torch.arange(12).double()[:, None] % 4, 0.0))  # every group differs
+    same_update(method, dataclasses.replace(method, advantage=GroupNormalised()), rollout)
+
+
+def limit_without(method_id: str, changes: dict[str, Any], **parent: Any) -> Callable[[], None]:
+    """The row with `changes` equals itself with slots left empty."""
+
+    def check() -> None:
+        method = small(method_id, **changes)
+        same_update(method, dataclasses.replace(method, **parent))
+
+    return check
+
+
+def limit_kl_cov() -> None:
+    limit_without("kl-cov", {"divergence": {"beta": 0.0}}, tokens=None, divergence=None)()
+    # One step per batch: |l - l_b| has no gradient at 0, the method does nothing.
+    method = small("kl-cov", solver={"epochs": 1})
+    same_update(method, dataclasses.replace(method, tokens=None, divergence=None), steps=1)
+
+
+def limit_lp_reg() -> None:
+    limit_without("lp-reg", {"divergence": {"beta": 0.0}}, tokens=None, divergence=None)()
+
+
+def limit_difficulty_filter() -> None:
+    # A band that holds every mean changes nothing.
+    method = small("difficulty-filter", filter={"low": -1.0, "high": 2.0})
+    tables = []
+    for m in (method, dataclasses.replace(method, filter=None)):
+        driver = made(m, TreeCollector(trees(), 12, method.group_size))
+        driver.step()
+        tables.append(driver.agent.net["policy"].table.detach())
+    assert torch.equal(tables[0], tables[1])
+
+
+def limit_lcpo() -> None:
+    for name in ("lcpo", "lcpo/max"):
+        method = small(name)
+        free = (LengthBudget("exact", 0.0),) if name == "lcpo" else (LengthBudget("max", 0.0, 1.0),)
+        same_update(dataclasses.replace(method, reward=free), dataclasses.replace(method, reward=()))
+
+
+def limit_kdrl() -> None:
+    limit_without("kdrl", {"divergence": {"beta": 0.0, "schedule": {"end": 0.0}}}, divergence=None)()
+
+
+def limit_f_div() -> None:
+    # The generator u log u: f' = 1 + log u, and the 1 is a baseline; so it is rloo with k1 in the reward.
+    method = small("f-div-reg")
+    same_update(dataclasses.replace(method, divergence=FDivergence(0.3, "kl_pi_ref")), dataclasses.replace(method, divergence=KL(0.3)))
+
+
+def limit_alpha() -> None:
+    method = small("f-div-reg/alpha")
+    near, limit = (dataclasses.replace(method, divergence=FDivergence(0.3, *f)) for f in (("alpha", 1.0 - 1e-9), ("kl_ref_pi", None)))
+    rollout = collect(method)
+    torch.testing.assert_close(after_step(near, rollout), after_step(limit, rollout), rtol=0, atol=1e-6)
+
+
+def policy_of(method: OnPolicy, rollout: Rollout) -> Tensor:
+    """The policy's parameters after an iteration on a record."""
+    driver = made(dataclasses.replace(method, filter=None), TreeCollector(trees(), 12, method.group_size))
+    driver.collector = Given(rollout)
+    driver.step()
+    return driver.agent.net["policy"].table.detach()
+
+
 LIMITS: dict[str, Callable[[], None]] = {
+    "rto": limit_rto, "dvpo": limit_dvpo, "gtpo": limit_gtpo, "copo": limit_copo, "kl-cov": limit_kl_cov, "lp-reg": limit_lp_reg,
+    "steer": limit_without("steer", {"tokens": {"w_min": 1.0}}, tokens=None),
+    "clip-cov": limit_without("clip-cov", {"tokens": {"low": 1e9, "high": 1e10}}, tokens=None),
+    "siren": limit_without("siren", {"anchor": {"coef": 0.0}}, anchor=None),
+    "prorl": limit_without("prorl", {"refresh": {"every": 1000}}, refresh=Fixed()),
+    "difficulty-filter": limit_difficulty_filter, "lcpo": limit_lcpo, "lcpo/max": limit_lcpo, "kdrl": limit_kdrl,
+    "f-div-reg": limit_f_div, "f-div-reg/alpha": limit_alpha,
+    **{m: limit_without(m, {"divergence": {"beta": 0.0}}, divergence=None) for m in ROWS if m.startswith("f-div-reg/") and not m.endswith("alpha")},
+    "kl-controller": limit_without("kl-controller", {"divergence": {"schedule": {"horizon": 1e300}}}, divergence=KL(0.2)),
+    "salsa": limit_without("salsa", {"refresh": {"share": 1.0}}, refresh=Fixed()),
+    "warp": limit_without("warp", {"refresh": {"rate": 0.0}}, refresh=Fixed()),
     "grpo": limit_grpo, "grpo/dr-grpo": limit_dr_grpo, "grpo/dapo": limit_dapo, "grpo/gspo": limit_gspo, "remax": limit_remax,
     "grpo-d": limit_grpo_d, "ppo-max": limit_ppo_max, "p3o": limit_p3o, "apa": limit_apa, "apa/initial": limit_apa_initial,
 }  # fmt: skip
@@ -508,7 +803,48 @@ class Bare:
         return
 
 
+def without_policies(method_id: str) -> None:
+    method = find(method_id).value
+    collector = TreeCollector(trees(), method.num_envs, method.group_size)
+    OnPolicyDriver(method, collector.agent(critic=True), collector)
+
+
+def without_budget() -> None:
+    method = small("lcpo")
+    collector = TreeCollector(trees(), 12, method.group_size)
+    OnPolicyDriver(method, collector.agent(), collector).step()
+
+
+def one_prompt() -> None:
+    method = small("copo")
+    collector = TreeCollector(trees(1), 4, 4)
+    OnPolicyDriver(method, collector.agent(), collector).step()
+
+
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "rto": (lambda: without_policies("rto"), r"policies that were not given, \['dpo'\]"),
+    "dvpo": (lambda: OnPolicyDriver(find("dvpo").value, TreeCollector(trees(), 2).agent(), TreeCollector(trees(), 2)), "FrozenQ needs values"),
+    "gtpo": (lambda: alone("gtpo"), "at least 2 responses per prompt"),
+    "copo": (one_prompt, "at least 2 prompts in a batch"),
+    "steer": (lambda: Steer(w_min=0.0), r"weight in \(0, 1\]"),
+    "clip-cov": (lambda: ClipCov(low=3.0, high=2.0), "low must be < high"),
+    "kl-cov": (lambda: override(find("kl-cov").value, {"divergence": None}), "give one with place='loss'"),
+    "lp-reg": (lambda: override(find("lp-reg").value, {"tokens": None}), "'min-p' and the token rule Unlikely need each other"),
+    "siren": (lambda: EntropyAnchor(top_p=0.0), r"top_p in \(0, 1\]"),
+    "prorl": (lambda: HardReset(every=0), "every must be >= 1"),
+    "difficulty-filter": (lambda: AccuracyBand(max_rounds=0), "max_rounds"),
+    "lcpo": (without_budget, "column 'budget'"),
+    "lcpo/max": (lambda: LengthBudget("least"), "mode must be 'exact' or 'max'"),
+    "kdrl": (lambda: without_policies("kdrl"), r"policies that were not given, \['teacher'\]"),
+    "f-div-reg": (lambda: FDivergence(f="jss"), "did you mean 'js'"),
+    "f-div-reg/alpha": (lambda: FDivergence(f="alpha"), "needs its order"),
+    "f-div-reg/forward-kl": (lambda: FDivergence(f="kl_ref_pi", beta=-1.0), "beta must be >= 0"),
+    "f-div-reg/chi2": (lambda: FDivergence(f="chi2", clamp=0.0), "clamp"),
+    "f-div-reg/hellinger": (lambda: FDivergence(f="hellinger", sampler="reference"), "use place='loss'"),
+    "f-div-reg/tv": (lambda: FDivergence(f="tv", alpha=0.5), "has no order"),
+    "kl-controller": (lambda: AdaptiveKL(horizon=0.0), "must be > 0"),
+    "salsa": (lambda: without_policies("salsa"), r"policies that were not given, \['other'\]"),
+    "warp": (lambda: EMA(rate=2.0), r"rate must lie in \[0, 1\]"),
     "grpo": (lambda: alone("grpo"), "at least 2 responses per prompt.*raise group_size"),
     "grpo/dr-grpo": (lambda: GroupNormalised(scale="std"), "scale must be 'group', 'batch' or 'none'"),
     "grpo/dapo": (lambda: AccuracyBand(low=1.0, high=0.5), "low < high"),
