@@ -30,7 +30,7 @@ class Preference:
     num_envs: int = 8  # items of a batch; online: prompts of a round
     rounds: int = 3  # equal parts of the run, after each of which EachRound and Extrapolated move the anchor
     stored_reference: bool = False  # a frozen anchor's log-probs are computed once, at the start; no second model is kept
-    solver: Descent = Descent(lr=1e-5, anneal=False, epochs=1, minibatch=None, unit="row", max_grad_norm=1.0)  # noqa: RUF009 (frozen)
+    solver: Descent = Descent(lr=1e-5, anneal=False, eps=1e-8, epochs=1, minibatch=None, unit="row", max_grad_norm=1.0)  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         for name in ("num_env_steps", "passes", "num_envs", "rounds"):

@@ -402,3 +402,22 @@ def test_what_is_not_sampled_is_taught():
     with pytest.raises(ValueError, match="say how many items"):
         method = Preference(sampler=FromPolicy(2))
         PreferenceDriver(method, LanguageAgent.from_name("arithmetic"), JudgedSamples(arithmetic(), method))
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_on_held_out_lists_and_single_responses(tmp_path):
+    agent = LanguageAgent.from_name("arithmetic")
+    ranked = load(tmp_path, [{"prompt": "1+1=", "completions": ["5", "2", "3"], "scores": [0, 2, 1]}])
+    labelled = load(tmp_path, [{"prompt": "1+1=", "completion": c, "label": c == "2"} for c in "23"])
+    demos = load(tmp_path, [{"prompt": "1+1=", "completion": "2"}])
+    parts = {kind: HeldOut(agent, d.items, d.kind) for kind, d in {"lists": ranked, "labels": labelled, "demos": demos}.items()}
+    start = agent.net["policy"].get_output_embeddings().weight
+    with torch.no_grad():  # make the character 2 likelier everywhere
+        hidden = agent.evaluate(make_batch(demos.items, "single", ("unpaired",), 0).record, ["hidden"]).hidden[0, 0]
+        start[agent.tokenizer.encode("2")[0]] += hidden / hidden.norm()
+    found = {kind: held(agent) for kind, held in parts.items()}
+    assert found["lists"]["returns"] == [1.0] and found["lists"]["log_ratio_chosen"] > found["lists"]["log_ratio_rejected"]
+    assert found["labels"]["returns"] == [1.0, 1.0]  # 2 rose, 3 fell
+    assert found["demos"]["returns"] == [found["demos"]["log_ratio"]] and found["demos"]["log_ratio"] > 0.0
