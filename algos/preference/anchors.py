@@ -5,7 +5,6 @@ The anchor `ref` is what scores are compared with; `old` is the policy that samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +29,6 @@ def extrapolate(new: Tensor, previous: Tensor, *, momentum: float) -> Tensor:
 def mixture_logits(logits: Tensor, logits_ref: Tensor, *, mix: float) -> Tensor:
     """IPO-MD's sampler, token by token: pi_mix ~ pi^(1 - b) ref^b.                                                       [arXiv 2403.08635]"""
     return (1.0 - mix) * torch.log_softmax(logits, -1) + mix * torch.log_softmax(logits_ref, -1)
-
-
-def synced(anchor: Mapping[str, Tensor], policy: Mapping[str, Tensor], *, rate: float) -> dict[str, Tensor]:
-    """`soft_sync` of every tensor of a state dictionary; tensors that are not of a floating type are copied."""
-    return {k: soft_sync(v, policy[k], rate=rate) if v.is_floating_point() else policy[k].clone() for k, v in anchor.items()}
 
 
 @dataclass(frozen=True)

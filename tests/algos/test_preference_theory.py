@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from markovia.agents.records import Views
-from markovia.algos.preference.anchors import mixture_logits, synced
+from markovia.algos.preference.anchors import extrapolate, mixture_logits, soft_sync
 from markovia.algos.preference.metrics import (
     dimension_conflict,
     flips,
@@ -217,7 +217,7 @@ def test_columns_of_the_next_token_distribution() -> None:
     torch.testing.assert_close(mixed, root / root.sum())
 
 
-def test_soft_sync_moves_weights_and_copies_counters() -> None:
-    anchor = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3)}
-    found = synced(anchor, {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(5)}, rate=0.25)
-    assert found["w"].tolist() == [0.25, 1.5] and int(found["n"]) == 5
+def test_soft_sync_and_extrapolation_by_hand() -> None:
+    anchor, policy = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0])
+    assert soft_sync(anchor, policy, rate=0.25).tolist() == [0.25, 1.5] and soft_sync(anchor, policy, rate=1.0).tolist() == [1.0, 0.0]
+    assert extrapolate(policy, anchor, momentum=0.5).tolist() == [1.5, -1.0]
