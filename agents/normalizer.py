@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from markovia.agents.networks import is_image
 from markovia.agents.records import Obs
 
+EPS = 1e-8  # added to the variance
+
 
 class RunningNorm(nn.Module):
     """Standardise by the moments of all data seen so far: clip((x - mean) / sqrt(var + 1e-8), -clip, clip).
@@ -46,6 +48,13 @@ class RunningNorm(nn.Module):
         self.var.copy_(m2 / total)
         self.count.copy_(total)
 
+    @torch.no_grad()
+    def set_moments(self, mean: Tensor, std: Tensor, count: int) -> None:
+        """Standardise by these from now on: (x - mean) / std, std > 0; `count` says of how many rows they are."""
+        self.mean.copy_(mean)
+        self.var.copy_(std.square() - EPS)
+        self.count.fill_(count)
+
     def _update_array(self, x: np.ndarray) -> None:
         """The same merge on the buffers' own memory: for a few rows an operation's overhead is all there is, and numpy's is a fraction of torch's."""
         mean, var, count = self.mean.numpy(), self.var.numpy(), self.count.numpy()
@@ -64,9 +73,9 @@ class RunningNorm(nn.Module):
         if self.mean.is_cpu and not x.requires_grad:
             z = x.numpy().astype(np.float64)
             z -= self.mean.numpy()
-            z *= 1.0 / np.sqrt(self.var.numpy() + 1e-8)
+            z *= 1.0 / np.sqrt(self.var.numpy() + EPS)
             return torch.from_numpy(np.minimum(np.maximum(z, -self.clip), self.clip).astype(np.float32))
-        z = (x.to(torch.float64) - self.mean) * torch.rsqrt(self.var + 1e-8)
+        z = (x.to(torch.float64) - self.mean) * torch.rsqrt(self.var + EPS)
         return z.clamp(-self.clip, self.clip).to(torch.float32)
 
 

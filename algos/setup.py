@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +20,7 @@ from markovia.algos.denoising.methods import ChainMethod
 from markovia.algos.denoising.preference import DenoisingPreference, DenoisingPreferenceDriver
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.offline.method import Offline
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.preference.driver import PreferenceDriver
@@ -43,6 +44,7 @@ class Setup:
     evaluate: Evaluate
     task: Any = None  # the sequence task, None for stepped kinds
     note: str = ""  # what became of the rows of a file, where data were read
+    files: dict[str, str] = field(default_factory=dict)  # more for the run folder: name -> content
     episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
 
 
@@ -55,13 +57,17 @@ def build(
     vectorization: str = "auto",
     device: str = "cpu",
     data: dict[str, Any] | None = None,
+    dataset: str | None = None,
 ) -> Setup:
     """Build everything for one run; network initialisation draws from the stream (seed, "init").
 
     data  for preference methods: {"path": file, "judge": "module:function" or None, "options": fields of DataOptions}; env_id may then be None
+    dataset  for offline methods: a Minari id, a D4RL file or "fixture:<name>"; env_id is then the task of the evaluation
     Raises ValueError with the mend for unknown ids and spaces that no agent serves.
     """
     options = dict(agent_options or {})
+    if dataset is not None and not isinstance(method, Offline):
+        raise ValueError(f"{type(method).__name__} does not learn from a dataset; choose an offline method such as td3-bc, or leave dataset out")
     if isinstance(method, Preference):
         from markovia.algos.preference.setup import build_preference
 
@@ -77,6 +83,12 @@ def build(
             if kind != "denoising":
                 raise ValueError(f"{type(method).__name__} trains denoising tasks; {env_id} is a {kind} task")
             return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
+        if isinstance(method, Offline):
+            from markovia.algos.offline.setup import build_offline
+
+            if kind != "control" or dataset is None:
+                raise ValueError(f"an offline method learns control from a dataset: name one (dataset), got {dataset} for the {kind} task {env_id}")
+            return build_offline(env_id, method, dataset, env_kwargs or {}, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
         if kind in ("control", "tabular"):

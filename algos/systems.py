@@ -6,6 +6,8 @@ from markovia.algos.denoising.methods import DENOISING, ChainMethod
 from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.offline.method import Offline
+from markovia.algos.offline.methods import OFFLINE
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
@@ -14,12 +16,12 @@ from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy | ChainMethod | Preference  # what a driver can be built for, one settings class per family
+Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([row for family in (ON_POLICY, LANGUAGE, OFF_POLICY, DENOISING, PREFERENCE, SAFE, MEASURES) for row in family.values()])
+    return table([row for family in (ON_POLICY, LANGUAGE, OFF_POLICY, OFFLINE, DENOISING, PREFERENCE, SAFE, MEASURES) for row in family.values()])
 
 
 def find(method_id: str) -> Row:

@@ -15,6 +15,7 @@ USAGE = """usage: markovia COMMAND ...
 
 commands
   train METHOD --env ID   train a method on an environment     markovia train ppo --env HalfCheetah-v5
+  train METHOD --env ID --dataset D   learn from logged data     markovia train td3-bc --env Pendulum-v1 --dataset markovia/pendulum/medium-v0
   train METHOD --data F   train a language model on a file of preferences     markovia train dpo --data prefs.jsonl --model smollm2
   eval RUN ...            evaluate trained runs                markovia eval runs/HalfCheetah-v5/ppo-seed0
   cost-of RUN             what a trained policy costs per episode, against its limit
@@ -96,6 +97,7 @@ class TrainFlags:
 
     env: str | None = None  # Gymnasium id: markovia/..., or any other environment
     data: Path | None = None  # file of preferences (.jsonl, .jsonl.gz or a saved Hugging Face dataset), for methods that learn from them
+    dataset: str | None = None  # logged data for offline methods: a Minari id, a D4RL file or fixture:NAME; env is then the task of the evaluation
     model: str | None = None  # language model to train: smollm2, a Hugging Face name or folder; by default the env's
     judge: str | None = None  # "module:function" that scores texts, called as (prompts, completions, **columns) -> list of numbers
     data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
@@ -116,6 +118,7 @@ class TrainFlags:
 
 
 _TRAIN_HELP = """usage: markovia train METHOD --env ID [flags]
+       markovia train METHOD --env ID --dataset ID_OR_FILE [flags]
        markovia train METHOD --data FILE --model NAME [flags]
 
 Train a method on an environment. The flags are those of the method: `markovia train METHOD --env ID --help` shows them with the values
@@ -123,6 +126,7 @@ that its presets give it there, `markovia systems` lists the methods and `markov
 
   markovia train ppo --env HalfCheetah-v5
   markovia train ppo --env markovia/Sentiment-v0
+  markovia train td3-bc --env Pendulum-v1 --dataset markovia/pendulum/medium-v0
   markovia train dpo --data prefs.jsonl --model smollm2 --agent-options '{"lora": {"r": 16}}' --solver.lr 1e-4
   markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3"""
 
@@ -157,6 +161,8 @@ def train_command(argv: list[str]) -> None:
     result = train(given.settings, method_id=method_id, **options)
     evaluation = result.done["evaluation"]
     score = f", evaluation return {evaluation['mean']:.4g} ± {evaluation['std']:.3g} over {len(evaluation['returns'])}" if evaluation else ""
+    if evaluation and "score_pct" in evaluation:
+        score += f", score {sum(evaluation['score_pct']) / len(evaluation['score_pct']):.1f} (0 random, 100 reference)"
     print(f"{result.run}: {result.done['num_env_steps']:,} steps in {result.done['seconds']:.1f} s{score}")
 
 

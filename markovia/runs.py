@@ -109,6 +109,7 @@ def train(
     env: str | None = None,
     *,
     data: str | Path | None = None,
+    dataset: str | Path | None = None,
     model: str | None = None,
     judge: str | None = None,
     data_options: dict[str, Any] | None = None,
@@ -134,6 +135,8 @@ def train(
 
     data             file of preferences (docs/preference.md) that the language model `model` learns from; `data_options` are fields of DataOptions,
                      `judge` ("module:function", TRL's reward signature) scores texts: those of rounds, and the samples of the evaluation
+    dataset          what offline methods learn from (docs/offline-data.md): a Minari id, a D4RL file or "fixture:<name>"; env is then the task
+                     that the policy is evaluated in
     num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
                      that was killed and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions).
                      Fewer where the reset would come before an episode of full length can end (num_envs x the environment's time limit)
@@ -156,13 +159,15 @@ def train(
     file = None if data is None else file_entry(data, judge, data_options or {})
     if num_checkpoints < 1:
         raise ValueError(f"num_checkpoints must be >= 1, got {num_checkpoints}")
-    run = Path(out) if out is not None else default_folder(name, env or Path(data or "data").name.partition(".")[0], seed)
+    logged = None if dataset is None else str(dataset)
+    run = Path(out) if out is not None else default_folder(name, logged or env or Path(data or "data").name.partition(".")[0], seed)
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "method": name,
         "settings": to_json(settings),
         "env": env,
         **({} if file is None else {"data": file}),
+        **({} if logged is None else {"dataset": logged}),
         "env_kwargs": to_json(env_kwargs or {}),
         "agent_options": to_json(options),
         "vectorization": vectorization,
@@ -179,7 +184,8 @@ def train(
     if track:
         tracker(track)
     try:
-        setup = build(env, settings, seed, env_kwargs=env_kwargs, agent_options=options, vectorization=vectorization, device=device, data=file)
+        kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
+        setup = build(env, settings, seed, **kwargs, device=device, data=file, dataset=logged)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise
@@ -198,6 +204,8 @@ def train(
         write_text(run / "data.txt", setup.note + "\n")
         if progress:
             print(setup.note)
+    for filename, content in setup.files.items():
+        write_text(run / filename, content)
     metrics = Metrics(run)
     metrics.cut(driver.iteration)
     small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
@@ -390,6 +398,7 @@ def load_run(run: str | Path) -> LoadedRun:
         agent_options=from_json(dict[str, Any], config["agent_options"]),
         device="cpu",
         data=config.get("data"),
+        dataset=config.get("dataset"),
     )
     setup.agent.load_state(read_agent(found[-1] / "agent")[1])
     return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)

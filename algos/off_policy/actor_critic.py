@@ -15,6 +15,7 @@ from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
+from markovia.algos.off_policy.actors import logged_loss
 from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
@@ -27,7 +28,18 @@ from markovia.algos.off_policy.losses import (
     td_error,
     temperature_loss,
 )
-from markovia.algos.off_policy.method import Deterministic, FixedTemperature, OffPolicy, SmoothedTarget, TunedTemperature, ValueTarget
+from markovia.algos.off_policy.method import (
+    Ascent,
+    Deterministic,
+    Expectile,
+    FixedTemperature,
+    InSampleTarget,
+    OffPolicy,
+    SmoothedTarget,
+    TunedTemperature,
+    ValueTarget,
+)
+from markovia.algos.off_policy.regularised import expectile, squared_distance
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.streams import stream_seed
 
@@ -49,7 +61,7 @@ class ActorCritic(nn.Module):
 
     critic  Q_1 .. Q_N          target      follows `critic`, or `value` where targets bootstrap from it
     value   V, or absent        references  "target": policy of smoothed targets; "old": pi_k of mirror descent
-    Critics start from the stream (seed, "init-critic").
+    Imitation alone has neither critic nor target. Critics start from the stream (seed, "init-critic").
     """
 
     def __init__(self, method: OffPolicy, agent: ControlAgent, seed: int) -> None:
@@ -59,11 +71,11 @@ class ActorCritic(nn.Module):
         c, v, space = method.critic, method.value, agent.observation_space
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init-critic"))
-            self.critic: nn.Module = QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
+            self.critic = None if c is None else QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
             self.value = None if v is None else ValueNet(Trunk(space, v.hidden, v.activation))
         self.followed = "value" if isinstance(method.target, ValueTarget) else "critic"
-        self.target = copy.deepcopy(getattr(self, self.followed)).requires_grad_(False)
-        wanted = {"target": isinstance(method.target, SmoothedTarget), "old": method.actor.inverse_step is not None}
+        self.target = None if c is None else copy.deepcopy(getattr(self, self.followed)).requires_grad_(False)
+        wanted = {"target": isinstance(method.target, SmoothedTarget), "old": method.mirrors}
         self.references: dict[str, ControlAgent] = {name: _frozen(agent) for name, needed in wanted.items() if needed}
         self.reference_policies = nn.ModuleDict({name: ref.net["policy"] for name, ref in self.references.items()})
         temperature = method.temperature
@@ -79,13 +91,14 @@ class ActorCritic(nn.Module):
     def _cast(self) -> torch.autocast:
         return torch.autocast(self.agent.device.type, torch.bfloat16, enabled=self.method.precision == "bfloat16")
 
-    def q(self, critic: nn.Module, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
+    def q(self, critic: nn.Module | None, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
         """Values of an ensemble, (N, b), or of its first `members` alone."""
+        assert critic is not None
         with self._cast():
             values: Tensor = critic(obs, action, members)
         return values.to(action.dtype)
 
-    def one_q(self, critic: nn.Module, obs: Obs, action: Tensor, how: Aggregate) -> Tensor:
+    def one_q(self, critic: nn.Module | None, obs: Obs, action: Tensor, how: Aggregate) -> Tensor:
         """One value per state and action, (b,)."""
         return aggregate(self.q(critic, obs, action, 1 if how == "first" else None), how)
 
@@ -118,7 +131,9 @@ class ActorCritic(nn.Module):
     # -- losses -----------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sampled_value(self, critic: nn.Module, obs: Obs, noise: Tensor, lam: Tensor | float, how: Aggregate, entropy: bool) -> Tensor:
+    def sampled_value(
+        self, critic: nn.Module | None, obs: Obs, noise: Tensor, lam: Tensor | float, how: Aggregate, entropy: bool
+    ) -> Tensor:
         """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,)."""
         dist = self.dist(self.agent, obs, noise.dtype)
         raw = self.choose(dist, noise)
@@ -131,11 +146,15 @@ class ActorCritic(nn.Module):
     def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Tensor:
         """y (b,) of the slot `target`."""
         t, obs = self.method.target, batch.next_obs
-        if isinstance(t, ValueTarget):
-            value = self.v(self.target, obs, noise.dtype)
+        assert t is not None
+        if isinstance(t, ValueTarget | InSampleTarget):
+            value = self.v(self.target if isinstance(t, ValueTarget) else self.value, obs, noise.dtype)
         elif isinstance(t, SmoothedTarget):
             mean = self.agent.unit_action(self.dist(self.references["target"], obs, noise.dtype).mode())
-            value = self.one_q(self.target, obs, smoothed_action(mean, noise, std=t.noise, clip=t.clip), t.aggregate)
+            action = smoothed_action(mean, noise, std=t.noise, clip=t.clip)
+            value = self.one_q(self.target, obs, action, t.aggregate)
+            if t.penalty:
+                value = value - t.penalty * squared_distance(action, batch.extra["next_action"], reduce="sum")
         else:
             value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
@@ -143,19 +162,35 @@ class ActorCritic(nn.Module):
     def critic_loss(self, batch: Batch, y: Tensor) -> Loss:
         """coef mean sum_j (Q_j(s, a) - y)^2."""
         q = self.q(self.critic, batch.obs, batch.action)
+        assert self.method.critic is not None
         loss = self.method.critic.coef * td_error(q, y).mean()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
-    def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Loss:
-        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy."""
-        assert self.method.value is not None
-        goal = self.sampled_value(self.critic, batch.obs, noise, lam, self.method.value.aggregate, True)
-        loss = 0.5 * (self.v(self.value, batch.obs, noise.dtype) - goal).square().mean()
-        return loss, {"value_loss": loss.detach()}
+    def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> tuple[Tensor, Stats, Tensor | None]:
+        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy; or the mean expectile loss of logged actions.
 
-    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Loss:
-        """Mean objective of the slot `actor`; the statistics hold -mean log pi as `entropy_nats` where the policy has a density."""
+        The third entry is what the logged actions are worth beyond V, (b,), no gradient, where V is an expectile.
+        """
+        slot = self.method.value
+        assert slot is not None
+        v = self.v(self.value, batch.obs, noise.dtype)
+        if isinstance(slot, Expectile):
+            with torch.no_grad():
+                value = self.one_q(self.target, batch.obs, batch.action, "min")
+            loss = expectile(value - v, tau=slot.tau).mean()
+            return loss, {"value_loss": loss.detach(), "v": v.detach().mean()}, value - v.detach()
+        goal = self.sampled_value(self.critic, batch.obs, noise, lam, slot.aggregate, True)
+        loss = 0.5 * (v - goal).square().mean()
+        return loss, {"value_loss": loss.detach()}, None
+
+    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float, adv: Tensor | None = None) -> Loss:
+        """Mean objective of the slot `actor`; the statistics of an `Ascent` hold -mean log pi as `entropy_nats` where the policy has a density.
+
+        `adv` (b,) is what `value_loss` gave.
+        """
         m, slot = self.method, self.method.actor
+        if not isinstance(slot, Ascent):
+            return logged_loss(self, slot, batch, noise, adv)
         dist = self.dist(self.agent, batch.obs, noise.dtype)
         raw = self.choose(dist, noise)
         value = self.one_q(self.critic, batch.obs, self.agent.unit_action(raw), slot.aggregate)

@@ -6,6 +6,7 @@ This is the only place with loops and side effects.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
-from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.method import OffPolicy, Weighted
 from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.update import NOISES, Update
 from markovia.algos.statistics import Statistics
@@ -58,7 +59,7 @@ class OffPolicyDriver:
         check_action_box(self.agent.action_space)
         if not (self.agent.squash or self.agent.tanh_mean):
             raise ValueError("an off-policy agent needs bounded actions; build it with squash=True (sac, mdpo-off) or tanh_mean=True (td3)")
-        if "normalizer" in self.agent.net:
+        if "normalizer" in self.agent.net and not self.method.fixed_data:
             raise ValueError("a replay keeps observations as they were stored, so no running normaliser can be used; build with normalize_obs=False")
 
     @property
@@ -90,7 +91,7 @@ class OffPolicyDriver:
             self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts)
             while self.num_updates < self.updates_due():
                 stats.add(self.improve(minibatch))
-            if "old" in self.nets.references and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:
+            if m.mirrors and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:  # type: ignore[union-attr]
                 self.update.refresh()
             if self.finished:
                 break
@@ -107,6 +108,8 @@ class OffPolicyDriver:
         batch = self.collector.replay.sample(m.batch_size, generator)
         noise = torch.randn((len(NOISES), *batch.action.shape), generator=generator).to(batch.action)
         self.num_updates += 1
+        if isinstance(m.actor, Weighted) and m.actor.cosine:
+            self.update.optimizers["actor"].scale_lr(0.5 * (1.0 + math.cos(math.pi * self.progress)))
         return self.update(batch, noise, self.num_updates % m.policy_delay == 0)
 
     def describe(self) -> dict[str, float]:

@@ -37,7 +37,19 @@ class Deterministic:
         return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "fixed", "log_std_init": log_std}
 
 
-Policy = Squashed | Deterministic
+@dataclass(frozen=True)
+class Bounded:
+    """A Gaussian around the tanh of the network's output, one standard deviation per entry for all states; samples are clipped to the Box."""
+
+    log_std_init: float = 0.0
+    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
+    activation: str = "relu"
+
+    def agent_options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "shared", "log_std_init": self.log_std_init}
+
+
+Policy = Squashed | Deterministic | Bounded
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class SmoothedTarget:
     noise: float = 0.2  # standard deviation, the Box reaching from -1 to 1
     clip: float = 0.5  # largest noise
     aggregate: Aggregate = "min"
+    penalty: float = 0.0  # weight of |a' - next logged action|^2, summed over entries; only data with next actions have it
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,12 @@ class ValueTarget:
     """V(s') of the target value network; needs the slot `value`."""
 
 
-Target = SoftTarget | SmoothedTarget | ValueTarget
+@dataclass(frozen=True)
+class InSampleTarget:
+    """V(s') of the value network as it is now, which never sees an action that was not logged; needs the slot `value` to be an `Expectile`."""
+
+
+Target = SoftTarget | SmoothedTarget | ValueTarget | InSampleTarget
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,23 @@ class SoftValue:
     lr: float = 3e-4
     hidden: tuple[int, ...] = (256, 256)
     activation: str = "relu"
+
+
+@dataclass(frozen=True)
+class Expectile:
+    """A value network fitted to the tau-expectile of min_j Qbar_j(s, a) over logged actions: towards their maximum as tau -> 1."""
+
+    tau: float = 0.7
+    lr: float = 3e-4
+    hidden: tuple[int, ...] = (256, 256)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tau < 1.0:
+            raise ValueError(f"value.tau must lie in (0, 1), got {self.tau}; 0.5 is the mean over logged actions, 0.9 close to the best of them")
+
+
+Value = SoftValue | Expectile
 
 
 @dataclass(frozen=True)
@@ -106,6 +141,45 @@ class Ascent:
             raise ValueError(f"actor.refresh_steps must be >= 1, got {self.refresh_steps}")
         if self.inverse_step is not None and self.inverse_step <= 0.0:
             raise ValueError(f"actor.inverse_step (1/t) must be > 0, got {self.inverse_step}; None leaves the old policy out")
+
+
+@dataclass(frozen=True)
+class Clone:
+    """The actor imitates logged actions: the squared error of a deterministic policy, -log pi(a|s) of a stochastic one. Needs no critic."""
+
+    lr: float = 3e-4
+
+
+@dataclass(frozen=True)
+class Held:
+    """A deterministic actor climbs Q, divided by its mean size, and is held by the squared distance to logged actions."""
+
+    alpha: float = 2.5  # weight of Q / mean |Q|
+    weight: float = 1.0  # weight of the squared distance
+    reduce: Literal["mean", "sum"] = "mean"  # over the action's entries
+    aggregate: Aggregate = "first"  # which Q
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0.0 or self.weight < 0.0:
+            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Regression on logged actions, each weighted by exp(beta A), at most `max_weight`."""
+
+    beta: float = 3.0  # per reward unit of the advantage
+    max_weight: float = 100.0
+    lr: float = 3e-4
+    cosine: bool = False  # the learning rate falls to 0 along half a cosine
+
+    def __post_init__(self) -> None:
+        if self.beta < 0.0 or not self.max_weight > 0.0:
+            raise ValueError(f"actor.beta must be >= 0 and actor.max_weight > 0, got {self.beta} and {self.max_weight}")
+
+
+Actor = Ascent | Clone | Held | Weighted
 
 
 @dataclass(frozen=True)
@@ -155,10 +229,10 @@ class OffPolicy:
     polyak: float = 0.005  # targets <- (1 - polyak) targets + polyak networks
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' products; losses and weights stay float32
     policy: Policy = field(default_factory=Squashed)
-    target: Target = field(default_factory=SoftTarget)
-    value: SoftValue | None = None
-    critic: Critics = field(default_factory=Critics)
-    actor: Ascent = field(default_factory=Ascent)
+    target: Target | None = field(default_factory=SoftTarget)
+    value: Value | None = None
+    critic: Critics | None = field(default_factory=Critics)
+    actor: Actor = field(default_factory=Ascent)
     temperature: Temperature = field(default_factory=TunedTemperature)
 
     def __post_init__(self) -> None:
@@ -173,9 +247,15 @@ class OffPolicy:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}; it is the share of the new weights (tau), often 0.005")
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
-        if isinstance(self.target, ValueTarget) != (self.value is not None):
+        if isinstance(self.target, ValueTarget) != isinstance(self.value, SoftValue):
             raise ValueError("a value network serves ValueTarget alone, and ValueTarget needs one: set target=ValueTarget() and value=SoftValue()")
-        if isinstance(self.policy, Deterministic) and (self.entropic or self.actor.inverse_step is not None):
+        if isinstance(self.target, InSampleTarget) != isinstance(self.value, Expectile):
+            raise ValueError("an expectile value serves InSampleTarget alone, which needs one: set target=InSampleTarget() and value=Expectile()")
+        if len({self.critic is None, self.target is None, isinstance(self.actor, Clone)}) > 1:
+            raise ValueError("imitation alone (actor=Clone()) has no critic: set critic=None and target=None; every other actor needs both")
+        if isinstance(self.actor, Held) and not isinstance(self.policy, Deterministic):
+            raise ValueError("actor=Held() measures the distance of one action, so it needs policy=Deterministic()")
+        if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
             raise ValueError(
                 "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "
                 "actor.inverse_step=None, or policy=Squashed()"
@@ -185,6 +265,16 @@ class OffPolicy:
     def num_optimizer_steps(self) -> int:
         """Updates over the whole budget."""
         return int(self.utd * max(0, self.num_env_steps - self.learning_starts))
+
+    @property
+    def mirrors(self) -> bool:
+        """Is the actor held by its own policy of earlier steps?"""
+        return isinstance(self.actor, Ascent) and self.actor.inverse_step is not None
+
+    @property
+    def fixed_data(self) -> bool:
+        """Does a dataset take the place of the replay?"""
+        return False
 
     @property
     def entropic(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ class Batch:
     next_obs: Obs  # (n, ...) what followed this step; at an episode's end its final observation, never the next episode's first
     continuation: Tensor  # (n,) in [0, 1], 1 - terminated
     truncated: Tensor  # (n,) bool: outside interruption after this step
+    extra: dict[str, Tensor] = field(default_factory=dict)  # columns (n, ...) that some data have: "next_action" in [-1, 1], "ret"
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """The same with `fn` applied to every tensor."""
         return Batch(
-            map_obs(self.obs, fn), fn(self.action), fn(self.reward), map_obs(self.next_obs, fn), fn(self.continuation), fn(self.truncated)
-        )
+            map_obs(self.obs, fn), fn(self.action), fn(self.reward), map_obs(self.next_obs, fn), fn(self.continuation), fn(self.truncated),
+            {k: fn(v) for k, v in self.extra.items()},
+        )  # fmt: skip
 
     def named(self) -> dict[str, Tensor]:
         """Every tensor by name, those of an observation dictionary as "obs.key"."""
@@ -34,7 +36,7 @@ class Batch:
         for name in ("obs", "next_obs"):
             obs = getattr(self, name)
             out |= {f"{name}.{k}": v for k, v in obs.items()} if isinstance(obs, dict) else {name: obs}
-        return out
+        return out | {f"extra.{k}": v for k, v in self.extra.items()}
 
     @staticmethod
     def from_named(tensors: dict[str, Tensor]) -> Batch:
@@ -44,7 +46,8 @@ class Batch:
             return tensors[name] if name in tensors else {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
         plain = {k: tensors[k] for k in ("action", "reward", "continuation", "truncated")}
-        return Batch(obs=obs("obs"), next_obs=obs("next_obs"), **plain)
+        extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
+        return Batch(obs=obs("obs"), next_obs=obs("next_obs"), extra=extra, **plain)
 
 
 class Replay:

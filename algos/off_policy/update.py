@@ -39,16 +39,14 @@ class Update:
     def __init__(self, nets: ActorCritic, compile: bool = False) -> None:
         m = nets.method
         self.nets = nets
-        wanted = {
-            "value": (nets.value, m.value.lr if m.value is not None else 0.0),
-            "critic": (nets.critic, m.critic.lr),
-            "actor": (nets.policy, m.actor.lr),
+        wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor)}
+        self.optimizers = {
+            name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
-        self.optimizers = {name: _adam(list(net.parameters()), lr) for name, (net, lr) in wanted.items() if net is not None}
         if nets.log_lam is not None:
             self.optimizers["temperature"] = _adam([nets.log_lam], m.temperature.lr)  # type: ignore[union-attr]
-        self.sources = [nets.followed] + ["actor"] * ("target" in nets.references)
-        self.followers = [_tied(nets.target, self.optimizers[nets.followed])]
+        self.sources = [nets.followed] * (nets.target is not None) + ["actor"] * ("target" in nets.references)
+        self.followers = [] if nets.target is None else [_tied(nets.target, self.optimizers[nets.followed])]
         for name in nets.references:
             tied = _tied(nets.reference_policies[name], self.optimizers["actor"])
             if name == "target":
@@ -76,18 +74,19 @@ class Update:
             grads = torch.autograd.grad(loss, params[name])
             self.optimizers[name].move(state[name], self.optimizers[name].flatten(grads))
 
-        lam = nets.lam()
-        y = nets.goal(batch, noise[0], lam)
-        if nets.value is not None:
-            loss, found = nets.value_loss(batch, noise[1], lam)
+        lam, adv = nets.lam(), None
+        if nets.critic is not None:
+            y = nets.goal(batch, noise[0], lam)
+            if nets.value is not None:
+                loss, found, adv = nets.value_loss(batch, noise[1], lam)
+                stats |= found
+                descend("value", loss)
+            loss, found = nets.critic_loss(batch, y)
             stats |= found
-            descend("value", loss)
-        loss, found = nets.critic_loss(batch, y)
-        stats |= found
-        descend("critic", loss)
+            descend("critic", loss)
         if not move_actor:
             return stats
-        loss, found = nets.actor_loss(batch, noise[2], lam)
+        loss, found = nets.actor_loss(batch, noise[2], lam, adv)
         stats |= found
         descend("actor", loss)
         if nets.log_lam is not None:
@@ -109,11 +108,11 @@ class Update:
         self._module = _Body(self)
         names = {id(p): name for name, p in self._module.named_parameters()}
         self._names = {name: [names[id(p)] for p in o.params] for name, o in self.optimizers.items()}
-        frozen = [self.nets.target, *self.nets.reference_policies.values()]
+        frozen = [*([] if self.nets.target is None else [self.nets.target]), *self.nets.reference_policies.values()]
         self._frozen_names = [[names[id(p)] for p in net.parameters()] for net in frozen]
         # The vectors of `frozen`, in its order, and whose layout each has.
         self._vectors = [*self.followers, *([self.old] if "old" in self.nets.references else [])]
-        self._layouts = [self.nets.followed] + ["actor"] * (len(self._vectors) - 1)
+        self._layouts = [*self.sources, *(["actor"] if "old" in self.nets.references else [])]
         self._stats: dict[bool, list[str]] = {}
         self.compiled = Compiled(self._pure, static=sum(len(o.tensors()) for o in self.optimizers.values()) + len(self._vectors))
 

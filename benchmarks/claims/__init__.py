@@ -21,6 +21,7 @@ _HERE = "markovia.claims.on_policy:"
 _DENOISING = "markovia.claims.denoising:"
 _CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
 _OFF_POLICY = "markovia.claims.off_policy:"
+_OFFLINE = "markovia.claims.offline:"
 _SAFE = "markovia.claims.safe:"
 _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
@@ -108,6 +109,9 @@ CLAIMS: dict[str, Claim] = {
     "epsmix": Claim(_SAFE + "epsmix_floor"),
     "c-morl": Claim(_SAFE + "c_morl_front"),
     "acs@exact": Claim(_SAFE + "acs_shield"),
+    "bc": Claim(_OFFLINE + "imitation"),
+    "filtered-bc": Claim(_OFFLINE + "best_episodes"),
+    "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
     "saco-tq": Claim("markovia.claims.offline_data:saco_tq"),
     "saco-tq@scores": Claim("markovia.claims.offline_data:saco_tq_scores"),
     "dpo": Claim(_PREFERENCE + "dpo"),

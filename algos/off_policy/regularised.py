@@ -1,0 +1,44 @@
+"""The equations that keep a policy near logged actions, or its values near logged returns: pure functions, one number per transition.
+
+    action, logged (b, d)  actions in [-1, 1]             q      (N, b) or (b,)  values of critics, reward units
+    logp (b,)  log pi(a|s) of the logged action, nats     adv    (b,)  advantage of the logged action, reward units
+    td_error (b,)  min_j Qbar_j(s, a) - V(s)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+
+def squared_distance(action: Tensor, logged: Tensor, *, reduce: Literal["mean", "sum"]) -> Tensor:
+    """|a - a_logged|^2, (b,), averaged over the entries (TD3+BC, behavioural cloning) or summed (ReBRAC).   [arXiv 2106.06860, eq. 3; 2305.09836]"""
+    error = (action - logged).square()
+    return error.mean(-1) if reduce == "mean" else error.sum(-1)
+
+
+def held_objective(q: Tensor, distance: Tensor, *, alpha: float, weight: float) -> Tensor:
+    """L = -alpha Q(s, pi(s)) / sg[mean |Q|] + weight |pi(s) - a|^2, (b,): the scale of Q, and so of rewards, drops out.
+
+    alpha 2.5, weight 1 and the mean over entries: TD3+BC [arXiv 2106.06860, eq. 5]. alpha 1, a sum and min_j Q_j: ReBRAC [2305.09836].
+    alpha = 0 is behavioural cloning. The mean runs over the batch and is kept above 1e-8.
+    """
+    return weight * distance - alpha * q / q.detach().abs().mean().clamp(min=1e-8)
+
+
+def expectile(td_error: Tensor, *, tau: float) -> Tensor:
+    """|tau - 1[u < 0]| u^2, u = Qbar(s, a) - V(s), (b,): its minimiser V is the tau-expectile of Q over logged actions.
+
+    tau = 0.5 is half the squared error, so V is the behaviour's value; tau -> 1 tends to the best logged action.   [arXiv 2110.06169, eq. 5]
+    """
+    return (tau - (td_error < 0.0).to(td_error.dtype)).abs() * td_error.square()
+
+
+def advantage_weight(adv: Tensor, *, beta: float, max_weight: float) -> Tensor:
+    """w = min(exp(beta A), w_max), (b,), no gradient; -w log pi(a|s) fits pi to mu exp(beta A) / Z.    [arXiv 2006.09359, eq. 13; 2110.06169, eq. 7]
+
+    The exponent is clipped, not its result, so that a large advantage gives w_max and no infinity. beta = 0 is behavioural cloning.
+    """
+    return (beta * adv.detach()).clamp(max=math.log(max_weight)).exp()

@@ -1,0 +1,50 @@
+"""The offline methods: every row is a setting of the off-policy update on a fixed dataset (`Offline`)."""
+
+from __future__ import annotations
+
+from markovia.algos.off_policy.method import Clone, Critics, Deterministic, FixedTemperature, Held, SmoothedTarget
+from markovia.algos.offline.method import Logged, Offline
+from markovia.algos.table import Row, table
+
+_HELD = "markovia.algos.off_policy.regularised:"
+_LOSSES = "markovia.algos.off_policy.losses:"
+
+BC = Offline(policy=Deterministic(), target=None, critic=None, actor=Clone(), temperature=FixedTemperature(0.0))
+FILTERED_BC = Offline(policy=Deterministic(), target=None, critic=None, actor=Clone(), temperature=FixedTemperature(0.0), data=Logged(fraction=0.1))
+TD3_BC = Offline(
+    policy_delay=2,
+    policy=Deterministic(),
+    target=SmoothedTarget(),
+    critic=Critics(coef=1.0),
+    actor=Held(),
+    temperature=FixedTemperature(0.0),
+)
+_DEEP = (256, 256, 256)
+REBRAC = Offline(
+    batch_size=1024,
+    policy_delay=2,
+    policy=Deterministic(hidden=_DEEP),
+    target=SmoothedTarget(penalty=0.01),
+    critic=Critics(hidden=_DEEP, layer_norm=True, lr=1e-3, coef=1.0),
+    actor=Held(alpha=1.0, weight=0.01, reduce="sum", aggregate="min", lr=1e-3),
+    temperature=FixedTemperature(0.0),
+    data=Logged(normalize_obs=False, next_action=True),
+)
+_CONTROL = ("control",)
+
+OFFLINE = table(
+    [
+        Row(
+            "bc", BC, None, "2106.06860", "imitation of logged actions, a baseline; squared error, or -log pi of a stochastic policy", _CONTROL,
+            (_HELD + "squared_distance",), "bc",
+        ),
+        Row(
+            "filtered-bc", FILTERED_BC, "bc", "2106.01345", "imitation of the tenth of the episodes with the largest returns", _CONTROL,
+            (_HELD + "squared_distance",), "filtered-bc",
+        ),
+        Row(
+            "td3-bc", TD3_BC, "bc", "2106.06860", "TD3 on a dataset: the actor climbs Q, scaled by its size, and stays at logged actions", _CONTROL,
+            (_HELD + "held_objective", _HELD + "squared_distance", _LOSSES + "smoothed_action", _LOSSES + "td_error"), "td3-bc",
+        ),
+    ]
+)

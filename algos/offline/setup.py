@@ -1,0 +1,53 @@
+"""From a dataset and an environment id to an agent, a source of transitions and an evaluation in percent of the reference."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from markovia.agents.control import ControlAgent
+from markovia.algos.off_policy.driver import check_action_box
+from markovia.algos.offline.method import Offline
+from markovia.algos.offline.source import make_source
+from markovia.algos.setup import Setup, evaluate_stepped
+from markovia.envs.control.vector import make_env
+from markovia.envs.offline.scores import Reference, references
+from markovia.envs.offline.sources import load
+from markovia.envs.offline.transitions import Transitions
+
+TRANSFORM = "transform.json"
+
+
+def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
+    """Everything for a run on `dataset`; `env_id` names the task of the evaluation. Raises ValueError when data and task do not fit."""
+    data = load(dataset)
+    env = make_env(env_id, **env_kwargs)
+    observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
+    env.close()
+    check_action_box(action_space)
+    options = {**method.policy.agent_options(), "normalize_obs": method.data.normalize_obs, **options}
+    agent = ControlAgent.from_spaces(observation_space, action_space, critic=False, device=device, **options)
+    source = make_source(data, method.data, agent, method.gamma)
+    scale = reference_of(data, env_id, spec.max_episode_steps if spec is not None else None)
+
+    def evaluate(agent: Any, episodes: int, seed: int) -> dict[str, Any]:
+        found = evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
+        return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
+
+    note = describe(data, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
+    return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
+
+
+def reference_of(data: Transitions, env_id: str, horizon: int | None) -> Reference | None:
+    """The returns that count as 0 and 100 in this task: the dataset's own where they belong to it, else D4RL's; None where nobody measured them."""
+    own = data.about.reference
+    if own is not None and own.env_id.removeprefix("markovia:") == env_id.removeprefix("markovia:") and own.horizon in (None, horizon):
+        return own
+    return None if horizon is None else references().get((env_id, horizon))
+
+
+def describe(data: Transitions, used: int, scale: Reference | None) -> str:
+    """One line on what is learnt from."""
+    returns = data.returns()
+    score = "" if scale is None else f" (score {float(scale.score_pct(returns).mean()):.1f})"
+    return f"{data.about.name}: {len(data):,} steps of {data.num_episodes:,} episodes, mean return {returns.mean():.4g}{score}; {used:,} rows used"

@@ -1,0 +1,446 @@
+"""Every row of the offline table: values, gradients, limits, invariance, resume, bad input; and how a dataset becomes a source of transitions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.control import ControlAgent
+from markovia.agents.interface import Agent
+from markovia.algos.off_policy import regularised
+from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.method import Clone, Deterministic, Held, OffPolicy, SmoothedTarget, Squashed
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.update import Update
+from markovia.algos.offline.method import Logged, Offline
+from markovia.algos.offline.methods import OFFLINE
+from markovia.algos.offline.setup import reference_of
+from markovia.algos.offline.source import make_source
+from markovia.algos.presets import configure, override
+from markovia.algos.setup import build, make_driver
+from markovia.algos.systems import find
+from markovia.envs.exact.offline import Bandit2D, pointmass_data
+from markovia.envs.offline.transforms import Transform
+from markovia.envs.offline.transitions import About, Transitions
+from markovia.runs import load_run, train
+
+torch.set_num_threads(1)
+F64 = torch.float64
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
+POINT = "markovia/PointMass2D-v0"
+DATASET = "fixture:pointmass2d/blend"
+ACTIVE = [m for m, row in OFFLINE.items() if row.value.critic is not None]
+
+
+def tiny(method_id: str, **changes: Any) -> Offline:
+    """A row with small smooth networks."""
+    method = override(OFFLINE[method_id].value, {"policy": {"hidden": [8], "activation": "tanh"}})
+    for slot in ("critic", "value"):
+        if getattr(method, slot) is not None:
+            method = override(method, {slot: {"hidden": [8], "activation": "tanh"}})
+    return dataclasses.replace(method, **changes)
+
+
+def shake(net: torch.nn.Module, seed: int, size: float = 0.3) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
+
+
+def made(method: OffPolicy, compile: bool = False) -> Update:
+    """Networks in float64, no two of them alike."""
+    torch.manual_seed(0)
+    agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
+    agent.net.double()
+    shake(agent.net, 4)
+    nets = ActorCritic(method, agent, 0)
+    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), nets.value]):
+        if net is not None:
+            shake(net, 10 + i)
+    return Update(nets, compile)
+
+
+def minibatch(n: int = 6, seed: int = 0, noises: int = 3) -> tuple[Batch, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
+    extra = {"next_action": normal(n, 2).tanh(), "ret": normal(n)}
+    continuation = (torch.arange(n) % 3 > 0).to(F64)
+    batch = Batch(normal(n, 3), normal(n, 2).tanh(), normal(n), normal(n, 3), continuation, torch.zeros(n, dtype=torch.bool), extra)
+    return batch, normal(noises, n, 2)
+
+
+def everything(update: Update) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
+
+
+def one(*x: float) -> torch.Tensor:
+    return torch.tensor(x, dtype=F64)
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_row_is_whole(method_id: str) -> None:
+    from markovia.claims import CLAIMS
+
+    row = OFFLINE[method_id]
+    assert row.id == method_id and row.new and row.claim in CLAIMS and re.fullmatch(r"\d{4}\.\d{5}", row.paper)
+    assert row.parent is None or find(row.parent)
+    for where in row.functions:
+        module, _, name = where.partition(":")
+        assert re.search(r"\d{4}\.\d{5}", getattr(importlib.import_module(module), name).__doc__)
+    assert row.value.fixed_data and row.value.num_optimizer_steps == 1_000_000
+    assert configure(method_id, POINT).num_env_steps == 3000
+
+
+# -- 1: values -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_equations_by_hand() -> None:
+    # differences (1, -2): squares 1 and 4
+    a, b = torch.tensor([[1.0, 0.0]], dtype=F64), torch.tensor([[0.0, 2.0]], dtype=F64)
+    assert regularised.squared_distance(a, b, reduce="mean").item() == 2.5
+    assert regularised.squared_distance(a, b, reduce="sum").item() == 5.0
+    # mean |Q| = (2 + 4) / 2 = 3: 0.5 * 1 - 3 * 2 / 3 = -1.5 and 0.5 * 2 + 3 * 4 / 3 = 5
+    assert regularised.held_objective(one(2, -4), one(1, 2), alpha=3.0, weight=0.5).tolist() == [-1.5, 5.0]
+
+
+def forward(layers: list[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.tanh() if i < len(layers) - 1 else x
+    return x
+
+
+def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """Each member by itself; layer norm as written in the paper where the critics have it."""
+    out = []
+    for j in range(critic.num):
+        x = torch.cat([obs, action], 1)
+        for layer in critic.hidden:
+            x = x @ layer.weight[j] + layer.bias[j, 0]
+            if layer.scale is not None:
+                x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+                x = x * layer.scale[j, 0] + layer.shift[j, 0]
+            x = x.tanh()
+        out.append((x @ critic.head.weight[j] + critic.head.bias[j, 0])[:, 0])
+    return out
+
+
+def net_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
+    return forward([(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)], obs)
+
+
+def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
+    return net_by_hand(agent.net["policy"], obs)
+
+
+def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """y by the formula of the row's paper."""
+    if method_id in ("td3-bc", "rebrac"):
+        mean = policy_by_hand(nets.references["target"], batch.next_obs).tanh()
+        action = torch.clip(mean + torch.clip(0.2 * noise[0], -0.5, 0.5), -1, 1)
+        value = torch.minimum(*q_by_hand(nets.target, batch.next_obs, action))
+        if method_id == "rebrac":
+            value = value - 0.01 * ((action - batch.extra["next_action"]) ** 2).sum(1)
+    return batch.reward + 0.99 * batch.continuation * value
+
+
+def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """The actor's loss by the formula of the row's paper."""
+    params = policy_by_hand(nets.agent, batch.obs)
+    action = params.tanh()
+    if method_id in ("bc", "filtered-bc"):
+        return ((action - batch.action) ** 2).mean()
+    q = q_by_hand(nets.critic, batch.obs, action)
+    if method_id == "td3-bc":
+        return -2.5 * q[0].mean() / q[0].abs().mean() + ((action - batch.action) ** 2).mean()
+    least = torch.minimum(*q)
+    return 0.01 * ((action - batch.action) ** 2).sum(1).mean() - least.mean() / least.abs().mean()
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
+    method = tiny(method_id)
+    nets, (batch, noise) = made(method).nets, minibatch()
+    if nets.critic is not None:
+        y = expected_goal(method_id, nets, batch, noise)
+        torch.testing.assert_close(nets.goal(batch, noise[0], 0.0), y)
+        errors = [(q - y).square().mean() for q in q_by_hand(nets.critic, batch.obs, batch.action)]
+        torch.testing.assert_close(nets.critic_loss(batch, y)[0], sum(errors))
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0)[0], expected_actor(method_id, nets, batch, noise))
+
+
+def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> None:
+    """-log pi of tanh(u): the normal's density of u = atanh(a) over the slope 1 - a^2, by hand; actions at the border stay finite."""
+    nets, (batch, noise) = made(tiny("bc", policy=Squashed((8,), "tanh"))).nets, minibatch()
+    params = policy_by_hand(nets.agent, batch.obs)
+    mean, log_std = params[:, :2], params[:, 2:]
+    z = (torch.atanh(batch.action) - mean) / log_std.exp()
+    logp = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - batch.action**2)).sum(1)
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0)[0], -logp.mean())
+    batch.action = torch.ones_like(batch.action)
+    assert math.isfinite(nets.actor_loss(batch, noise[2], 0.0)[0].item())
+
+
+# -- 2: gradients --------------------------------------------------------------------------------------------------------------------------
+
+
+def check_gradient(loss: Any, net: Any) -> None:
+    params = list(net.parameters())
+    found = torch.autograd.grad(loss(), params)
+    for p, grad in zip(params, found, strict=True):
+        for i in range(0, p.numel(), max(1, p.numel() // 4)):
+            values = []
+            with torch.no_grad():
+                for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
+                    p.view(-1)[i] += h
+                    values.append(float(loss()))
+            assert float(grad.reshape(-1)[i]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_gradients_match_finite_differences(method_id: str) -> None:
+    """The scale of Q is a constant in the gradient, so it is held still here: by hand, with the value that it has at the start."""
+    method = tiny(method_id)
+    nets, (batch, noise) = made(method).nets, minibatch(4)
+    slot = method.actor
+    if nets.critic is not None:
+        y = nets.goal(batch, noise[0], 0.0)
+        check_gradient(lambda: nets.critic_loss(batch, y)[0], nets.critic)
+    if not isinstance(slot, Held):
+        check_gradient(lambda: nets.actor_loss(batch, noise[2], 0.0)[0], nets.policy)
+        return
+
+    def action() -> torch.Tensor:
+        return policy_by_hand(nets.agent, batch.obs).tanh()
+
+    def q() -> torch.Tensor:
+        return nets.one_q(nets.critic, batch.obs, action(), slot.aggregate)
+
+    size = q().detach().abs().mean()
+
+    def loss() -> torch.Tensor:
+        return (slot.weight * regularised.squared_distance(action(), batch.action, reduce=slot.reduce) - slot.alpha * q() / size).mean()
+
+    check_gradient(loss, nets.policy)
+    params = list(nets.policy.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(nets.actor_loss(batch, noise[2], 0.0)[0], params), torch.autograd.grad(loss(), params), rtol=1e-12, atol=1e-14
+    )
+
+
+# -- 3: limits -----------------------------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> list[torch.Tensor]:
+    loss = nets.actor_loss(batch, noise[2], 0.0)[0]
+    return [loss.detach(), *torch.autograd.grad(loss, list(nets.policy.parameters()))]
+
+
+def test_td3_bc_without_q_is_bc() -> None:
+    batch, noise = minibatch()
+    ends = [loss_and_gradient(made(m).nets, batch, noise) for m in (tiny("td3-bc", actor=Held(alpha=0.0)), tiny("bc"))]
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+def test_filtered_bc_of_all_episodes_is_bc() -> None:
+    assert dataclasses.replace(tiny("filtered-bc"), data=Logged(fraction=1.0)) == tiny("bc")
+
+
+# -- 4: invariance -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
+    batch, noise = minibatch()
+    ends = []
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for index in (torch.arange(6), order, torch.cat([order, order])):
+        update = made(tiny(method_id))
+        update(batch.map(lambda x, index=index: x[index]), noise[:, index], True)
+        ends.append(everything(update))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method_id", ACTIVE)
+def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
+    nets, (batch, noise) = made(tiny(method_id)).nets, minibatch()
+    y = nets.goal(batch, noise[0], 0.0)
+    ended = batch.continuation == 0
+    torch.testing.assert_close(y[ended], batch.reward[ended])
+    assert bool((y[~ended] != batch.reward[~ended]).all())
+    batch.truncated = ~batch.truncated
+    assert torch.equal(nets.goal(batch, noise[0], 0.0), y)
+
+
+@pytest.mark.parametrize("method_id", ["td3-bc"])
+def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
+    """Q multiplied by 7 gives the actor the same loss."""
+    batch, noise = minibatch()
+    nets = made(tiny(method_id)).nets
+    before = loss_and_gradient(nets, batch, noise)
+    with torch.no_grad():
+        nets.critic.head.weight.mul_(7.0)
+        nets.critic.head.bias.mul_(7.0)
+    torch.testing.assert_close(loss_and_gradient(nets, batch, noise), before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the compiled update but the compiler, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+    eager, traced = made(tiny(method_id)), made(tiny(method_id), compile=True)
+    for i in range(4):
+        batch, noise = minibatch(seed=i)
+        left, right = (u(batch, noise, (i + 1) % eager.nets.method.policy_delay == 0) for u in (eager, traced))
+        assert left.keys() == right.keys()
+        torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
+    torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
+
+
+# -- 5: resume -----------------------------------------------------------------------------------------------------------------------------
+
+
+def pointmass(method_id: str, **changes: Any) -> Any:
+    method = override(tiny(method_id), {"num_steps": 10, "num_env_steps": 20, "batch_size": 16, **changes})
+    return make_driver(method, build(POINT, method, 5, dataset=DATASET), seed=5)
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
+    straight = pointmass(method_id)
+    straight.step()
+    straight.boundary()
+    save_tensors(tmp_path / "state.safetensors", *straight.state())
+    stats = straight.step()
+    resumed = pointmass(method_id)
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    resumed.boundary()
+    assert resumed.step() == stats and straight.num_updates == 20 and straight.finished
+    a, b = straight.state()[0], resumed.state()[0]
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert not any(k.startswith("collector.") and k != "collector.checksum" for k in a)
+
+
+def test_stopped_run_goes_on_and_its_folder_holds_the_transform(tmp_path: Any) -> None:
+    method = override(tiny("td3-bc"), {"num_steps": 10, "num_env_steps": 40, "batch_size": 8, "data": {"reward": "return_range"}})
+    options: dict[str, Any] = {"dataset": DATASET, "num_checkpoints": 4, "eval_episodes": 3, "progress": False}
+    whole = train(method, POINT, out=tmp_path / "whole", **options)
+    train(method, POINT, out=tmp_path / "parts", callbacks=[lambda info: info.iteration < 2], **options)
+    resumed = train(method, POINT, out=tmp_path / "parts", resume=True, **options)
+    assert resumed.done["evaluation"] == whole.done["evaluation"]
+    assert all(torch.equal(v, resumed.agent.state()[k]) for k, v in whole.agent.state().items())
+    loaded = load_run(tmp_path / "whole")
+    data = pointmass_data("blend")
+    transform = Transform.load(tmp_path / "whole" / "transform.json")
+    assert transform.reward.scale == pytest.approx(1000.0 / (data.returns().max() - data.returns().min()))
+    np.testing.assert_allclose(loaded.agent.observe(data.obs).numpy(), np.clip(transform.obs(data.obs), -10, 10), atol=1e-5)  # type: ignore[misc, attr-defined]
+    found = loaded.evaluate(loaded.agent, 3, 0)
+    scale = data.about.reference
+    assert scale is not None and found["returns"] == whole.done["evaluation"]["returns"]
+    assert found["score_pct"] == pytest.approx([100 * (r - scale.minimum) / (scale.maximum - scale.minimum) for r in found["returns"]])
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dataset"] == DATASET
+    again = Agent.load(max((tmp_path / "whole" / "checkpoints").iterdir()) / "agent")
+    obs = data.obs[:5]
+    np.testing.assert_allclose(again.predict(obs, deterministic=True)[0], whole.agent.predict(obs, deterministic=True)[0])
+
+
+# -- 6: bad input --------------------------------------------------------------------------------------------------------------------------
+
+
+def other(**changes: Any) -> Transitions:
+    return dataclasses.replace(pointmass_data("random", episodes=2), about=About("other"), **changes)
+
+
+def source(data: Transitions, **settings: Any) -> Any:
+    agent = ControlAgent.from_spaces(BOX, BOX, critic=False, **Deterministic(hidden=(4,)).agent_options())
+    return make_source(data, Logged(**settings), agent, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Logged(fraction=0.0), r"data.fraction must lie in \(0, 1\], got 0.0"),
+        (lambda: Logged(reward="return_rang"), "did you mean 'return_range'"),
+        (lambda: Offline(learning_starts=5), "learning_starts means nothing for a fixed dataset, so it must stay 0, got 5"),
+        (lambda: Offline(utd=2.0), "utd means nothing"),
+        (lambda: dataclasses.replace(tiny("td3-bc"), target=SmoothedTarget(penalty=0.1)), "set data.next_action=True"),
+        (lambda: dataclasses.replace(tiny("td3-bc"), actor=Clone()), "imitation alone.*has no critic"),
+        (lambda: dataclasses.replace(tiny("bc"), actor=Held()), "every other actor needs both"),
+        (lambda: dataclasses.replace(tiny("td3-bc"), policy=Squashed()), r"needs policy=Deterministic\(\)"),
+        (lambda: Held(alpha=-1.0), "actor.alpha and actor.weight must be >= 0"),
+        (lambda: build(POINT, tiny("bc")), "an offline method learns control from a dataset: name one"),
+        (lambda: build(POINT, OffPolicy(), dataset=DATASET), "does not learn from a dataset; choose an offline method such as td3-bc"),
+        (lambda: build("CartPole-v1", tiny("bc"), dataset=DATASET), "Discrete"),
+        (lambda: build("Pendulum-v1", tiny("bc"), dataset=DATASET), r"blend has observations \{'obs': \(2,\)\}, but the environment gives"),
+        (lambda: build(POINT, tiny("bc"), dataset="fixture:nothing"), "unknown fixture 'nothing'"),
+        (lambda: source(other(action=np.zeros((80, 3), np.float32))), r"other has actions of shape \(3,\)"),
+        (lambda: source(other(action=np.full((80, 2), 1.5, np.float32))), "from 1.5 to 1.5, outside the environment's"),
+    ],
+)
+def test_bad_input_is_answered(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_a_changed_dataset_stops_a_resumed_run() -> None:
+    first, second = source(other()), source(other(reward=np.ones(80, np.float32)))
+    first.load_state(first.state())
+    with pytest.raises(ValueError, match="dataset has changed since this run began"):
+        second.load_state(first.state())
+
+
+# -- the source ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_transformed_once_and_stay() -> None:
+    data = other()
+    made_source = source(data, reward="return_range", next_action=True, returns_to_go="zero")
+    rows, scale = made_source.replay.store, made_source.transform.reward.scale
+    assert made_source.step(None, None) == 1 and made_source.replay.size == len(rows.reward) == 78  # the last of each episode has no next action
+    keep = ~data.truncated
+    std = data.obs.std(0) + 1e-3
+    np.testing.assert_allclose(rows.obs.numpy(), ((data.obs - data.obs.mean(0)) / std)[keep], atol=1e-5)
+    np.testing.assert_allclose(rows.next_obs.numpy(), ((data.next_obs - data.obs.mean(0)) / std)[keep], atol=1e-5)
+    np.testing.assert_allclose(rows.reward.numpy(), scale * data.reward[keep], rtol=1e-6)
+    np.testing.assert_array_equal(rows.extra["next_action"][:38].numpy(), data.action[1:39])
+    # G of the second step: the first episode's rewards from there on, discounted, times the scale
+    ret = scale * sum(0.99**k * float(r) for k, r in enumerate(data.reward[1:40]))
+    assert float(rows.extra["ret"][1]) == pytest.approx(ret, rel=1e-5)
+    assert bool((rows.continuation == 1).all())
+
+
+def test_actions_are_scaled_to_the_box_and_best_episodes_kept() -> None:
+    data = other(action=np.tile(np.array([[-2.0, 4.0]], np.float32), (80, 1)))
+    box = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 4.0], np.float32))
+    agent = ControlAgent.from_spaces(BOX, box, critic=False, normalize_obs=False, **Deterministic(hidden=(4,)).agent_options())
+    found = make_source(data, Logged(fraction=0.5), agent, 0.99)
+    assert found.replay.size == 40 and found.replay.store.action.unique(dim=0).tolist() == [[-1.0, 1.0]]
+    best = int(data.returns().argmax())
+    np.testing.assert_array_equal(found.replay.store.reward.numpy(), data.reward[40 * best : 40 * best + 40])
+    assert found.transform.obs is None
+    np.testing.assert_allclose(agent.from_unit(found.replay.store.action[:1].numpy()), [[-2.0, 4.0]])
+
+
+def test_references_belong_to_one_task_and_time_limit() -> None:
+    data = pointmass_data("random")
+    assert reference_of(data, POINT, 40) is data.about.reference
+    assert reference_of(data, POINT, 50) is None and reference_of(data, "Pendulum-v1", 200) is None
+    hopper = reference_of(data, "Hopper-v2", 1000)
+    assert hopper is None or hopper.maximum == pytest.approx(3234.3)
+    assert Bandit2D().data(4).about.env_id is None
