@@ -1,0 +1,134 @@
+"""Return and cost on tasks with a cost limit, one process per (task, method, seed), resumable: `python benchmarks/safe.py --seeds 0 1 2`.
+
+Cells are run folders under --runs, as in benchmarks/control.py. What counts is training itself, with sampled actions: return and episode cost over
+the last tenth of the steps, and the mean violation per episode over all of them. benchmarks/results/safe.json holds every cell, safe.md the table
+beside published numbers, safe.png the curves with the limit drawn; `--table` makes both anew without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from control import cell, cells, record  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+
+RESULTS = Path(__file__).parent / "results" / "safe.json"
+PUBLISHED = Path(__file__).parent / "published_safe.json"
+TASKS = ["markovia/SafeHalfCheetahVelocity-v0", "markovia/SafeHopperVelocity-v0", "markovia/SafePointGoal-v0"]
+METHODS = ["ppo", "ppo-lag", "ppo-lag/pid", "trpo-lag", "cpo", "cat"]
+LIMIT = 25.0
+
+
+def folder(task: str, method: str, seed: int, runs: Path) -> Path:
+    """Where benchmarks/control.py puts the run of a cell."""
+    return runs / task / method.replace("/", "-") / f"seed{seed}"
+
+
+def safe_cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> dict[str, Any]:
+    """Train one cell and summarise its training; the curves (200 points) go into the results, so that the picture needs no run folder."""
+    import numpy as np
+
+    from markovia.rundir import Metrics
+
+    found = cell(task, method, seed, steps, runs)
+    rows = [r for r in Metrics(folder(task, method, seed, runs)).read() if r.get("cost") is not None]
+    x, cost, value = (np.array([r[k] for r in rows], dtype=float) for k in ("num_env_steps", "cost", "return"))
+    late = x > 0.9 * x[-1]
+    grid = np.linspace(x[0], x[-1], min(200, len(x)))
+    curves = {name: np.interp(grid, x, y).round(2).tolist() for name, y in (("cost", cost), ("return", value))}
+    return {
+        **found,
+        "return": float(value[late].mean()),
+        "cost": float(cost[late].mean()),
+        "violation": float(np.maximum(cost - LIMIT, 0.0).mean()),
+        "curves": {"num_env_steps": grid.round().tolist(), **curves},
+    }
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Cells by task and method."""
+    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in sorted(rows, key=lambda r: (TASKS.index(r["task"]) if r["task"] in TASKS else 99, METHODS.index(r["method"]), r["seed"])):
+        out.setdefault((r["task"], r["method"]), []).append(r)
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: return and cost over the last tenth, mean and standard deviation over seeds, beside published numbers."""
+    import numpy as np
+
+    published = json.loads(PUBLISHED.read_text())
+    lines = [
+        f"Return and episode cost (limit {LIMIT:.0f}) over the last tenth of training, sampled actions; mean ± std over seeds. Published: "
+        f"{published['source']}.",
+        "",
+        "| task | method | seeds | steps | return | cost | mean violation in training | greedy: return / cost | minutes a seed | published |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, method), members in groups(rows).items():
+        spread = lambda key: (lambda v: f"{v.mean():,.1f} ± {v.std():,.1f}")(np.array([m[key] for m in members]))  # noqa: B023, E731
+        greedy = [(np.mean(m["done"]["evaluation"]["returns"]), np.mean(m["done"]["evaluation"]["costs"])) for m in members]
+        told = published.get(task.removeprefix("markovia/").rpartition("-")[0], {}).get(method, "")
+        lines.append(
+            f"| {task} | {method} | {len(members)} | {min(m['done']['num_env_steps'] for m in members) / 1e6:.2g}M | {spread('return')} "
+            f"| {spread('cost')} | {spread('violation')} | {np.mean([g for g, _ in greedy]):,.0f} / {np.mean([c for _, c in greedy]):,.1f} "
+            f"| {np.mean([m['seconds'] for m in members]) / 60:.1f} | {told} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict[str, Any]], out: Path) -> None:
+    """A column per task: return above, cost below with the limit as a dashed line; mean and range over seeds."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    found = groups(rows)
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    figure = Figure(figsize=(5.0 * len(tasks), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    for (task, method), members in found.items():
+        for ax, key in zip(axes[:, tasks.index(task)], ("return", "cost"), strict=True):
+            x = np.array(min((m["curves"]["num_env_steps"] for m in members), key=lambda g: g[-1]))
+            y = np.stack([np.interp(x, m["curves"]["num_env_steps"], m["curves"][key]) for m in members])
+            (line,) = ax.plot(x / 1e6, y.mean(0), label=method, linewidth=1.4)
+            ax.fill_between(x / 1e6, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    for column, task in enumerate(tasks):
+        axes[0, column].set(title=task.removeprefix("markovia/"), ylabel="return")
+        axes[1, column].set(xlabel="million steps", ylabel="cost an episode", yscale="symlog")
+        axes[1, column].axhline(LIMIT, color="black", linestyle="--", linewidth=1.0)
+        axes[0, column].legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="environment steps, in place of the preset's")
+    parser.add_argument("--table", action="store_true", help="only make table and picture from what has been measured")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
+    parser.add_argument("--runs", type=Path, default=Path("runs/safe"), help="where the run folders lie")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    known = {(r["task"], r["method"], r["seed"]) for r in cells(args.out)}
+    grid = [] if args.table else [c for c in itertools.product(args.tasks, args.methods, args.seeds) if c not in known]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(safe_cell, *c, args.steps, args.runs) for c in grid]):
+            found = future.result()
+            record(found, args.out)
+            print(f"{found['task']} {found['method']} seed {found['seed']}: return {found['return']:.1f}, cost {found['cost']:.1f}", flush=True)
+    rows = cells(args.out)
+    if rows:
+        args.out.with_suffix(".md").write_text(table(rows))
+        picture(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
