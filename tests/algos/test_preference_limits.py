@@ -246,6 +246,20 @@ def test_info_nca_ignores_a_constant_in_the_scores_and_nca_does_not(random_batch
         assert bool(((a - b).abs() > 1e-3).all()) == changes and (changes or torch.allclose(a, b, atol=1e-12))
 
 
+def test_brain_with_two_samples_and_a_certain_target_is_dpo_at_beta_1(random_batch: Any) -> None:
+    scores, views = as_groups(*proposal_is_prior(*random_batch(16)))
+    torch.testing.assert_close(of("brain", loss=InfoNCA(HARD))(scores, views), Pairwise(1.0)(scores, views), rtol=0, atol=1e-12)
+
+
+def test_satisfied_pairs_have_no_hinge_gradient(random_batch: Any) -> None:
+    scores, views = random_batch(17)
+    apart = torch.zeros(B, 1, dtype=F64)
+    apart[views.pairs[:, 0]] = 3.0
+    moved = dataclasses.replace(scores, logp=scores.logp + apart * scores.mask)
+    value, grad = value_and_gradient(of("slic", terms=()), moved, views)
+    assert not value.any() and not grad.any()
+
+
 def test_lipo_with_two_responses_is_dpo_times_a_constant(random_batch: Any) -> None:
     scores, views = hard_rates(*random_batch(4))
     views.groups = views.pairs
