@@ -89,6 +89,11 @@ class LanguageAgent(Agent):
                 stack.enter_context(self._lm.disable_adapter())
             yield
 
+    def forward(self, **inputs: Any) -> Any:
+        """The network's own output, under this agent's mode: autocast, or adapters off."""
+        with self._forward_mode():
+            return self._lm(**inputs)
+
     def _logits(self, kept_positions: int, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output and its tempered float32 logits (n, kept_positions, V) over the tokenizer's vocabulary."""
         out = self._lm(logits_to_keep=kept_positions, **inputs)

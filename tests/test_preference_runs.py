@@ -90,6 +90,14 @@ def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, data_options):
     assert all("return" in row and "tied" in row for row in Metrics(tmp_path / "run").read())
 
 
+def test_own_samples_beside_a_file(prefs, tmp_path):
+    method = override(PREFERENCE["spac"].value, {"num_envs": 4, "num_env_steps": 8, "solver": {"lr": 1e-4}})
+    quiet = {"eval_episodes": 0, "progress": False, "method_id": "spac"}
+    train(method, data=prefs, model="arithmetic", out=tmp_path / "run", **quiet)
+    rows = Metrics(tmp_path / "run").read()
+    assert rows[0]["loss"] == pytest.approx(6.93147, abs=1e-3) and rows[-1]["num_env_steps"] == 8
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, Views
-from markovia.algos.preference.anchors import Dataset
+from markovia.algos.preference.anchors import Dataset, FromPolicy
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.pairwise import Crossed, Pairwise
 from markovia.algos.preference.scores import NEEDS
@@ -49,14 +49,22 @@ def offered(kind: Kind, columns: Collection[str]) -> set[str]:
     return own | (set(columns) & NEEDS.keys())
 
 
+def samples_beside(method: Preference, data: PreferenceData) -> bool:
+    """Whether a response of the policy is set beside each pair of the file (SPAC)."""
+    one = isinstance(method.sampler, FromPolicy) and method.sampler.per_prompt == 1
+    return one and data.kind == "pairs" and "gold" not in data.columns
+
+
 def check_needs(method: Preference, data: PreferenceData) -> None:
     """Raises ValueError naming the column that a file lacks for this method, and what the trainer does not offer."""
     if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
         raise ValueError("this loss crosses two prompts with each other's answers; such groups come from Python, as Views.groups of four rows")
-    there = offered(data.kind, data.columns) | COMPUTED
+    there, anchors = offered(data.kind, data.columns) | COMPUTED, {"ref", *data.anchors}
+    if samples_beside(method, data):
+        there, anchors = there | {"gold"}, anchors | {"old"}
     for need in method.needs:
         anchor = need.partition(".")[2]
-        if anchor == "ref" or need in there or anchor in data.anchors:
+        if need in there or anchor in anchors:
             continue
         if anchor:
             columns = f"{anchor}_chosen_logps and {anchor}_rejected_logps" if data.kind == "pairs" else f"{anchor}_logps"

@@ -78,7 +78,7 @@ class PreferenceDriver(Trainer):
             raise ValueError(f"the anchor's log-probs can't be stored at the start: {why}; leave stored_reference at False")
         if (method.stored_reference or stored) and not whole and isinstance(method.reference, Frozen):
             if not stored and isinstance(self.source, FileItems):
-                self.source = FileItems(with_logps(agent, items, self.pad), self.source.kind)
+                self.source = type(self.source)(with_logps(agent, items, self.pad), self.source.kind)
             return None
         return agent.reference() if isinstance(method.reference, Frozen) else moving_reference(agent)
 
@@ -88,11 +88,8 @@ class PreferenceDriver(Trainer):
         """A batch of items (online: a round of samples), the solver's steps on it, and the anchor's move; returns statistics."""
         assert self.method.num_env_steps is not None
         count = min(self.method.num_envs, self.method.num_env_steps - self.num_env_steps)
-        found: dict[str, float] = {}
-        if isinstance(self.source, FileItems):
-            items = self.source.take(self.num_env_steps, count, self.seed)
-        else:
-            items, found = self.source.sample(self.agent, count, self.generator("action"))
+        seen = self.num_env_steps
+        items, found = self.source.draw(self.agent, self.reference, seen, count, self.seed, self.generator("action"))
         self.set_lr()
         if self.reference is not None and items:
             found["kl_ref"] = self.kl_ref(items[0])

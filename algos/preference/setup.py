@@ -8,10 +8,10 @@ import gymnasium as gym
 
 from markovia.agents.interface import Agent
 from markovia.algos.preference.anchors import Dataset
-from markovia.algos.preference.data import prepare
+from markovia.algos.preference.data import prepare, samples_beside
 from markovia.algos.preference.evaluation import HeldOut, prompt_task, unscored
 from markovia.algos.preference.method import Preference
-from markovia.algos.preference.sources import FileItems, JudgedSamples
+from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples
 from markovia.algos.setup import Setup, evaluate_sequences, sample_sequences
 from markovia.envs.registry import kind_of
 from markovia.envs.text.preferences import DataOptions, PreferenceData, load_preferences
@@ -62,7 +62,8 @@ def build_preference(
                 out["task_returns"] = task.score(rollout).tolist()
         return out
 
-    return Setup("language", agent, FileItems(train, found.kind), evaluate, task, note=str(found.report))
+    source = OwnSamples if samples_beside(method, found) else FileItems
+    return Setup("language", agent, source(train, found.kind), evaluate, task, note=str(found.report))
 
 
 def _text_task(env_id: str, env_kwargs: dict[str, Any]) -> TextTask:

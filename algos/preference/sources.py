@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 
 from markovia.agents.interface import Agent
+from markovia.agents.language import LanguageAgent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import check_score
-from markovia.algos.preference.anchors import FromPolicy
+from markovia.algos.preference.anchors import Dataset, FromMixture, FromPolicy
+from markovia.algos.preference.data import with_logps
 from markovia.algos.preference.game import SelfPlay
 from markovia.algos.preference.listwise import LambdaRank, Listwise
 from markovia.algos.preference.method import Preference
+from markovia.algos.preference.mixture import mixture
 from markovia.algos.preference.unpaired import Pointwise, WinRate
 from markovia.algos.streams import stream
 from markovia.envs.text.preferences import Item, Kind
+from markovia.envs.text.tokens import left_pad
+
+Found = dict[str, float]
 
 
 class FileItems:
@@ -36,13 +42,17 @@ class FileItems:
             out += [self.items[i] for i in order[max(seen - first, 0) : seen + count - first]]
         return out
 
+    def draw(self, agent: Agent, reference: Agent | None, seen: int, count: int, seed: int, generator: torch.Generator) -> tuple[list[Item], Found]:
+        """The next `count` items, and no statistics; see `JudgedSamples.draw`."""
+        return self.take(seen, count, seed), {}
+
     def close(self) -> None:
         """Nothing to release."""
 
 
 def win_rates(reward: Tensor) -> Tensor:
-    """P(y beats another response of its group), ties half, of rewards (G, K): mean over the K - 1 others."""
-    wins = (reward[:, :, None] > reward[:, None]).double() + 0.5 * (reward[:, :, None] == reward[:, None]).double()
+    """P(y beats another response of its group) of rewards (G, K): mean of s(r_i - r_j) over the K - 1 others j."""
+    wins = torch.sigmoid(reward[:, :, None] - reward[:, None])
     return (wins.sum(2) - 0.5) / (reward.shape[1] - 1)
 
 
@@ -54,50 +64,100 @@ def reads_win_rates(method: Preference) -> bool:
 
 
 class JudgedSamples:
-    """Rounds of an online method: K responses to each prompt by the policy, rewarded by the task, as lists or as pairs of best and worst.
+    """Rounds of an online method: responses to each prompt by the policy or its mixture with the reference, rewarded by the task.
 
-    A pair has q = s(r_w - r_l), the judge's rewards being taken for logits; pairs of equal reward are left out. The log-probs under the sampler
-    are the items' anchors `old` and `proposal`. Raises ValueError at construction for what is not sampled here.
+    P(y > y') = s(r - r'): the judge's rewards are taken for logits. Methods of pairs get best and worst, pairs of equal reward being left out; those
+    that read win rates get them within the group, or against the mixture's response (Nash-MD). Where gold is read it is the reference's response.
+    The log-probs under the sampler are the anchors `old` and `proposal`. Raises ValueError at construction for a method that reads a file beside it.
     """
 
     def __init__(self, task: Any, method: Preference) -> None:
-        if not isinstance(method.sampler, FromPolicy):
-            raise ValueError(f"{type(method.sampler).__name__} is not sampled here; write its responses to a file and train on it with --data")
-        if "gold" in method.needs or method.sampler.per_prompt < 2:
-            raise ValueError(
-                "this method sets one sample of the policy beside responses of a file; online rounds here are made of samples alone. "
-                "Write such rows to a file (chosen, rejected, gold, and the log-probs of the sampler) and train on it with --data"
-            )
+        sampler = method.sampler
+        if isinstance(sampler, Dataset) or (isinstance(sampler, FromPolicy) and sampler.per_prompt < 2):
+            raise ValueError("this method learns from pairs of a file (and sets samples beside them); give it --data with chosen and rejected")
         self.task, self.method = task, method
-        self.kind: Kind = "lists" if "groups" in method.needs else "pairs"
+        self.duel = isinstance(sampler, FromMixture) and not sampler.both  # one response of the policy against one of the mixture
+        self.kind: Kind = "single" if self.duel else "lists" if "groups" in method.needs else "pairs"
+
+    def _samplers(self, agent: LanguageAgent, reference: Agent | None) -> list[tuple[LanguageAgent, int]]:
+        """Who samples how many responses to each prompt."""
+        sampler = self.method.sampler
+        if isinstance(sampler, FromMixture):
+            assert isinstance(reference, LanguageAgent)
+            mixed = mixture(agent, reference, sampler.mix)
+            return [(agent, 1), (mixed, 1)] if self.duel else [(mixed, 2)]
+        assert isinstance(sampler, FromPolicy)
+        own = [(agent, sampler.per_prompt)]
+        if "gold" in self.method.needs:
+            assert isinstance(reference, LanguageAgent)
+            own.append((reference, 1))
+        return own
 
     @torch.no_grad()
-    def sample(self, agent: Agent, prompts: int, generator: torch.Generator) -> tuple[list[Item], dict[str, float]]:
-        """(items, statistics) of a round."""
-        assert isinstance(self.method.sampler, FromPolicy)
-        K = self.method.sampler.per_prompt
-        starts = self.task.starts(prompts * K, generator, group_size=K)
-        rollout = agent.generate(starts, generator)
-        reward = check_score(self.task.score(rollout), prompts * K).view(prompts, K)
+    def draw(self, agent: Agent, reference: Agent | None, seen: int, count: int, seed: int, generator: torch.Generator) -> tuple[list[Item], Found]:
+        """(items, statistics) of a round of `count` prompts."""
+        assert isinstance(agent, LanguageAgent)
+        starts = self.task.starts(count, generator, group_size=1)
+        rounds = [(who.generate(repeated(starts, n), generator), n) for who, n in self._samplers(agent, reference)]
+        rewards = [check_score(self.task.score(r), count * n).view(count, n) for r, n in rounds]
+        length = sum(float(r.mask.sum()) for r, _ in rounds) / sum(r.shape[0] for r, _ in rounds)
+        found = {"return": float(rewards[0].mean()), "length": length}
+        if self.duel:
+            rate = torch.sigmoid(rewards[0] - rewards[1])[:, 0]
+            items = [replace(item_of(rounds[0][0], [g]), score=[float(rate[g])]) for g in range(count)]
+            return items, found | {"win_rate": float(rate.mean())}
+        (rollout, K), reward = rounds[0], rewards[0]
         score = win_rates(reward) if reads_win_rates(self.method) else reward
-        lists = [self._list(rollout, score[g], g, K) for g in range(prompts)]
-        found = {"return": float(reward.mean()), "length": float(rollout.mask.sum(1).float().mean())}
+        lists = [replace(item_of(rollout, range(g * K, g * K + K)), score=score[g].tolist()) for g in range(count)]
         if self.kind == "lists":
             return lists, found
-        apart = [g for g in range(prompts) if reward[g].max() > reward[g].min()]
-        found["tied"] = 1.0 - len(apart) / prompts
-        return [_extremes(lists[g], reward[g]) for g in apart], found
-
-    def _list(self, rollout: Rollout, score: Tensor, group: int, K: int) -> Item:
-        assert isinstance(rollout.obs, dict)
-        rows = range(group * K, group * K + K)
-        prompt = rollout.obs["prompt_ids"][rows[0]][rollout.obs["prompt_mask"][rows[0]]].tolist()
-        logps = [rollout.logp_old[i][rollout.valid[i]].tolist() for i in rows]
-        responses = [rollout.action[i][rollout.valid[i]].tolist() for i in rows]
-        return Item(prompt, responses, rollout.outcome["prompt_text"][rows[0]], {}, score.tolist(), {"old": logps, "proposal": logps})
+        apart = [g for g in range(count) if reward[g].max() > reward[g].min()]
+        items = [_extremes(lists[g], reward[g]) for g in apart]
+        if len(rounds) > 1:
+            items = [_with_third(i, item_of(rounds[1][0], [g])) for i, g in zip(items, apart, strict=True)]
+        return items, found | {"tied": 1.0 - len(apart) / count}
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class OwnSamples(FileItems):
+    """Pairs of a file, each with a response of the present policy as its third, and the log-probs of all three under it as anchor `old`."""
+
+    @torch.no_grad()
+    def draw(self, agent: Agent, reference: Agent | None, seen: int, count: int, seed: int, generator: torch.Generator) -> tuple[list[Item], Found]:
+        """(items, statistics): the batch of the file, sampled anew."""
+        assert isinstance(agent, LanguageAgent)
+        items = self.take(seen, count, seed)
+        pad = agent.tokenizer.pad_token_id
+        ids, mask = left_pad([i.prompt for i in items], max(len(i.prompt) for i in items), pad)
+        longest = max(len(r) for i in items for r in i.responses)
+        starts = {"prompt_ids": torch.from_numpy(ids), "prompt_mask": torch.from_numpy(mask), "max_new_tokens": longest}
+        rollout = agent.generate(starts, generator)
+        whole = [_with_third(i, item_of(rollout, [n])) for n, i in enumerate(items)]
+        found = {"length": float(rollout.mask.sum(1).float().mean())}
+        return with_logps(agent, whole, pad, "old"), found
+
+
+def repeated(starts: dict[str, Any], times: int) -> dict[str, Any]:
+    """`starts` with every row `times` in succession."""
+    def each(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(times, 0)
+        if isinstance(value, list):
+            return [v for v in value for _ in range(times)]
+        return {k: each(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return {k: each(v) for k, v in starts.items()}
+
+
+def item_of(rollout: Rollout, rows: Sequence[int]) -> Item:
+    """Rows of one prompt as an item, with the log-probs that they were sampled with."""
+    assert isinstance(rollout.obs, dict)
+    prompt = rollout.obs["prompt_ids"][rows[0]][rollout.obs["prompt_mask"][rows[0]]].tolist()
+    logps = [rollout.logp_old[i][rollout.valid[i]].tolist() for i in rows]
+    responses = [rollout.action[i][rollout.valid[i]].tolist() for i in rows]
+    return Item(prompt, responses, rollout.outcome["prompt_text"][rows[0]], logps={"old": logps, "proposal": logps})
 
 
 def _extremes(item: Item, reward: Tensor) -> Item:
@@ -111,3 +171,9 @@ def _extremes(item: Item, reward: Tensor) -> Item:
         values={"q": float(torch.sigmoid(reward[at[0]] - reward[at[1]]))},
         logps={name: [rows[i] for i in at] for name, rows in item.logps.items()},
     )
+
+
+def _with_third(pair: Item, other: Item) -> Item:
+    """The pair with another item's response as gold; log-probs of two samplers are not those of one anchor, so they are dropped."""
+    score = None if pair.score is None else [*pair.score, 0.0]  # nothing reads the third one's
+    return replace(pair, responses=[*pair.responses[:2], other.responses[0]], score=score, logps={})

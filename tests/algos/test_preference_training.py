@@ -16,7 +16,8 @@ from markovia.algos.preference.driver import PreferenceDriver, moving_reference
 from markovia.algos.preference.evaluation import HeldOut
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.methods import PREFERENCE
-from markovia.algos.preference.sources import FileItems, JudgedSamples, win_rates
+from markovia.algos.preference.mixture import mixture
+from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples, win_rates
 from markovia.algos.systems import Method
 from markovia.envs.text.preferences import DataOptions, load_preferences
 from markovia.envs.text.tasks import arithmetic
@@ -348,8 +349,8 @@ def test_settings_survive_json():
 
 
 def test_win_rates():
-    # 3 beats 1 and 1: 1; each 1 loses once and ties once: 1/4.
-    assert win_rates(torch.tensor([[3.0, 1.0, 1.0]])).tolist() == [[1.0, 0.25, 0.25]]
+    # s(2) = 0.880797 against each of the two others; each 1 has (1 - 0.880797 + 0.5) / 2 = 0.309601.
+    assert win_rates(torch.tensor([[3.0, 1.0, 1.0]])).tolist() == [pytest.approx([0.880797, 0.309601, 0.309601], abs=1e-6)]
 
 
 def noisy(prompts, completions, **columns):
@@ -365,7 +366,10 @@ def sampled(row, **changes):
     return PreferenceDriver(method, agent, JudgedSamples(task, method), seed=0)
 
 
-@pytest.mark.parametrize("row", ["ipo/online", "rebel", "irepo", "sppo", "sppo/hard", "inpo", "nash-mp", "brain"])
+SAMPLED = ["ipo/online", "rebel", "irepo", "sppo", "sppo/hard", "inpo", "nash-mp", "brain", "ipo/ipo-md", "ipo/nash-md", "vpo/online"]
+
+
+@pytest.mark.parametrize("row", SAMPLED)
 def test_rounds_of_judged_samples(row):
     driver = sampled(row)
     stats = driver.step()
@@ -375,7 +379,7 @@ def test_rounds_of_judged_samples(row):
 
 def test_pairs_of_a_round_are_best_and_worst_with_the_samplers_log_probs():
     driver = sampled("rebel")
-    items, found = driver.source.sample(driver.agent, 8, torch.Generator().manual_seed(0))
+    items, found = driver.source.draw(driver.agent, None, 0, 8, 0, torch.Generator().manual_seed(0))
     assert items and 0.0 <= found["tied"] < 1.0
     batch = make_batch(items, "pairs", driver.method.needs, 0)
     text = [driver.agent.tokenizer.decode(r) for i in items for r in i.responses]
@@ -394,10 +398,50 @@ def test_rounds_resume_to_the_bit():
     assert [resumed.step() for _ in range(2)] == stats[1:]
 
 
-def test_what_is_not_sampled_is_taught():
-    refused = {"ipo/ipo-md": "FromMixture is not sampled here", "spac": "beside responses of a file", "vpo/online": "beside responses of a file"}
-    for row, message in refused.items():
-        with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_a_mixture_samples_the_normalised_product(options):
+    agent = LanguageAgent.from_name("arithmetic", temperature=2.0, **options)
+    reference = agent.reference()
+    with torch.no_grad():
+        for i, p in enumerate(agent.parameters("policy")):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    starts = arithmetic().starts(8, torch.Generator().manual_seed(0), group_size=2)
+
+    def generated(who):
+        return who.generate(starts, torch.Generator().manual_seed(1))
+
+    for mix, same in ((0.0, agent), (1.0, reference)):
+        assert torch.equal(generated(mixture(agent, reference, mix)).action, generated(same).action)
+    rollout = generated(mixture(agent, reference, 0.3))
+    p, q = (who.evaluate(rollout, ["dist"]).dist.logits.detach() for who in (agent, reference))
+    logp = torch.log_softmax(0.7 * p + 0.3 * q, -1).gather(-1, rollout.action[..., None])[..., 0]
+    assert torch.allclose(logp * rollout.valid, rollout.logp_old, atol=1e-4)
+
+
+def test_a_duel_is_won_by_the_policys_own_response():
+    driver = sampled("ipo/nash-md")
+    items, found = driver.source.draw(driver.agent, driver.reference, 0, 6, 0, torch.Generator().manual_seed(0))
+    assert len(items) == 6 and all(len(i.responses) == len(i.score) == 1 and 0.0 < i.score[0] < 1.0 for i in items)
+    assert found["win_rate"] == pytest.approx(sum(i.score[0] for i in items) / 6)
+
+
+def test_own_samples_stand_beside_the_pairs_of_a_file(tmp_path):
+    data, method = load(tmp_path, pairs()), method_of("spac")
+    prepare(method, data)
+    agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
+    driver = PreferenceDriver(method, agent, OwnSamples(data.items, "pairs"), 0)
+    items, _ = driver.source.draw(agent, None, 0, 4, 0, torch.Generator().manual_seed(0))
+    assert all(len(i.responses) == 3 and len(i.logps["old"]) == 3 for i in items) and all(len(i.responses) == 2 for i in data.items)
+    batch = make_batch(items, "pairs", method.needs, 0)
+    assert batch.views.gold.tolist() == [2, 5, 8, 11]
+    assert torch.allclose(agent.evaluate(batch.record, ["logp"]).logp, batch.logps["old"], atol=1e-5)
+    # All log-ratios are 0 at the start: coef log 2 = 10 log 2, the terms vanish.
+    assert driver.step()["loss"] == pytest.approx(6.93147, abs=1e-3)
+
+
+def test_rounds_alone_have_no_pairs_of_a_file():
+    for row in ("dpo", "spac"):
+        with pytest.raises(ValueError, match="learns from pairs of a file"):
             JudgedSamples(arithmetic(), ROWS[row].value)
     with pytest.raises(ValueError, match="say how many items"):
         method = Preference(sampler=FromPolicy(2))
