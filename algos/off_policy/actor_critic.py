@@ -39,7 +39,7 @@ from markovia.algos.off_policy.method import (
     TunedTemperature,
     ValueTarget,
 )
-from markovia.algos.off_policy.regularised import expectile, squared_distance
+from markovia.algos.off_policy.regularised import expectile, penalised_value
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.streams import stream_seed
 
@@ -154,7 +154,7 @@ class ActorCritic(nn.Module):
             action = smoothed_action(mean, noise, std=t.noise, clip=t.clip)
             value = self.one_q(self.target, obs, action, t.aggregate)
             if t.penalty:
-                value = value - t.penalty * squared_distance(action, batch.extra["next_action"], reduce="sum")
+                value = penalised_value(value, action, batch.extra["next_action"], penalty=t.penalty)
         else:
             value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)

@@ -19,6 +19,14 @@ def squared_distance(action: Tensor, logged: Tensor, *, reduce: Literal["mean", 
     return error.mean(-1) if reduce == "mean" else error.sum(-1)
 
 
+def penalised_value(value: Tensor, action: Tensor, logged: Tensor, *, penalty: float) -> Tensor:
+    """V(s') = Q(s', a') - penalty sum_k (a'_k - a'_logged,k)^2, (b,), a' the target policy's action.              [arXiv 2305.09836, eq. 4]
+
+    The logged action is the one that follows in the same episode; penalty = 0 is TD3's target.
+    """
+    return value - penalty * squared_distance(action, logged, reduce="sum")
+
+
 def held_objective(q: Tensor, distance: Tensor, *, alpha: float, weight: float) -> Tensor:
     """L = -alpha Q(s, pi(s)) / sg[mean |Q|] + weight |pi(s) - a|^2, (b,): the scale of Q, and so of rewards, drops out.
 

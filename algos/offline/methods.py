@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from markovia.algos.off_policy.method import Clone, Critics, Deterministic, FixedTemperature, Held, SmoothedTarget
+from markovia.algos.off_policy.method import (
+    Bounded,
+    Clone,
+    Critics,
+    Deterministic,
+    Expectile,
+    FixedTemperature,
+    Held,
+    InSampleTarget,
+    SmoothedTarget,
+    SoftTarget,
+    Weighted,
+)
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.table import Row, table
 
@@ -30,6 +42,20 @@ REBRAC = Offline(
     temperature=FixedTemperature(0.0),
     data=Logged(normalize_obs=False, next_action=True),
 )
+AWAC = Offline(
+    policy=Bounded(),
+    target=SoftTarget(entropy=False),
+    critic=Critics(coef=1.0),
+    actor=Weighted(),
+    temperature=FixedTemperature(0.0),
+)
+IQL = Offline(
+    policy=Bounded(),
+    target=InSampleTarget(),
+    value=Expectile(),
+    actor=Weighted(cosine=True),
+    temperature=FixedTemperature(0.0),
+)
 _CONTROL = ("control",)
 
 OFFLINE = table(
@@ -45,6 +71,18 @@ OFFLINE = table(
         Row(
             "td3-bc", TD3_BC, "bc", "2106.06860", "TD3 on a dataset: the actor climbs Q, scaled by its size, and stays at logged actions", _CONTROL,
             (_HELD + "held_objective", _HELD + "squared_distance", _LOSSES + "smoothed_action", _LOSSES + "td_error"), "td3-bc",
+        ),
+        Row(
+            "rebrac", REBRAC, "td3-bc", "2305.09836", "TD3+BC with the distance in the target too, layer norm, deeper networks", _CONTROL,
+            (_HELD + "held_objective", _HELD + "penalised_value", _HELD + "squared_distance"), "rebrac",
+        ),
+        Row(
+            "awac", AWAC, "bc", "2006.09359", "regression on logged actions, weighted by their advantage over the policy's own", _CONTROL,
+            (_HELD + "advantage_weight", _LOSSES + "bootstrap", _LOSSES + "td_error"), "awac",
+        ),
+        Row(
+            "iql", IQL, "awac", "2110.06169", "an expectile over logged actions is the value, so that no other action is ever asked about", _CONTROL,
+            (_HELD + "expectile", _HELD + "advantage_weight", _LOSSES + "bootstrap"), "iql",
         ),
     ]
 )

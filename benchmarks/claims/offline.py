@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from markovia.agents.control import ControlAgent
+from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.regularised import advantage_weight, expectile
+from markovia.algos.off_policy.replay import Batch
 from markovia.algos.offline.method import Offline
-from markovia.algos.presets import configure
+from markovia.algos.offline.source import make_source
+from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver
+from markovia.envs.exact.offline import Bandit2D, EmpiricalMDP, maze_data, pointmass_data
 
 POINT = "markovia/PointMass2D-v0"
 
@@ -29,8 +40,6 @@ def _score(method: str, tier: str, seed: int, episodes: int = 200) -> float:
 
 
 def _data_score(tier: str) -> float:
-    from markovia.envs.exact.offline import pointmass_data
-
     data = pointmass_data(tier)
     assert data.about.reference is not None
     return float(data.about.reference.score_pct(data.returns()).mean())
@@ -56,3 +65,119 @@ def better_than_imitation(method: str, tier: str = "blend", margin: float = 15.0
     own, clone = ([_score(m, tier, s) for s in range(seeds)] for m in (method, "bc"))
     measured = min(a - b for a, b in zip(own, clone, strict=True))
     return {"measured": measured, "bound": margin, "holds": measured >= margin, method: own, "bc": clone}
+
+
+def at_least(method: str, other: str, tier: str, slack: float, seeds: int = 2) -> dict[str, Any]:
+    """Score of the method minus that of the other on the same data, at least -slack; worst of the seeds."""
+    own, theirs = ([_score(m, tier, s) for s in range(seeds)] for m in (method, other))
+    measured = min(a - b for a, b in zip(own, theirs, strict=True))
+    return {"measured": measured, "bound": -slack, "holds": measured >= -slack, method: own, other: theirs}
+
+
+# -- the maze: fixed points on the MDP that counts of the data define -----------------------------------------------------------------------
+
+
+def _expectile_of(q: Tensor, behaviour: Tensor, tau: float, sweeps: int = 50) -> Tensor:
+    """(S,) minimiser over V of E_behaviour[expectile(q - V)] in every state, by Newton's method on the library's loss (piecewise quadratic)."""
+    v = (behaviour * q).sum(1)
+    for _ in range(sweeps):
+        v = v.detach().requires_grad_(True)
+        slope = torch.autograd.grad((behaviour * expectile(q - v[:, None], tau=tau)).sum(), v, create_graph=True)[0]
+        step = slope.detach() / torch.autograd.grad(slope.sum(), v)[0]
+        v = v - step
+        if float(step.abs().max()) < 1e-13:
+            break
+    return v.detach()
+
+
+def in_sample_value(bound: float = 0.05, seeds: int = 2) -> dict[str, Any]:
+    """IQL's value at its fixed point on the maze's empirical MDP: largest error to the in-sample optimum, over its maximum, at tau 0.99.
+
+    It falls with tau, and tau = 0.5 gives the behaviour's own value.
+    """
+    errors: dict[float, list[float]] = {0.7: [], 0.9: [], 0.99: []}
+    to_behaviour = 0.0
+    for seed in range(seeds):
+        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
+        mdp, mu = empirical.mdp, torch.as_tensor(empirical.behaviour)
+        optimum = empirical.in_sample_optimum()[1]
+        found = {}
+        for tau in (0.5, *errors):
+            v = np.zeros(mdp.num_states)
+            for _ in range(2000):
+                new = _expectile_of(torch.as_tensor(mdp.backup(v)), mu, tau).numpy()
+                gap, v = float(np.abs(new - v).max()), new
+                if gap < 1e-11:
+                    break
+            found[tau] = v
+        step = np.einsum("sa,sat->st", empirical.behaviour, mdp.P)
+        value = np.linalg.solve(np.eye(len(step)) - mdp.gamma * step, (empirical.behaviour * mdp.R).sum(1))
+        to_behaviour = max(to_behaviour, float(np.abs(found[0.5] - value).max()))
+        for tau, values in errors.items():
+            values.append(float(np.abs(found[tau] - optimum).max() / optimum.max()))
+    falls = all(a > b > c for a, b, c in zip(*errors.values(), strict=True))
+    measured = max(errors[0.99])
+    holds = measured < bound and falls and to_behaviour < 1e-8
+    return {"measured": measured, "bound": bound, "holds": holds, "error_by_tau": {str(t): e for t, e in errors.items()},
+            "tau_half_minus_behaviour": to_behaviour}  # fmt: skip
+
+
+# -- the bandit: exact Q, only the actor learns ---------------------------------------------------------------------------------------------
+
+
+class _ExactQ(nn.Module):
+    """The bandit's own Q in the place of critics, (1, b)."""
+
+    def __init__(self, q: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = q
+
+    def forward(self, obs: Tensor, action: Tensor, members: int | None = None) -> Tensor:
+        return self.function(action)[None]
+
+
+def _bandit_actor(method: Offline, q: Callable[[Tensor], Tensor], steps: int, lr: float = 3e-3, seed: int = 0) -> tuple[ActorCritic, Batch]:
+    """The actor's objective alone, minimised over 10,000 logged actions with exact Q; and these rows."""
+    data = Bandit2D().data(seed=seed)
+    space, box = data.about.observation_space, data.about.action_space
+    assert space is not None and box is not None
+    torch.manual_seed(seed)
+    agent = ControlAgent.from_spaces(space, box, critic=False, normalize_obs=False, **method.policy.agent_options())
+    rows = make_source(data, replace(method.data, normalize_obs=False), agent, method.gamma).replay
+    nets = ActorCritic(method, agent, seed)
+    nets.critic = _ExactQ(q)  # type: ignore[assignment]
+    optimizer = torch.optim.Adam(nets.policy.parameters(), lr)
+    generator = torch.Generator().manual_seed(seed)
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1.0 - k / steps)
+        batch = rows.sample(method.batch_size, generator)
+        noise = torch.randn(batch.action.shape, generator=generator)
+        optimizer.zero_grad()
+        nets.actor_loss(batch, noise, 0.0)[0].backward()
+        optimizer.step()
+    assert rows.store is not None
+    return nets, rows.store
+
+
+def weighted_regression(steps: int = 1500, expressive: float = 0.2, gaussian: float = 0.12, clone: float = 0.02) -> dict[str, Any]:
+    """AWAC on the bandit with exact Q, beta 3: weighted mean of the data's Q (an expressive policy's) above its plain mean.
+
+    A single Gaussian gains less and puts its mean into the hole between the modes; beta = 0 gives the maximum-likelihood Gaussian.
+    """
+    bandit = Bandit2D()
+    method = override(configure("awac", POINT), {"batch_size": 1024})
+    nets, rows = _bandit_actor(method, bandit.q, steps)
+    q = bandit.q(rows.action)
+    weight = advantage_weight(q - q.mean(), beta=3.0, max_weight=100.0)
+    expressive_gain = float((weight * q).sum() / weight.sum() - q.mean())
+    obs = torch.zeros(20_000, 1)
+    drawn = nets.agent.unit_action(nets.agent.sample(obs, torch.Generator().manual_seed(1)))
+    gaussian_gain = float(bandit.q(drawn).mean() - q.mean())
+    log_mu = float(bandit.log_mu(nets.agent.unit_action(nets.agent.policy(obs[:1]).mode()).detach())[0])  # type: ignore[attr-defined]
+    plain, _ = _bandit_actor(override(method, {"actor": {"beta": 0.0}}), bandit.q, steps)
+    nll = float(-plain.agent.policy(rows.obs).log_prob(rows.action).mean().detach())  # type: ignore[attr-defined]
+    std = rows.action.std(0, correction=0)
+    best = float((std.log() + 0.5 * math.log(2 * math.pi) + 0.5).sum())
+    holds = expressive_gain >= expressive and gaussian_gain >= gaussian and log_mu < -3.4 and nll - best < clone
+    return {"measured": expressive_gain, "bound": expressive, "holds": holds, "gaussian_gain": gaussian_gain, "gaussian_bound": gaussian,
+            "log_mu_at_gaussian_mean": log_mu, "clone_nll_gap": nll - best}  # fmt: skip

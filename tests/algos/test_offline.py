@@ -19,7 +19,17 @@ from markovia.agents.control import ControlAgent
 from markovia.agents.interface import Agent
 from markovia.algos.off_policy import regularised
 from markovia.algos.off_policy.actor_critic import ActorCritic
-from markovia.algos.off_policy.method import Clone, Deterministic, Held, OffPolicy, SmoothedTarget, Squashed
+from markovia.algos.off_policy.method import (
+    Clone,
+    Deterministic,
+    Expectile,
+    Held,
+    InSampleTarget,
+    OffPolicy,
+    SmoothedTarget,
+    Squashed,
+    Weighted,
+)
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.method import Logged, Offline
@@ -114,6 +124,12 @@ def test_equations_by_hand() -> None:
     a, b = torch.tensor([[1.0, 0.0]], dtype=F64), torch.tensor([[0.0, 2.0]], dtype=F64)
     assert regularised.squared_distance(a, b, reduce="mean").item() == 2.5
     assert regularised.squared_distance(a, b, reduce="sum").item() == 5.0
+    # 3 - 0.5 * 5
+    assert regularised.penalised_value(one(3), a, b, penalty=0.5).item() == 0.5
+    # 0.9 * 2^2 above V, (1 - 0.9) * 3^2 below it
+    assert regularised.expectile(one(2, -3), tau=0.9).tolist() == pytest.approx([3.6, 0.9])
+    # e^(2 * 0.5), and 100 where e^(2 * 500) has no number
+    assert regularised.advantage_weight(one(0.5, 500), beta=2.0, max_weight=100.0).tolist() == pytest.approx([math.e, 100.0])
     # mean |Q| = (2 + 4) / 2 = 3: 0.5 * 1 - 3 * 2 / 3 = -1.5 and 0.5 * 2 + 3 * 4 / 3 = 5
     assert regularised.held_objective(one(2, -4), one(1, 2), alpha=3.0, weight=0.5).tolist() == [-1.5, 5.0]
 
@@ -150,7 +166,12 @@ def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
 
 def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     """y by the formula of the row's paper."""
-    if method_id in ("td3-bc", "rebrac"):
+    if method_id == "iql":
+        value = net_by_hand(nets.value, batch.next_obs)[:, 0]
+    elif method_id == "awac":
+        action = (policy_by_hand(nets.agent, batch.next_obs).tanh() + nets.policy.log_std.exp() * noise[0]).clamp(-1, 1)
+        value = torch.minimum(*q_by_hand(nets.target, batch.next_obs, action))
+    else:
         mean = policy_by_hand(nets.references["target"], batch.next_obs).tanh()
         action = torch.clip(mean + torch.clip(0.2 * noise[0], -0.5, 0.5), -1, 1)
         value = torch.minimum(*q_by_hand(nets.target, batch.next_obs, action))
@@ -165,6 +186,16 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
     action = params.tanh()
     if method_id in ("bc", "filtered-bc"):
         return ((action - batch.action) ** 2).mean()
+    if method_id in ("awac", "iql"):
+        log_std = nets.policy.log_std
+        z = (batch.action - action) / log_std.exp()
+        logp = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+        if method_id == "iql":
+            adv = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - net_by_hand(nets.value, batch.obs)[:, 0]
+        else:
+            drawn = (action + log_std.exp() * noise[2]).clamp(-1, 1)
+            adv = torch.minimum(*q_by_hand(nets.critic, batch.obs, batch.action)) - torch.minimum(*q_by_hand(nets.critic, batch.obs, drawn))
+        return -((3.0 * adv).exp().clamp(max=100.0).detach() * logp).mean()
     q = q_by_hand(nets.critic, batch.obs, action)
     if method_id == "td3-bc":
         return -2.5 * q[0].mean() / q[0].abs().mean() + ((action - batch.action) ** 2).mean()
@@ -180,8 +211,13 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
         y = expected_goal(method_id, nets, batch, noise)
         torch.testing.assert_close(nets.goal(batch, noise[0], 0.0), y)
         errors = [(q - y).square().mean() for q in q_by_hand(nets.critic, batch.obs, batch.action)]
-        torch.testing.assert_close(nets.critic_loss(batch, y)[0], sum(errors))
-    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0)[0], expected_actor(method_id, nets, batch, noise))
+        torch.testing.assert_close(nets.critic_loss(batch, y)[0], sum(errors) * (0.5 if method_id == "iql" else 1.0))
+    adv = None
+    if nets.value is not None:
+        found, _, adv = nets.value_loss(batch, noise[1], 0.0)
+        u = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - net_by_hand(nets.value, batch.obs)[:, 0]
+        torch.testing.assert_close(found, torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean())
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0, adv)[0], expected_actor(method_id, nets, batch, noise))
 
 
 def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> None:
@@ -221,8 +257,14 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
     if nets.critic is not None:
         y = nets.goal(batch, noise[0], 0.0)
         check_gradient(lambda: nets.critic_loss(batch, y)[0], nets.critic)
+    adv = None
+    if nets.value is not None:
+        check_gradient(lambda: nets.value_loss(batch, noise[1], 0.0)[0], nets.value)
+        adv = nets.value_loss(batch, noise[1], 0.0)[2]
+    if isinstance(slot, Weighted) and adv is None:  # the advantage is a constant in the gradient, though its draw moves with the policy
+        adv = torch.linspace(-1.0, 1.0, 4, dtype=F64)
     if not isinstance(slot, Held):
-        check_gradient(lambda: nets.actor_loss(batch, noise[2], 0.0)[0], nets.policy)
+        check_gradient(lambda: nets.actor_loss(batch, noise[2], 0.0, adv)[0], nets.policy)
         return
 
     def action() -> torch.Tensor:
@@ -257,6 +299,37 @@ def test_td3_bc_without_q_is_bc() -> None:
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
+def test_rebrac_without_its_penalty_is_td3_bc() -> None:
+    """Its loss is TD3+BC's divided by alpha, where its weight is 1 / (alpha |A|) and both read the same Q; no layer norm, no penalty."""
+    batch, noise = minibatch()
+    plain = override(tiny("rebrac"), {"target": {"penalty": 0.0}, "critic": {"layer_norm": False}})
+    rebrac = made(override(plain, {"actor": {"weight": 1 / (2.5 * 2), "aggregate": "first"}})).nets
+    td3_bc = made(tiny("td3-bc")).nets
+    assert torch.equal(rebrac.goal(batch, noise[0], 0.0), td3_bc.goal(batch, noise[0], 0.0))
+    ours, theirs = (loss_and_gradient(nets, batch, noise) for nets in (rebrac, td3_bc))
+    torch.testing.assert_close(ours, [x / 2.5 for x in theirs], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method_id", ["awac", "iql"])
+def test_regression_without_advantage_is_a_clone(method_id: str) -> None:
+    batch, noise = minibatch()
+    clone = made(tiny("bc", policy=tiny(method_id).policy)).nets
+    weighted = made(override(tiny(method_id), {"actor": {"beta": 0.0}})).nets
+    torch.testing.assert_close(*(loss_and_gradient(nets, batch, noise) for nets in (weighted, clone)), rtol=1e-12, atol=1e-14)
+
+
+def test_a_middle_expectile_is_half_the_squared_error() -> None:
+    u = one(-2, 0.5, 3)
+    torch.testing.assert_close(regularised.expectile(u, tau=0.5), 0.5 * u**2)
+
+
+def test_the_deterministic_regression_is_a_weighted_square() -> None:
+    nets, (batch, noise) = made(tiny("awac", policy=Deterministic(hidden=(8,), activation="tanh"))).nets, minibatch()
+    adv = batch.reward
+    error = (policy_by_hand(nets.agent, batch.obs).tanh() - batch.action).square().sum(1)
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0, adv)[0], ((3 * adv).exp().clamp(max=100) * error).mean())
+
+
 def test_filtered_bc_of_all_episodes_is_bc() -> None:
     assert dataclasses.replace(tiny("filtered-bc"), data=Logged(fraction=1.0)) == tiny("bc")
 
@@ -288,7 +361,7 @@ def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     assert torch.equal(nets.goal(batch, noise[0], 0.0), y)
 
 
-@pytest.mark.parametrize("method_id", ["td3-bc"])
+@pytest.mark.parametrize("method_id", ["td3-bc", "rebrac"])
 def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
     """Q multiplied by 7 gives the actor the same loss."""
     batch, noise = minibatch()
@@ -384,6 +457,10 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: dataclasses.replace(tiny("bc"), actor=Held()), "every other actor needs both"),
         (lambda: dataclasses.replace(tiny("td3-bc"), policy=Squashed()), r"needs policy=Deterministic\(\)"),
         (lambda: Held(alpha=-1.0), "actor.alpha and actor.weight must be >= 0"),
+        (lambda: Weighted(beta=-1.0), "actor.beta must be >= 0"),
+        (lambda: Expectile(tau=1.0), r"value.tau must lie in \(0, 1\), got 1.0"),
+        (lambda: dataclasses.replace(tiny("iql"), value=None), r"set target=InSampleTarget\(\) and value=Expectile\(\)"),
+        (lambda: dataclasses.replace(tiny("awac"), target=InSampleTarget()), "an expectile value serves InSampleTarget alone"),
         (lambda: build(POINT, tiny("bc")), "an offline method learns control from a dataset: name one"),
         (lambda: build(POINT, OffPolicy(), dataset=DATASET), "does not learn from a dataset; choose an offline method such as td3-bc"),
         (lambda: build("CartPole-v1", tiny("bc"), dataset=DATASET), "Discrete"),
@@ -403,6 +480,15 @@ def test_a_changed_dataset_stops_a_resumed_run() -> None:
     first.load_state(first.state())
     with pytest.raises(ValueError, match="dataset has changed since this run began"):
         second.load_state(first.state())
+
+
+def test_the_learning_rate_of_iqls_actor_falls_along_half_a_cosine() -> None:
+    driver = pointmass("iql")
+    rates = []
+    move = driver.update.optimizers["actor"].scale_lr
+    driver.update.optimizers["actor"].scale_lr = lambda factor: (rates.append(factor), move(factor))
+    driver.step(), driver.step()
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(1, 21)])
 
 
 # -- the source ----------------------------------------------------------------------------------------------------------------------------
