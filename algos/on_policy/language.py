@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from markovia.algos.advantages import ConflictAware, Consistency, FrozenQ, Greedy, GroupNormalised, LeaveOneOut
+from markovia.algos.advantages import ConflictAware, Consistency, FrozenQ, Greedy, GroupNormalised, LeaveOneOut, MovingBaseline
 from markovia.algos.on_policy.divergence import KL, FDivergence
 from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup
-from markovia.algos.on_policy.rewards import ImplicitReward, LengthBudget, Scaled, SoftOverlong
+from markovia.algos.on_policy.rewards import ImplicitReward, LengthBudget, Matching, Scaled, SoftOverlong
 from markovia.algos.on_policy.schedules import AdaptiveKL, Anneal, DownThenUp
 from markovia.algos.on_policy.surrogates import Clip, PolicyGradient, Regress
 from markovia.algos.on_policy.tokens import ClipCov, Partner, Steer, TopCov, Unlikely
@@ -116,6 +116,11 @@ LANGUAGE = table(
               ("hellinger", "hellinger", None, "the squared Hellinger distance"),
               ("alpha", "alpha", 0.5, "the alpha divergence, between both KLs"),
               ("tv", "tv", None, "total variation: mass moves to the best only where it pays"))),
+        *(_row(id, replace(RLOO, num_envs=64, group_size=16, reward=(Matching(0.1, f),), advantage=MovingBaseline(), divergence=None),
+               "rloo/reinforce", "2302.08215", new, "rewards:matching_reward divergence:f_reward")
+          for id, f, new in (
+              ("f-dpg", "js", "fits the target ref exp(R / beta) / Z in the Jensen-Shannon divergence"),
+              ("f-dpg/forward-kl", "kl_ref_pi", "fits it in the KL from the target: distributional policy gradient"))),
         _row("kl-controller", replace(RLHF, divergence=KL(0.2, schedule=AdaptiveKL()), refresh=Fixed()), "ppo-rlhf", "1909.08593",
              "the weight of the KL follows the measured KL to a target", "schedules:adaptive"),
         _row("salsa", replace(RLHF, refresh=Soup(0.5)), "ppo-rlhf", "2411.01798", "the reference is the average of two supervised models",

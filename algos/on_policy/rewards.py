@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from markovia.agents.records import Rollout
+from markovia.algos.on_policy.divergence import f_reward
+from markovia.envs.exact.divergences import f_divergence
 
 
 def overlong(length: Tensor, *, max_length: int, buffer: int, penalty: float) -> Tensor:
@@ -160,6 +162,42 @@ class ImplicitReward:
         return reward.clamp(-self.terminal_clip, self.terminal_clip) + torch.where(rollout.mask, token, 0.0)
 
 
+def matching_reward(d: Tensor, returns: Tensor, log_z: Tensor, *, beta: float, f: str, alpha: float | None = None, clamp: float = 20.0) -> Tensor:
+    """-f'(t), t = pi / p for the target p = ref exp(R / beta) / Z: what a policy gradient on D_f(pi || p) is paid, (B,).   [arXiv 2302.08215, eq. 4]
+
+    grad D_f(pi || p) = E_pi[f'(t) grad log pi];  log t = d - R / beta + log Z, d (B,) the sequence log-ratio to ref; t is not differentiated.
+    With f = u log u the sum is R / beta - d up to a constant: the KL-regularised reward.
+    """
+    return -f_reward(d - returns / beta + log_z, f=f, alpha=alpha, clamp=clamp)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """f-DPG: the policy is fitted to the target ref exp(R / beta) / Z in any f-divergence, by a pseudo-reward."""
+
+    beta: float = 0.1  # temperature of the target, reward units
+    f: str = "js"  # generator of D_f(pi || target)
+    alpha: float | None = None  # order of the alpha family
+    log_z: float | None = None  # log Z where it is known, None: estimated by E_pi[ref exp(R / beta) / pi] over the responses to each prompt
+    needs: ClassVar[tuple[str, ...]] = ("ref",)
+
+    def __post_init__(self) -> None:
+        f_divergence(self.f, self.alpha)
+        if not self.beta > 0:
+            raise ValueError(f"beta is the temperature of the target and must be > 0, got {self.beta}")
+
+    def __call__(self, reward: Tensor, rollout: Rollout, memory: dict[str, Any]) -> Tensor:
+        d = torch.where(rollout.mask, rollout.logp_old - rollout.logp_ref["ref"], 0.0).sum(1)
+        returns = (reward * rollout.valid).sum(1)
+        log_z = torch.full_like(d, self.log_z or 0.0)
+        if self.log_z is None:
+            _, index = torch.unique(torch.zeros(len(d)) if rollout.group is None else rollout.group, return_inverse=True)
+            same = index[:, None] == index[None]
+            weight = (returns / self.beta - d)[None].expand_as(same).masked_fill(~same, -torch.inf)
+            log_z = torch.logsumexp(weight, 1) - same.sum(1).log()
+        return at_end(matching_reward(d, returns, log_z, beta=self.beta, f=self.f, alpha=self.alpha), rollout)
+
+
 def at_end(returns: Tensor, rollout: Rollout) -> Tensor:
     """(B, T) with `returns` (B,) at the last valid step of each row and zero elsewhere."""
     steps = torch.arange(rollout.shape[1], device=returns.device)
@@ -167,4 +205,4 @@ def at_end(returns: Tensor, rollout: Rollout) -> Tensor:
     return returns.new_zeros(rollout.shape).scatter_(1, last, returns[:, None])
 
 
-RewardTransform = Scaled | SoftOverlong | LengthBudget | ImplicitReward
+RewardTransform = Scaled | SoftOverlong | LengthBudget | ImplicitReward | Matching

@@ -70,6 +70,8 @@ CLAIMS: dict[str, Claim] = {
     "f-div-reg/hellinger": Claim(_TARGETS + "f_optimum", "fast", {"f": "hellinger"}),
     "f-div-reg/alpha": Claim(_TARGETS + "f_optimum", "fast", {"f": "alpha", "alpha": 0.5}),
     "f-div-reg/tv": Claim(_TARGETS + "f_optimum", "fast", {"f": "tv", "bound": 0.03}),
+    "f-dpg": Claim(_TARGETS + "matched_target", "fast", {"f": "js"}),
+    "f-dpg/forward-kl": Claim(_TARGETS + "matched_target", "fast", {"f": "kl_ref_pi"}),
     "kl-controller": Claim(_TARGETS + "kl_controller"),
     "salsa": Claim(_TARGETS + "salsa_optimum"),
     "warp": Claim(_TARGETS + "warp_merging"),

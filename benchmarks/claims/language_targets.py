@@ -14,7 +14,7 @@ from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.loss import critic_loss
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.references import lerp, slerp
-from markovia.algos.on_policy.rewards import ImplicitReward
+from markovia.algos.on_policy.rewards import ImplicitReward, Matching
 from markovia.algos.on_policy.schedules import AdaptiveKL
 from markovia.algos.on_policy.surrogates import PolicyGradient
 from markovia.algos.presets import override
@@ -43,6 +43,19 @@ def f_optimum(f: str, alpha: float | None = None, bound: float = 1e-3) -> dict[s
             target = np.log(tree.f_optimum(beta, f, alpha))
         found[beta] = tv(tree.sequence_logp(collector.table(agent)), target)
     return {"measured": max(found.values()), "bound": bound, "holds": bool(max(found.values()) <= bound), "total_variation": list(found.values())}
+
+
+def matched_target(f: str, bound: float = 1e-3) -> dict[str, Any]:
+    """KL(pi || target) after exact ascent on the pseudo-reward, target p0 exp(R / .3) / Z: bandit of 32 arms, tree of 4 tokens and 3 steps."""
+    found = []
+    for tree in (EnumerableTokenMDP.random(32, 1, 0), EnumerableTokenMDP.random(4, 3, 0)):
+        collector = TreeCollector([tree], 1)
+        log_z = tree.kl_optimum(0.3)[1] / 0.3
+        method = _whole_return(replace(find("f-dpg").value, reward=(Matching(0.3, f, log_z=log_z),)))
+        agent, ref = collector.agent(), collector.agent()
+        ascend(lambda m=method, a=agent, r=ref, c=collector: expected_loss(m, a, c, {"ref": r}), agent, 1200, 0.1)  # type: ignore[misc]
+        found.append(float(tree.kl_to_optimum(collector.table(agent), 0.3)))
+    return worst("kl_to_target", found, bound)
 
 
 def rto_fixed_point(implicit: float = 0.4, b1: float = 1.6, b2: float = 0.5) -> dict[str, Any]:
