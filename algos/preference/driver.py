@@ -26,6 +26,8 @@ from markovia.algos.statistics import Statistics
 from markovia.algos.trainer import Trainer, part
 from markovia.envs.text.preferences import Item
 
+KL_EVERY = 10  # iterations; the exact KL needs whole distributions
+
 
 def moving_reference(agent: Agent) -> Agent:
     """A frozen copy of what is trained; what is not (the base below adapters) is shared, not copied."""
@@ -91,12 +93,12 @@ class PreferenceDriver(Trainer):
         seen = self.num_env_steps
         items, found = self.source.draw(self.agent, self.reference, seen, count, self.seed, self.generator("action"))
         self.set_lr()
-        if self.reference is not None and items:
+        if self.reference is not None and items and self.iteration % KL_EVERY == 0:
             found["kl_ref"] = self.kl_ref(items[0])
         stats = self.improve(items)
-        before = int(self.method.rounds * self.progress)
         out = {**found, **stats, **self.advance(count)}
-        if int(self.method.rounds * self.progress) > before and not self.finished:
+        part_now, part_before = (self.method.rounds * n // self.method.num_env_steps for n in (self.num_env_steps, seen))
+        if part_now > part_before and not self.finished:
             self._end_round()
         return out
 
