@@ -4,6 +4,10 @@ Everything has leading batch dimensions ... (independent runs, and candidate pol
     P       (..., S, A, S)  transition probabilities          policy  (..., H, S, A)  probabilities per step
     reward  (..., S, A)     known, in [0, 1]                  V       (..., H+1, S)   value from step h on, V_H = 0
     counts  (..., S, A, S)  observed transitions, of all steps together (the transitions don't depend on the step)
+
+Relied on: the abstract of arXiv 2306.06265 and the algorithms' structure as recalled; that the floor is kept follows here from the value of a
+mixture in one step, or of a coin per episode, being linear in its weight. The baseline is given; its value is bounded from the counts like any
+other's.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ def step_mixture(lower: np.ndarray, baseline: np.ndarray, greedy: np.ndarray, fl
     """StepMix's policy (R, H, S, A) from the lower bounds (R, H+1) of the candidates "baseline for the first j steps, then greedy", j = 0..H.
 
     The least j whose bound reaches the floor; j = 0: greedy. Else the mixture of candidates j and j - 1, which differ in step j - 1 only, with
-    weight rho = (L_j - floor) / (L_j - L_{j-1}) on the latter: its bound is the floor. None reaches it: the baseline.  [arXiv 2306.06265, alg. 1]
+    weight rho = (L_j - floor) / (L_j - L_{j-1}) on the latter: its bound is the floor. None reaches it: the baseline.  [arXiv 2306.06265]
     """
     H = baseline.shape[-3]
     reaches = lower >= floor[:, None]
@@ -84,7 +88,7 @@ def step_mixture(lower: np.ndarray, baseline: np.ndarray, greedy: np.ndarray, fl
 def episode_mixture(lower_greedy: np.ndarray, lower_baseline: np.ndarray, floor: np.ndarray) -> np.ndarray:
     """EpsMix's probability (R,) of playing the greedy policy in an episode.
 
-    1 if L_greedy >= floor, else (L_b - floor) / (L_b - L_greedy) if L_b >= floor, else 0                          [arXiv 2306.06265, alg. 2]
+    1 if L_greedy >= floor, else (L_b - floor) / (L_b - L_greedy) if L_b >= floor, else 0                          [arXiv 2306.06265]
     """
     gap = lower_baseline - lower_greedy
     mixed = np.where(lower_baseline >= floor, (lower_baseline - floor) / np.where(gap > 0, gap, 1.0), 0.0)

@@ -111,7 +111,7 @@ def optimistic(lr: float, init: float = 0.0) -> PIDDual:
 
 @dataclass(frozen=True)
 class BarrierDual:
-    """Interior point: the slope of -(1/t) log(limit - cost), so a limit weighs more the closer it comes.       [arXiv 2410.02236, eq. 5]
+    """Interior point: the slope of -(1/t) log(limit - cost), so a limit weighs more the closer it comes.       [arXiv 2410.02236]
 
     weight = 1 / (t max(limit - cost, floor))
     """

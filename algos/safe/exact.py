@@ -72,7 +72,7 @@ def descent_ascent(problem: CMDP, *, step: float = 1.0, dual_step: float = 0.1, 
 
 
 def reload(problem: CMDP, *, step: float = 1.0, dual_step: float = 0.1, iterations: int = 4000) -> Trace:
-    """ReLOAD: both players optimistic, so that the last iterate converges.                                        [arXiv 2302.01275]
+    """ReLOAD: both players optimistic, so that the last iterate converges. Relied on: abstract and optimistic mirror descent.  [arXiv 2302.01275]
 
     pi_{k+1} ~ pi_k exp(step (2 q_k - q_{k-1})),   w_{k+1} = [w_k + dual_step (2 e_k - e_{k-1})]_+,  e = cost - limit
     Steps bound stability: on `cmdp_two_state` it converges for step * dual_step <= 0.02 and cycles from 0.03 on.
@@ -145,7 +145,7 @@ def constrained_policy_optimisation(
 def terminating(problem: CMDP, unsafe: np.ndarray, probability: float) -> TabularMDP:
     """The MDP in which entering a state of `unsafe` (S,) bool ends the episode with `probability`; one absorbing state more.
 
-    That is what constraints as terminations optimise: reward and future count with 1 - delta.                 [arXiv 2403.18765, eq. 3]
+    That is what constraints as terminations optimise: reward and future count with 1 - delta.                 [arXiv 2403.18765]
     Rewards here belong to (s, a), so they are paid whether or not the step ends the episode; zero on steps into unsafe states it is the same.
     """
     mdp = problem.mdp

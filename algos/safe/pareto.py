@@ -51,7 +51,7 @@ def expected_utility(points: np.ndarray, weights: np.ndarray) -> float:
 
 
 def sparsity(points: np.ndarray) -> float:
-    """sum over objectives of sum (gaps between neighbours)^2 / (k - 1), gaps in the sorted values; 0 for one point.    [arXiv 2410.02236, sec. 5]"""
+    """sum over objectives of sum (gaps between neighbours)^2 / (k - 1), gaps in the sorted values; 0 for one point.    [arXiv 2410.02236]"""
     p = _points(points)
     return 0.0 if len(p) < 2 else float(np.square(np.diff(np.sort(p, axis=0), axis=0)).sum() / (len(p) - 1))
 
@@ -119,7 +119,7 @@ def weighted_optima(mdp: TabularMDP, rewards: np.ndarray, weights: np.ndarray) -
 def extend(mdp: TabularMDP, rewards: np.ndarray, returns: np.ndarray, objective: int, *, beta: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """Stage 2: max G_l subject to G_j >= G_j - (1 - beta) |G_j| of a policy with `returns` (n,), j != l, by the occupancy LP.
 
-    Returns the new returns (n,) and policy (S, A).                                                 [arXiv 2410.02236, eq. 4]
+    Returns the new returns (n,) and policy (S, A).                                                 [arXiv 2410.02236]
     """
     others = [j for j in range(len(rewards)) if j != objective]
     problem = CMDP(replace(mdp, R=rewards[objective]), -rewards[others], -floors(returns, beta)[others])

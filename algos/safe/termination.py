@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def termination_probability(cost: Tensor, scale: Tensor, p_max: Tensor, *, p_min: float = 0.0) -> Tensor:
-    """delta = max_i delta_i,  delta_i = 0 where c_i <= 0, else p_min + clip(c_i / scale_i, 0, 1) (p_i - p_min)       [arXiv 2403.18765, eq. 4]
+    """delta = max_i delta_i,  delta_i = 0 where c_i <= 0, else p_min + clip(c_i / scale_i, 0, 1) (p_i - p_min)       [arXiv 2403.18765]
 
     cost (..., m), scale and p_max (m,).
     """
@@ -34,7 +34,7 @@ def soft_probability(progress: float, *, first: float = 0.05, last: float = 0.25
 def soften(reward: Tensor, continuation: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """([(1 - delta) r]_+, (1 - delta) continuation): reward and future both count only if the step did not end the episode.
 
-    Rewards are cut at 0, since with negative ones ending would be attractive.                                        [arXiv 2403.18765, eq. 3]
+    Rewards are cut at 0, since with negative ones ending would be attractive.                                        [arXiv 2403.18765]
     """
     return ((1.0 - delta) * reward).clamp(min=0.0), (1.0 - delta) * continuation
 
