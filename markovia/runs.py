@@ -111,7 +111,7 @@ def train(
     data: str | Path | None = None,
     dataset: str | Path | None = None,
     model: str | None = None,
-    judge: str | None = None,
+    judge: str | Callable[..., Any] | None = None,
     data_options: dict[str, Any] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -134,7 +134,7 @@ def train(
     """Train `method` (an id, or a settings value) on the Gymnasium id `env`, or on a file of preferences; everything is written to the folder `out`.
 
     data             file of preferences (docs/preference.md) that the language model `model` learns from; `data_options` are fields of DataOptions,
-                     `judge` ("module:function", TRL's reward signature) scores texts: those of rounds, and the samples of the evaluation
+                     `judge` (a function with TRL's reward signature, or "module:function") scores texts: those of rounds, and of the evaluation
     dataset          what offline methods learn from (docs/offline-data.md): a Minari id, a D4RL file or "fixture:<name>"; env is then the task
                      that the policy is evaluated in
     num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
@@ -184,8 +184,9 @@ def train(
     if track:
         tracker(track)
     try:
+        judged = None if file is None else {**file, "judge": judge}
         kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
-        setup = build(env, settings, seed, **kwargs, device=device, data=file, dataset=logged)
+        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise
@@ -397,7 +398,7 @@ def load_run(run: str | Path) -> LoadedRun:
         env_kwargs=from_json(dict[str, Any], config["env_kwargs"]),
         agent_options=from_json(dict[str, Any], config["agent_options"]),
         device="cpu",
-        data=config.get("data"),
+        data=from_json(dict[str, Any], config["data"]) if "data" in config else None,
         dataset=config.get("dataset"),
     )
     setup.agent.load_state(read_agent(found[-1] / "agent")[1])

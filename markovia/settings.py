@@ -83,7 +83,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def file_entry(data: str | Path, judge: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def file_entry(data: str | Path, judge: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What a run's configuration says of its file: path, content's hash, judge and options. Raises FileNotFoundError, and ValueError for options."""
     from markovia.algos.table import nearest
     from markovia.envs.text.preferences import DataOptions
@@ -98,4 +98,4 @@ def file_entry(data: str | Path, judge: str | None, options: dict[str, Any]) -> 
     digest = hashlib.sha256()
     for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(part.read_bytes())
-    return {"path": str(path), "sha256": digest.hexdigest(), "judge": judge, "options": to_json(options)}
+    return {"path": str(path), "sha256": digest.hexdigest(), "judge": to_json(judge), "options": to_json(options)}

@@ -79,15 +79,22 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(prefs, tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    ("env", "data_options"), [("markovia/Arithmetic-v0", None), (None, {"held_out": 4})], ids=["the task's score", "a judge of one's own"]
+    ("env", "judge"),
+    [("markovia/Arithmetic-v0", None), (None, f"{__name__}:small_number_first"), (None, small_number_first)],
+    ids=["task", "name", "function"],
 )
-def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, data_options):
+def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, judge):
     method = override(PREFERENCE["rebel"].value, {"num_envs": 4, "num_env_steps": 8, "solver": {"lr": 1e-4}})
-    file = {} if env else {"data": prefs, "model": "arithmetic", "judge": f"{__name__}:small_number_first", "data_options": data_options}
+    file = {} if env else {"data": prefs, "model": "arithmetic", "judge": judge}
     options = {"temperature": 3.0}
     done = train(method, env, out=tmp_path / "run", eval_episodes=4, progress=False, method_id="rebel", agent_options=options, **file).done
     assert done["num_env_steps"] == 8 and len(done["evaluation"]["returns"]) == 4
     assert all("return" in row and "tied" in row for row in Metrics(tmp_path / "run").read())
+    if callable(judge):
+        with pytest.raises(ValueError, match="was a Python object"):
+            load_run(tmp_path / "run")
+    else:
+        assert load_run(tmp_path / "run").task is not None
 
 
 def test_own_samples_beside_a_file(prefs, tmp_path):
