@@ -3,10 +3,12 @@ methods that are solved on tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from markovia.algos.on_policy.method import Descent, NaturalGradient, OnPolicy, ValueLoss
 from markovia.algos.on_policy.surrogates import PolicyGradient
@@ -15,6 +17,7 @@ from markovia.algos.safe.constraint import Constraint
 from markovia.algos.safe.dual import FixedDual, TrustRegionDual, pid
 from markovia.algos.safe.exact import Trace, reload
 from markovia.algos.safe.pareto import Front, c_morl
+from markovia.algos.safe.shield import Shielded, correct, least_advantage, shielded_policy
 from markovia.algos.safe.termination import SoftTermination
 from markovia.algos.table import Row, table
 from markovia.envs.exact.cmdp import CMDP
@@ -102,6 +105,24 @@ class FrontSearch:
         return c_morl(mdp, rewards, weights, rounds=self.rounds, picks=self.picks, beta=self.beta, capacity=self.capacity)
 
 
+@dataclass(frozen=True)
+class Safeguard:
+    """Settings of adaptive chance-constrained safeguards, with the released code's defaults."""
+
+    alpha: float = 0.8  # share of the safety margin that one step may spend
+    epsilon: float = 0.3  # tolerated chance of an unsafe episode
+    step: float = 0.05  # of a correction, in the unit of the action
+    iterations: int = 20  # corrections at most
+
+    def policy(self, P: np.ndarray, policy: np.ndarray, unsafe: np.ndarray, horizon: int) -> np.ndarray:
+        """The shielded policy (T, S, A) of a tabular problem."""
+        return shielded_policy(P, policy, unsafe, horizon, alpha=self.alpha, epsilon=self.epsilon)
+
+    def act(self, action: Tensor, advantage: Callable[[Tensor], Tensor], psi: Tensor) -> Shielded:
+        """Proposed actions (B, n), moved until their safety advantage affords what psi (B,) allows."""
+        return correct(action, advantage, least_advantage(psi, alpha=self.alpha, epsilon=self.epsilon), step=self.step, iterations=self.iterations)
+
+
 _EXACT = ("value", "limit", "invariance", "bad_input")
 _WHY = "solved on tables: there is no sampled gradient and no training state to resume"
 SAFE |= table(
@@ -123,6 +144,10 @@ SAFE |= table(
             "c-morl", FrontSearch(), None, "2410.02236",
             "a front of returns: optima of a few preferences, extended under constraints on the other returns", ("tabular",),
             (_HERE + "pareto:extend", _HERE + "pareto:hypervolume", _HERE + "pareto:crowding_distance"), "c-morl", _EXACT, _WHY,
+        ),
+        Row(
+            "acs", Safeguard(), None, "2310.03379", "a step may spend only a share of the chance to stay safe: actions that spend more are moved",
+            ("tabular",), (_HERE + "shield:least_advantage", _HERE + "shield:correct", _HERE + "shield:shielded_policy"), "acs@exact", _EXACT, _WHY,
         ),
     ]
 )

@@ -123,6 +123,11 @@ def test_rows_solved_on_tables_run_with_their_settings():
     rewards = rng.random((2, 3, 2))
     front = SAFE["c-morl"].value.search(TabularMDP(P[0], rewards[0], 0.5, start[0]), rewards, np.eye(2))
     assert len(front.points) >= 2
+    guard = SAFE["acs"].value
+    psi = torch.tensor([0.9, 0.5])  # may spend 0.16; must win back 0.16
+    moved = guard.act(torch.zeros(2, 1), lambda a: a[:, 0], psi)
+    assert moved.intervened.tolist() == [False, True] and moved.action[1, 0] == pytest.approx(0.2)
+    assert guard.policy(P[0], np.full((3, 2), 0.5), np.array([False, False, True]), 4).shape == (4, 3, 2)
     with pytest.raises(ValueError, match="trains nothing"):
         configure("reload", GRID)
 
