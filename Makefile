@@ -52,6 +52,7 @@ claims: $(STAMP)
 	$(BIN)/markovia claims
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/throughput.py
 
 clean:
