@@ -39,7 +39,8 @@ class Trainer:
 
     def set_lr(self) -> None:
         """Learning rate of this iteration's steps."""
-        self.optimizer.scale_lr(1.0 - self.progress if self.method.solver.anneal else 1.0)
+        rising = min(1.0, (self.iteration + 1) / max(1, self.method.solver.warmup))
+        self.optimizer.scale_lr(rising * (1.0 - self.progress if self.method.solver.anneal else 1.0))
 
     def minibatches(self, count: int) -> Iterator[Tensor]:
         """The solver's epochs over `count` items in random order, as indices."""

@@ -32,6 +32,7 @@ _MEND: dict[str, dict[str, str]] = {
     "margin": {"": "margin"},
     "score": {"pairs": "score_chosen and score_rejected", "lists": "scores", "": "score"},
     "label": {"": "label"},
+    "c": {"pairs": "chosen_weights and rejected_weights", "": "weights"},
     "keep": {"": "chosen and rejected"},
     "diff": {"": "chosen and rejected"},
 }
@@ -168,6 +169,8 @@ def make_batch(
             views.diff = differing(record.action, record.mask, views.pairs)
     views.check(len(rows))
     anchors = set.intersection(*(set(i.logps) for i in items))
+    if "c" in needs:
+        views.c = _filled([i.weights[k] for i, k in rows if i.weights is not None], record.valid)
     return Batch(record, views, {name: _filled([i.logps[name][k] for i, k in rows], record.valid) for name in sorted(anchors)})
 
 

@@ -36,6 +36,8 @@ class Preference:
         for name in ("num_env_steps", "passes", "num_envs", "rounds"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.solver.kl_stop_nats is not None or self.solver.recompute_advantage:
+            raise ValueError("this loop has no advantages and no old policy; leave solver.kl_stop_nats and solver.recompute_advantage alone")
         if self.stored_reference and not isinstance(self.reference, Frozen):
             kind = type(self.reference).__name__
             raise ValueError(f"the log-probs of a {kind} anchor can't be stored, it moves; use Frozen() or stored_reference=False")

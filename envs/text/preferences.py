@@ -52,6 +52,7 @@ class Item:
     values: dict[str, float] = field(default_factory=dict)  # q, margin, weight, label
     score: list[Any] | None = None  # a number, or one per dimension, for each response
     logps: dict[str, list[list[float]]] = field(default_factory=dict)  # by anchor, per response and token
+    weights: list[list[float]] | None = None  # of each token of each response
     line: int = 0  # of the file, from 1
     prompt_cut: bool = False  # the prompt lost its beginning
 
@@ -82,7 +83,7 @@ class PreferenceData:
 
     kind: Kind
     items: list[Item]
-    columns: frozenset[str]  # of q, margin, weight, score, label, gold
+    columns: frozenset[str]  # of q, margin, weight, score, label, gold, c (weights per token)
     anchors: frozenset[str]  # whose log-probs are stored
     report: Report
 
@@ -160,14 +161,20 @@ def anchor_columns(columns: set[str], kind: Kind) -> dict[str, list[str]]:
     return {n: [n + s for s in sides] for n in sorted(names) if all(n + s in columns for s in sides)}
 
 
-def _stored(row: Mapping[str, Any], columns: Sequence[str], kind: Kind, lengths: list[int], cut: bool) -> list[list[float]]:
+def weight_columns(columns: set[str], kind: Kind) -> list[str]:
+    """Columns that hold a weight per token of each response, empty where there are none."""
+    sides = {"pairs": ["chosen_weights", "rejected_weights", *(["gold_weights"] if "gold" in columns else [])]}.get(kind, ["weights"])
+    return sides if all(s in columns for s in sides) else []
+
+
+def _per_token(row: Mapping[str, Any], columns: Sequence[str], kind: Kind, lengths: list[int], cut: bool, what: str) -> list[list[float]]:
     found = row[columns[0]] if kind == "lists" else [row[c] for c in columns]
     if not isinstance(found, list) or any(not isinstance(x, list) for x in found):
         raise BadRow(f"{columns[0]} is a sum, one number per token is needed")
     if cut:
-        raise BadRow("stored log-probs of a row that had to be cut")
+        raise BadRow(f"{what} of a row that had to be cut")
     if [len(x) for x in found] != lengths:
-        raise BadRow("stored log-probs do not fit the tokens")
+        raise BadRow(f"{what} do not fit the tokens")
     return [[float(v) for v in x] for x in found]
 
 
@@ -203,8 +210,11 @@ def _item(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, options: Da
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
             raise BadRow("label is neither true nor false")
         item.values["label"] = float(row["label"])
+    lengths, cut = [len(r) for r in responses], long_prompt or long_response
     for name, columns in anchor_columns(set(row), kind).items():
-        item.logps[name] = _stored(row, columns, kind, [len(r) for r in responses], long_prompt or long_response)
+        item.logps[name] = _per_token(row, columns, kind, lengths, cut, "stored log-probs")
+    if weights := weight_columns(set(row), kind):
+        item.weights = _per_token(row, weights, kind, lengths, cut, "token weights")
     return item
 
 
@@ -229,7 +239,7 @@ def load_preferences(path: str | Path, tokenizer: Any, options: DataOptions | No
             if not report.format:
                 report.format = detect(set(row))
                 wanted = set(row)
-            if missing := sorted({c for c in wanted if c in _READ or c.endswith("_logps")} - row.keys()):
+            if missing := sorted({c for c in wanted if c in _READ or c.endswith(("_logps", "weights"))} - row.keys()):
                 raise BadRow(f"no column {missing[0]!r}")
             item = _item({k: v for k, v in row.items() if k in wanted}, report.format, tokenizer, options, changed)
             items.append(replace(item, line=number))
@@ -242,7 +252,8 @@ def load_preferences(path: str | Path, tokenizer: Any, options: DataOptions | No
     if not items:
         raise ValueError(f"no row of {path} can be used. {report}" if report.read else f"{path} is empty")
     kind = FORMATS[report.format][1]
-    columns = set(items[0].values) | ({"score"} if items[0].score is not None else set()) | ({"gold"} & wanted if kind == "pairs" else set())
+    columns = set(items[0].values) | ({"gold"} & wanted if kind == "pairs" else set())
+    columns |= {name for name, found in (("score", items[0].score), ("c", items[0].weights)) if found is not None}
     return PreferenceData(kind, items, frozenset(columns), frozenset(items[0].logps), report)
 
 

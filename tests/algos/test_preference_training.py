@@ -18,6 +18,7 @@ from markovia.algos.preference.method import Preference
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.preference.mixture import mixture
 from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples, win_rates
+from markovia.algos.presets import override
 from markovia.algos.systems import Method
 from markovia.envs.text.preferences import DataOptions, load_preferences
 from markovia.envs.text.tasks import arithmetic
@@ -238,6 +239,31 @@ def test_log_probs_of_a_file_serve_as_reference(tmp_path):
             make(method_of(row, stored_reference=True), load(tmp_path, pairs()))
 
 
+def test_token_weights_of_a_file_enter_the_score(tmp_path):
+    """Weight 0 everywhere but at EOS of the chosen response: its log-ratio is all that moves the loss."""
+    rows = [{**r, "chosen_weights": [0.0] * len(r["chosen"]) + [1.0], "rejected_weights": [0.0] * (len(r["rejected"]) + 1)} for r in pairs()]
+    data = load(tmp_path, rows)
+    with pytest.raises(ValueError, match="add the columns chosen_weights and rejected_weights"):
+        check_needs(override(method_of("dpo"), {"loss": {"diff": {"score": {"tokens": "weighted"}}}}), load(tmp_path, pairs()))
+    driver = make(override(method_of("dpo"), {"loss": {"diff": {"score": {"tokens": "weighted"}}}}), data)
+    driver.step()
+    batch = make_batch(data.items, "pairs", driver.method.needs, 0)
+    scores = driver.scores(batch)
+    last = [len(i.responses[0]) - 1 for i in data.items]
+    ratio = (scores.logp - scores.logp_ref["ref"]).detach()[batch.views.pairs[:, 0], last]
+    assert torch.allclose(driver.method(scores, batch.views), F.softplus(-0.1 * ratio), atol=1e-6)
+
+
+def test_the_learning_rate_warms_up(tmp_path):
+    method = method_of("dpo")
+    driver = make(dataclasses.replace(method, solver=dataclasses.replace(method.solver, warmup=2)), load(tmp_path, pairs()))
+    rates = []
+    for _ in range(3):
+        driver.step()
+        rates.append(float(driver.optimizer.groups[0].lr))
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3])
+
+
 def test_micro_batches_give_the_gradient_of_the_whole(tmp_path):
     found = []
     for micro in (None, 3, 1):
@@ -303,6 +329,8 @@ def test_soft_hard_and_round_wise_anchors(tmp_path):
 def test_settings_that_do_not_go_together():
     with pytest.raises(ValueError, match="log-probs of a Sync anchor can't be stored"):
         Preference(reference=Sync(), stored_reference=True)
+    with pytest.raises(ValueError, match=r"leave solver.kl_stop_nats and solver.recompute_advantage alone"):
+        method_of("dpo", solver=dataclasses.replace(Preference().solver, kl_stop_nats=0.1))
     with pytest.raises(ValueError, match="num_envs must be >= 1"):
         Preference(num_envs=0)
 

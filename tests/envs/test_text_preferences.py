@@ -62,6 +62,10 @@ def test_columns_and_stored_log_probs(tmp_path):
     assert data.columns == {"q", "margin", "weight", "score", "gold"} and data.anchors == {"old"}
     assert item.values == {"q": 0.9, "margin": 1.0, "weight": 2.0} and item.score == [1.0, -1.0, 0.0] and len(item.responses) == 3
     assert item.logps == {"old": [[-1.0, -2.0], [-1.0, -2.0, -3.0], [-0.5, -0.25]]}
+    weighted = {**GOOD, "chosen_weights": [0, 1], "rejected_weights": [0.5, 1]}
+    data = load(tmp_path, [weighted, {**weighted, "chosen_weights": [1]}])
+    assert data.items[0].weights == [[0.0, 1.0], [0.5, 1.0]] and data.columns == {"c"}
+    assert data.report.dropped == {"token weights do not fit the tokens": [2]}
     (item,) = load(tmp_path, [{"prompt": "a", "completion": "b", "score": [1, 2], "ref_logps": [-1.0, -2.0]}]).items
     assert item.score == [[1, 2]] and item.logps == {"ref": [[-1.0, -2.0]]}
     (item,) = load(tmp_path, [{"prompt": "a", "completions": ["b", "c"], "scores": [0, 1], "ref_logps": [[-1.0, -2.0], [-3.0, -4.0]]}]).items
