@@ -11,6 +11,7 @@ from markovia.algos.offline.methods import OFFLINE
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
+from markovia.algos.on_policy.tilting import TILTING
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.safe.methods import SAFE
@@ -21,7 +22,8 @@ Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference  # what a dri
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    return table([row for family in (ON_POLICY, LANGUAGE, OFF_POLICY, OFFLINE, DENOISING, PREFERENCE, SAFE, MEASURES) for row in family.values()])
+    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, DENOISING, PREFERENCE, SAFE, MEASURES)
+    return table([row for family in families for row in family.values()])
 
 
 def find(method_id: str) -> Row:

@@ -26,6 +26,7 @@ _SAFE = "markovia.claims.safe:"
 _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
 _ENTROPY = "markovia.claims.language_entropy:"
+_TILTING = "markovia.claims.tilting:"
 _PREFERENCE = "markovia.claims.preference:"
 _PREFERENCE_SAMPLES = "markovia.claims.preference_samples:"
 _PREFERENCE_GAMES = "markovia.claims.preference_games:"
@@ -70,6 +71,10 @@ CLAIMS: dict[str, Claim] = {
     "f-div-reg/hellinger": Claim(_TARGETS + "f_optimum", "fast", {"f": "hellinger"}),
     "f-div-reg/alpha": Claim(_TARGETS + "f_optimum", "fast", {"f": "alpha", "alpha": 0.5}),
     "f-div-reg/tv": Claim(_TARGETS + "f_optimum", "fast", {"f": "tv", "bound": 0.03}),
+    "rl-kl-bayes": Claim(_TILTING + "rl_kl_bayes"),
+    "bon-asymptotics": Claim(_TILTING + "bon_asymptotics"),
+    "inf-align": Claim(_TILTING + "inf_align"),
+    "rm-ensemble": Claim(_TILTING + "rm_ensemble"),
     "f-dpg": Claim(_TARGETS + "matched_target", "fast", {"f": "js"}),
     "f-dpg/forward-kl": Claim(_TARGETS + "matched_target", "fast", {"f": "kl_ref_pi"}),
     "kl-controller": Claim(_TARGETS + "kl_controller"),
