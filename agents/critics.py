@@ -60,8 +60,12 @@ class QEnsemble(nn.Module):
         self.head = StackedLinear(num, sizes[-1], 1, gain=1.0)
 
     def forward(self, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
-        """(N, b), or of the first `members` alone, which costs only these."""
-        x = torch.cat([self.encoder(obs), action], -1).expand(members or self.num, -1, -1)
+        """(N, b), or of the first `members` alone, which costs only these. Actions (N, b, d) give each member its own."""
+        n = members or self.num
+        if action.dim() == 2:
+            x = torch.cat([self.encoder(obs), action], -1).expand(n, -1, -1)
+        else:
+            x = torch.cat([self.encoder(obs).expand(n, -1, -1), action], -1)
         for layer in self.hidden:
             x = self.activation(layer(x))
         return self.head(x).squeeze(-1)

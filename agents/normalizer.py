@@ -71,10 +71,10 @@ class RunningNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., *shape) standardised, float32."""
         if self.mean.is_cpu and not x.requires_grad:
-            z = x.numpy().astype(np.float64)
-            z -= self.mean.numpy()
-            z *= 1.0 / np.sqrt(self.var.numpy() + EPS)
-            return torch.from_numpy(np.minimum(np.maximum(z, -self.clip), self.clip).astype(np.float32))
+            array = x.numpy().astype(np.float64)
+            array -= self.mean.numpy()
+            array *= 1.0 / np.sqrt(self.var.numpy() + EPS)
+            return torch.from_numpy(np.minimum(np.maximum(array, -self.clip), self.clip).astype(np.float32))
         z = (x.to(torch.float64) - self.mean) * torch.rsqrt(self.var + EPS)
         return z.clamp(-self.clip, self.clip).to(torch.float32)
 

@@ -30,6 +30,7 @@ from markovia.algos.off_policy.losses import (
 )
 from markovia.algos.off_policy.method import (
     Ascent,
+    Conservative,
     Deterministic,
     Expectile,
     FixedTemperature,
@@ -40,6 +41,7 @@ from markovia.algos.off_policy.method import (
     ValueTarget,
 )
 from markovia.algos.off_policy.regularised import expectile, penalised_value
+from markovia.algos.off_policy.regularisers import conservative, diverse
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.streams import stream_seed
 
@@ -159,12 +161,21 @@ class ActorCritic(nn.Module):
             value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
 
-    def critic_loss(self, batch: Batch, y: Tensor) -> Loss:
-        """coef mean sum_j (Q_j(s, a) - y)^2."""
+    def critic_loss(self, batch: Batch, y: Tensor, noise: Tensor | None = None) -> Loss:
+        """coef mean sum_j (Q_j(s, a) - y)^2, and what the slot `regulariser` adds; `noise` (k, b, d) is what that one wants."""
         q = self.q(self.critic, batch.obs, batch.action)
         assert self.method.critic is not None
         loss = self.method.critic.coef * td_error(q, y).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
+        stats = {"critic_loss": loss.detach(), "q": q.detach().mean()}
+        slot = self.method.regulariser
+        if slot is None:
+            return loss, stats
+        if isinstance(slot, Conservative):
+            assert noise is not None
+            extra, found = conservative(self, slot, batch, q, noise)
+        else:
+            extra, found = diverse(self, slot, batch, q)
+        return loss + extra, stats | found
 
     def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> tuple[Tensor, Stats, Tensor | None]:
         """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy; or the mean expectile loss of logged actions.

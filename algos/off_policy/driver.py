@@ -17,7 +17,7 @@ from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy, Weighted
 from markovia.algos.off_policy.replay import Replay
-from markovia.algos.off_policy.update import NOISES, Update
+from markovia.algos.off_policy.update import Update
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream, stream_seed
 
@@ -106,7 +106,7 @@ class OffPolicyDriver:
         """One update on one minibatch."""
         m = self.method
         batch = self.collector.replay.sample(m.batch_size, generator)
-        noise = torch.randn((len(NOISES), *batch.action.shape), generator=generator).to(batch.action)
+        noise = torch.randn((m.num_noises, *batch.action.shape), generator=generator).to(batch.action)
         self.num_updates += 1
         if isinstance(m.actor, Weighted) and m.actor.cosine:
             self.update.optimizers["actor"].scale_lr(0.5 * (1.0 + math.cos(math.pi * self.progress)))

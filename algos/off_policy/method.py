@@ -127,6 +127,45 @@ class Critics:
 
 
 @dataclass(frozen=True)
+class Conservative:
+    """Pushes values down where a softmax of Q puts its weight and up at logged actions (CQL); the softmax is estimated from 3 `num` actions."""
+
+    alpha: float = 5.0  # weight of the gap
+    num: int = 10  # actions of each kind: uniform, from the policy at s, from the policy at s'
+    temperature: float = 1.0  # T of T log sum exp(Q / T), reward units
+    importance: bool = True  # divide each action's weight by its density; without it the logged action joins the sum
+    calibrated: bool = False  # policy actions count at least the Monte Carlo return (Cal-QL); needs data.returns_to_go
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or not self.temperature > 0.0 or self.alpha < 0.0:
+            raise ValueError(
+                f"a conservative regulariser needs alpha >= 0, num >= 1 and temperature > 0, got {self.alpha}, {self.num} and {self.temperature}"
+            )
+
+    @property
+    def num_noises(self) -> int:
+        return 3 * self.num
+
+
+@dataclass(frozen=True)
+class Diverse:
+    """Turns the ensemble's gradients in the action away from each other at logged actions (EDAC)."""
+
+    eta: float = 1.0  # weight of the mean cosine
+
+    def __post_init__(self) -> None:
+        if self.eta < 0.0:
+            raise ValueError(f"regulariser.eta must be >= 0, got {self.eta}; None leaves the regulariser out")
+
+    @property
+    def num_noises(self) -> int:
+        return 0
+
+
+Regulariser = Conservative | Diverse
+
+
+@dataclass(frozen=True)
 class Ascent:
     """The actor climbs Q through its action, held by the entropy and, with `inverse_step`, by the policy pi_k of up to `refresh_steps` ago."""
 
@@ -232,6 +271,7 @@ class OffPolicy:
     target: Target | None = field(default_factory=SoftTarget)
     value: Value | None = None
     critic: Critics | None = field(default_factory=Critics)
+    regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
     temperature: Temperature = field(default_factory=TunedTemperature)
 
@@ -253,6 +293,12 @@ class OffPolicy:
             raise ValueError("an expectile value serves InSampleTarget alone, which needs one: set target=InSampleTarget() and value=Expectile()")
         if len({self.critic is None, self.target is None, isinstance(self.actor, Clone)}) > 1:
             raise ValueError("imitation alone (actor=Clone()) has no critic: set critic=None and target=None; every other actor needs both")
+        if self.regulariser is not None and self.critic is None:
+            raise ValueError("a regulariser of critics needs critics; set regulariser=None")
+        if isinstance(self.regulariser, Diverse) and self.critic is not None and self.critic.num < 2:
+            raise ValueError("regulariser=Diverse() compares critics with each other, so critic.num must be >= 2, got 1")
+        if isinstance(self.regulariser, Conservative) and isinstance(self.policy, Deterministic):
+            raise ValueError("regulariser=Conservative() weighs sampled actions by their density, which a deterministic policy does not have")
         if isinstance(self.actor, Held) and not isinstance(self.policy, Deterministic):
             raise ValueError("actor=Held() measures the distance of one action, so it needs policy=Deterministic()")
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
@@ -265,6 +311,11 @@ class OffPolicy:
     def num_optimizer_steps(self) -> int:
         """Updates over the whole budget."""
         return int(self.utd * max(0, self.num_env_steps - self.learning_starts))
+
+    @property
+    def num_noises(self) -> int:
+        """Normal variates per transition and action entry that an update takes: target, value, actor, and what the regulariser wants."""
+        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises)
 
     @property
     def mirrors(self) -> bool:

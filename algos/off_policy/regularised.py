@@ -2,6 +2,7 @@
 
     action, logged (b, d)  actions in [-1, 1]             q      (N, b) or (b,)  values of critics, reward units
     logp (b,)  log pi(a|s) of the logged action, nats     adv    (b,)  advantage of the logged action, reward units
+    values (N, k, b)  of k candidate actions per state    log_mu (k, b)  log density that drew them, nats
     td_error (b,)  min_j Qbar_j(s, a) - V(s)
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -50,3 +52,26 @@ def advantage_weight(adv: Tensor, *, beta: float, max_weight: float) -> Tensor:
     The exponent is clipped, not its result, so that a large advantage gives w_max and no infinity. beta = 0 is behavioural cloning.
     """
     return (beta * adv.detach()).clamp(max=math.log(max_weight)).exp()
+
+
+def conservative_gap(values: Tensor, log_mu: Tensor | float, logged: Tensor, *, temperature: float) -> Tensor:
+    """sum_i [ T log sum_k exp((Q_i(s, a_k) - log mu_k) / T) - Q_i(s, a) ], (b,), logged (N, b) = Q_i(s, a).  [arXiv 2006.04779, eq. 4, CQL(H)]
+
+    Dividing by mu makes the sum an estimate of the integral over actions, exact at T = 1 up to the constant T log k.
+    In a table, with squared error 1 and weight alpha, the fixed point is Q = y - (alpha / 2)(softmax(Q) / mu - 1).
+    """
+    return (temperature * torch.logsumexp((values - log_mu) / temperature, dim=1) - logged).sum(0)
+
+
+def calibrated(values: Tensor, ret: Tensor) -> Tensor:
+    """max(Q(s, a_k), G(s)), (N, k, b), G (b,) the logged Monte Carlo return: values below it are not pushed further.     [arXiv 2303.05479, eq. 5]"""
+    return torch.maximum(values, ret)
+
+
+def gradient_cosine(grads: Tensor) -> Tensor:
+    """1/(N - 1) sum_{i != j} <g_i, g_j>, (b,), g_i = grad_a Q_i / (|grad_a Q_i| + 1e-10), grads (N, b, d).      [arXiv 2110.01548, eq. 7]
+
+    N times the mean cosine over pairs; never below -N / (N - 1). The sum over pairs is |sum_i g_i|^2 - sum_i |g_i|^2.
+    """
+    unit = grads / (torch.linalg.vector_norm(grads, dim=-1, keepdim=True) + 1e-10)
+    return (unit.sum(0).square().sum(-1) - unit.square().sum((0, -1))) / (grads.shape[0] - 1)

@@ -17,7 +17,7 @@ from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.optimizer import Optimizer, Rule
 
-NOISES = ("target", "value", "actor")  # what the first axis of `noise` (3, b, d) is for
+# The first axis of `noise` (3 + k, b, d): target, value, actor, and k that the critics' regulariser wants.
 State = dict[str, list[Tensor]]  # tensors of each optimiser, as `Optimizer.tensors` lays them out
 
 
@@ -58,7 +58,7 @@ class Update:
             self._prepare_compiled()
 
     def __call__(self, batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
-        """Move everything by one minibatch (b rows, noise (3, b, d)); actor, temperature and targets only when `move_actor`."""
+        """Move everything by one minibatch (b rows, noise (num_noises, b, d)); actor, temperature and targets only when `move_actor`."""
         if self.compiled is not None:
             return self._compiled_step(batch, noise, move_actor)
         state = {name: o.tensors() for name, o in self.optimizers.items()}
@@ -81,7 +81,7 @@ class Update:
                 loss, found, adv = nets.value_loss(batch, noise[1], lam)
                 stats |= found
                 descend("value", loss)
-            loss, found = nets.critic_loss(batch, y)
+            loss, found = nets.critic_loss(batch, y, noise[3:])
             stats |= found
             descend("critic", loss)
         if not move_actor:

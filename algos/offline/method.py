@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from markovia.algos.off_policy.method import OffPolicy, SmoothedTarget
+from markovia.algos.off_policy.method import Conservative, OffPolicy, SmoothedTarget
 from markovia.algos.table import nearest
 from markovia.envs.offline.transforms import REWARD_TRANSFORMS
 
@@ -44,6 +44,8 @@ class Offline(OffPolicy):
                 raise ValueError(f"{name} means nothing for a fixed dataset, so it must stay {wanted}, got {getattr(self, name)}")
         if isinstance(self.target, SmoothedTarget) and self.target.penalty and not self.data.next_action:
             raise ValueError("target.penalty compares with the next logged action; set data.next_action=True")
+        if isinstance(self.regulariser, Conservative) and self.regulariser.calibrated and self.data.returns_to_go is None:
+            raise ValueError("regulariser.calibrated compares with Monte Carlo returns; set data.returns_to_go to 'zero' or 'repeat_last'")
 
     @property
     def fixed_data(self) -> bool:

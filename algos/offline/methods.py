@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from markovia.algos.off_policy.method import (
+    Ascent,
     Bounded,
     Clone,
+    Conservative,
     Critics,
     Deterministic,
+    Diverse,
     Expectile,
     FixedTemperature,
     Held,
     InSampleTarget,
     SmoothedTarget,
     SoftTarget,
+    Squashed,
     Weighted,
 )
 from markovia.algos.offline.method import Logged, Offline
@@ -56,6 +62,16 @@ IQL = Offline(
     actor=Weighted(cosine=True),
     temperature=FixedTemperature(0.0),
 )
+CQL = Offline(
+    policy=Squashed(hidden=_DEEP),
+    target=SoftTarget(entropy=False),
+    critic=Critics(hidden=_DEEP, coef=1.0),
+    regulariser=Conservative(),
+    actor=Ascent(lr=3e-5),
+)
+CAL_QL = replace(CQL, regulariser=Conservative(calibrated=True), data=Logged(returns_to_go="repeat_last"))
+SAC_N = Offline(policy=Squashed(hidden=_DEEP), critic=Critics(num=10, hidden=_DEEP, coef=1.0), data=Logged(normalize_obs=False))
+EDAC = replace(SAC_N, regulariser=Diverse())
 _CONTROL = ("control",)
 
 OFFLINE = table(
@@ -83,6 +99,22 @@ OFFLINE = table(
         Row(
             "iql", IQL, "awac", "2110.06169", "an expectile over logged actions is the value, so that no other action is ever asked about", _CONTROL,
             (_HELD + "expectile", _HELD + "advantage_weight", _LOSSES + "bootstrap"), "iql",
+        ),
+        Row(
+            "cql", CQL, "sac", "2006.04779", "SAC on a dataset, whose critics are pushed down where a softmax of Q has its weight", _CONTROL,
+            (_HELD + "conservative_gap", _LOSSES + "bootstrap", _LOSSES + "mirror_objective"), "cql",
+        ),
+        Row(
+            "cql/cal-ql", CAL_QL, "cql", "2303.05479", "values are not pushed below the logged Monte Carlo return", _CONTROL,
+            (_HELD + "calibrated", _HELD + "conservative_gap"), "cql/cal-ql",
+        ),
+        Row(
+            "edac", EDAC, "edac/sac-n", "2110.01548", "critics whose gradients in the action are turned away from each other", _CONTROL,
+            (_HELD + "gradient_cosine", _LOSSES + "aggregate", _LOSSES + "soft_value"), "edac",
+        ),
+        Row(
+            "edac/sac-n", SAC_N, "sac", "2110.01548", "SAC on a dataset with the minimum over ten critics", _CONTROL,
+            (_LOSSES + "aggregate", _LOSSES + "soft_value", _LOSSES + "mirror_objective"), "edac/sac-n",
         ),
     ]
 )

@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor, nn
 
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
-from markovia.algos.off_policy.regularised import advantage_weight, expectile
+from markovia.algos.off_policy.method import Diverse
+from markovia.algos.off_policy.regularised import advantage_weight, calibrated, conservative_gap, expectile
+from markovia.algos.off_policy.regularisers import diverse
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.offline.method import Offline
 from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver
-from markovia.envs.exact.offline import Bandit2D, EmpiricalMDP, maze_data, pointmass_data
+from markovia.envs.exact.offline import Bandit2D, EmpiricalMDP, maze, maze_data, pointmass_data
+from markovia.envs.exact.tabular import TabularMDP
 
 POINT = "markovia/PointMass2D-v0"
 
@@ -110,9 +114,7 @@ def in_sample_value(bound: float = 0.05, seeds: int = 2) -> dict[str, Any]:
                 if gap < 1e-11:
                     break
             found[tau] = v
-        step = np.einsum("sa,sat->st", empirical.behaviour, mdp.P)
-        value = np.linalg.solve(np.eye(len(step)) - mdp.gamma * step, (empirical.behaviour * mdp.R).sum(1))
-        to_behaviour = max(to_behaviour, float(np.abs(found[0.5] - value).max()))
+        to_behaviour = max(to_behaviour, float(np.abs(found[0.5] - _value(mdp, empirical.behaviour)).max()))
         for tau, values in errors.items():
             values.append(float(np.abs(found[tau] - optimum).max() / optimum.max()))
     falls = all(a > b > c for a, b, c in zip(*errors.values(), strict=True))
@@ -120,6 +122,123 @@ def in_sample_value(bound: float = 0.05, seeds: int = 2) -> dict[str, Any]:
     holds = measured < bound and falls and to_behaviour < 1e-8
     return {"measured": measured, "bound": bound, "holds": holds, "error_by_tau": {str(t): e for t, e in errors.items()},
             "tau_half_minus_behaviour": to_behaviour}  # fmt: skip
+
+
+def _soft(q: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """softmax over the covered actions, (S, A)."""
+    return np.asarray(special.softmax(np.where(covered, q, -np.inf), axis=1))
+
+
+def _conservative_fixed_point(empirical: EmpiricalMDP, alpha: float, floor: np.ndarray | None = None) -> np.ndarray:
+    """Q (S, A) at the fixed point of CQL on a table, policy softmax(Q) over covered actions, with Cal-QL's floor (S,) where one is given.
+
+    In a state and given y the loss is convex, and its minimiser is Q = y - (alpha/2)(softmax(max(Q, floor)) / mu - 1) where that lies above the
+    floor, y + alpha/2 where that lies below it, and the floor between the two. Damped iteration of both equations together.
+    """
+    mdp, covered = empirical.mdp, empirical.covered
+    mu = np.where(covered, empirical.behaviour, 1.0)
+    low = np.full((mdp.num_states, 1), -np.inf) if floor is None else floor[:, None]
+    q = np.zeros_like(mdp.R)
+    for _ in range(20_000):
+        y = mdp.backup((_soft(q, covered) * q).sum(1))
+        above = y - alpha / 2 * (np.where(covered, _soft(np.maximum(q, low), covered) / mu, 1.0) - 1.0)
+        new = np.clip(low, above, y + alpha / 2)
+        gap, q = float(np.abs(new - q).max()), q + 0.1 * (new - q)
+        if gap < 1e-11:
+            break
+    return q
+
+
+def _slope(empirical: EmpiricalMDP, q: np.ndarray, alpha: float, floor: np.ndarray | None = None) -> float:
+    """Largest slope at `q` of the library's loss, sum_a mu (Q - y)^2 + alpha gap in every state, away from the floor's kinks."""
+    covered, mu = torch.as_tensor(empirical.covered), torch.as_tensor(empirical.behaviour)
+    y = torch.as_tensor(empirical.mdp.backup((_soft(q, empirical.covered) * q).sum(1)))
+    x = torch.as_tensor(q).requires_grad_(True)
+    values = x.masked_fill(~covered, -torch.inf).T[None]
+    smooth = covered
+    if floor is not None:
+        g = torch.as_tensor(floor)
+        values, smooth = calibrated(values, g).masked_fill(~covered.T, -torch.inf), covered & ((x - g[:, None]).abs() > 1e-6)
+    gap = conservative_gap(values, 0.0, (mu * x).sum(1)[None], temperature=1.0)
+    loss = ((mu * (x - y).square()).sum(1) + alpha * gap).sum()
+    return float(torch.autograd.grad(loss, x)[0][smooth].abs().max())
+
+
+def _value(mdp: TabularMDP, policy: np.ndarray) -> np.ndarray:
+    step = np.einsum("sa,sat->st", policy, mdp.P)
+    return np.linalg.solve(np.eye(mdp.num_states) - mdp.gamma * step, (policy * mdp.R).sum(1))
+
+
+def conservative_values(alphas: tuple[float, ...] = (1.0, 5.0), seeds: int = 3) -> dict[str, Any]:
+    """CQL on the maze's empirical MDP, policy softmax(Q): E_pi Q - V^pi of that MDP, largest over states, is never above 0."""
+    excess, slopes = [], []
+    for seed in range(seeds):
+        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
+        for alpha in alphas:
+            q = _conservative_fixed_point(empirical, alpha)
+            policy = _soft(q, empirical.covered)
+            excess.append(float(((policy * q).sum(1) - _value(empirical.mdp, policy)).max()))
+            slopes.append(_slope(empirical, q, alpha))
+    holds = max(excess) <= 1e-9 and max(slopes) <= 1e-8
+    return {"measured": max(excess), "bound": 1e-9, "holds": holds, "excess": excess, "slope_of_the_loss": slopes}
+
+
+def conservative_true_values(seeds: int = 3, many: float = 0.95, few: float = 0.2) -> dict[str, Any]:
+    """Share of states with E_pi Q <= V^pi of the true maze: at alpha 5 at least `many`, at alpha 0 at most `few`; worst of the seeds."""
+    shares: dict[float, list[float]] = {0.0: [], 5.0: []}
+    for seed in range(seeds):
+        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
+        for alpha, found in shares.items():
+            q = _conservative_fixed_point(empirical, alpha)
+            policy = _soft(q, empirical.covered)
+            found.append(float(((policy * q).sum(1) <= _value(maze(), policy) + 1e-9)[:-1].mean()))
+    holds = min(shares[5.0]) >= many and max(shares[0.0]) <= few
+    return {"measured": min(shares[5.0]), "bound": many, "holds": holds, "alpha_5": shares[5.0], "alpha_0": shares[0.0], "alpha_0_bound": few}
+
+
+def calibrated_values(alpha: float = 5.0, seeds: int = 3) -> dict[str, Any]:
+    """Cal-QL on 50 random and 50 optimal maze episodes, floor the mean return of a state: E_pi Q - floor, smallest over states, is not below -1e-3.
+
+    CQL on the same data falls below the floor in some states.
+    """
+    lowest: dict[str, list[float]] = {"cal-ql": [], "cql": []}
+    slopes = []
+    for seed in range(seeds):
+        data = maze_data(seed, 50, 50)
+        empirical = EmpiricalMDP.from_data(data, 49, 5)
+        count = np.bincount(data.obs, minlength=49)  # type: ignore[arg-type]
+        ret = data.returns_to_go(empirical.mdp.gamma, cut="zero")
+        mean = np.bincount(data.obs, weights=ret, minlength=49) / np.maximum(count, 1)  # type: ignore[arg-type]
+        for name, floor in (("cal-ql", np.where(count > 0, mean, -np.inf)), ("cql", None)):
+            q = _conservative_fixed_point(empirical, alpha, floor)
+            lowest[name].append(float(((_soft(q, empirical.covered) * q).sum(1) - mean)[count > 0].min()))
+            slopes.append(_slope(empirical, q, alpha, floor))
+    measured = min(lowest["cal-ql"])
+    holds = measured >= -1e-3 and max(lowest["cql"]) < 0.0 and max(slopes) <= 1e-8
+    return {"measured": measured, "bound": -1e-3, "holds": holds, **lowest, "slope_of_the_loss": slopes}
+
+
+# -- pointmass: what ensembles know of actions that were not logged -------------------------------------------------------------------------
+
+
+def ensemble(method: str, lowest: float = -2.0, highest: float = 2.0, ratio: float = 3.0, updates: int = 2000, seeds: int = 2) -> dict[str, Any]:
+    """After training on expert data: deviation of the ten critics at random actions over that at logged ones above `ratio`, worst of the seeds;
+
+    and the mean cosine of two critics' gradients in the logged action, between `lowest` and `highest`.
+    """
+    ratios, cosines = [], []
+    settings = override(configure(method, POINT), {"num_env_steps": updates})
+    for seed in range(seeds):
+        driver, _ = _trained(settings, "expert", seed)
+        rows, nets = driver.collector.replay.sample(2000, torch.Generator().manual_seed(seed)), driver.nets
+        uniform = 2.0 * torch.rand(rows.action.shape, generator=torch.Generator().manual_seed(seed + 1)) - 1.0
+        with torch.no_grad():
+            away, there = (float(nets.q(nets.critic, rows.obs, a).std(0).mean()) for a in (uniform, rows.action))
+        ratios.append(away / there)
+        q = nets.q(nets.critic, rows.obs, rows.action)
+        cosines.append(float(diverse(nets, Diverse(), rows, q)[1]["cosine"]))
+    holds = min(ratios) > ratio and all(lowest <= c <= highest for c in cosines)
+    return {"measured": min(ratios), "bound": ratio, "holds": holds, "ratios": ratios, "cosines": cosines}
 
 
 # -- the bandit: exact Q, only the actor learns ---------------------------------------------------------------------------------------------

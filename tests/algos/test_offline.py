@@ -21,7 +21,10 @@ from markovia.algos.off_policy import regularised
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import (
     Clone,
+    Conservative,
+    Critics,
     Deterministic,
+    Diverse,
     Expectile,
     Held,
     InSampleTarget,
@@ -59,6 +62,10 @@ def tiny(method_id: str, **changes: Any) -> Offline:
     for slot in ("critic", "value"):
         if getattr(method, slot) is not None:
             method = override(method, {slot: {"hidden": [8], "activation": "tanh"}})
+    if isinstance(method.regulariser, Conservative):
+        method = override(method, {"regulariser": {"num": 2}})
+    if method_id.startswith("edac"):
+        method = override(method, {"critic": {"num": 3}})
     return dataclasses.replace(method, **changes)
 
 
@@ -82,7 +89,7 @@ def made(method: OffPolicy, compile: bool = False) -> Update:
     return Update(nets, compile)
 
 
-def minibatch(n: int = 6, seed: int = 0, noises: int = 3) -> tuple[Batch, torch.Tensor]:
+def minibatch(n: int = 6, seed: int = 0, noises: int = 9) -> tuple[Batch, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
     extra = {"next_action": normal(n, 2).tanh(), "ret": normal(n)}
@@ -93,6 +100,9 @@ def minibatch(n: int = 6, seed: int = 0, noises: int = 3) -> tuple[Batch, torch.
 
 def everything(update: Update) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
+
+
+LAM = 0.2
 
 
 def one(*x: float) -> torch.Tensor:
@@ -130,6 +140,18 @@ def test_equations_by_hand() -> None:
     assert regularised.expectile(one(2, -3), tau=0.9).tolist() == pytest.approx([3.6, 0.9])
     # e^(2 * 0.5), and 100 where e^(2 * 500) has no number
     assert regularised.advantage_weight(one(0.5, 500), beta=2.0, max_weight=100.0).tolist() == pytest.approx([math.e, 100.0])
+    # two members; log(e^log 3 + e^0) = log 4 less 1, and log(e^0 + e^0) = log 2 less 0
+    values = torch.tensor([[[math.log(3)], [0.0]], [[0.0], [0.0]]], dtype=F64)
+    logged = torch.tensor([[1.0], [0.0]], dtype=F64)
+    assert regularised.conservative_gap(values, 0.0, logged, temperature=1.0).item() == pytest.approx(math.log(8) - 1)
+    # a density of 1/2 doubles each weight; T = 2 gives 2 log(e^(a/2) + e^(b/2))
+    assert regularised.conservative_gap(values, -math.log(2), logged, temperature=1.0).item() == pytest.approx(math.log(32) - 1)
+    by_two = 2 * math.log(3**0.5 + 1) - 1 + 2 * math.log(2)
+    assert regularised.conservative_gap(values, 0.0, logged, temperature=2.0).item() == pytest.approx(by_two)
+    assert regularised.calibrated(one(1, 3), one(2, 2)).tolist() == [2.0, 3.0]
+    # unit vectors at 0, 90 and 180 degrees: pairs 0, -1, 0, each twice, over N - 1 = 2; lengths do not matter
+    grads = torch.tensor([[[2.0, 0.0]], [[0.0, 5.0]], [[-1.0, 0.0]]], dtype=F64)
+    assert regularised.gradient_cosine(grads).item() == pytest.approx(-1.0)
     # mean |Q| = (2 + 4) / 2 = 3: 0.5 * 1 - 3 * 2 / 3 = -1.5 and 0.5 * 2 + 3 * 4 / 3 = 5
     assert regularised.held_objective(one(2, -4), one(1, 2), alpha=3.0, weight=0.5).tolist() == [-1.5, 5.0]
 
@@ -164,6 +186,38 @@ def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
     return net_by_hand(agent.net["policy"], obs)
 
 
+def squashed_by_hand(agent: Any, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """tanh(mean + std noise) and its log density: the normal's over the slope 1 - a^2."""
+    mean, log_std = policy_by_hand(agent, obs).split(2, -1)
+    action = (mean + log_std.exp() * noise).tanh()
+    return action, (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - action**2)).sum(-1)
+
+
+def expected_regulariser(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor | float:
+    """What is added to the squared errors, member by member and pair by pair."""
+    if method_id == "edac":
+        total = 0.0
+        for i in range(6):
+            obs, action = batch.obs[i : i + 1], batch.action[i : i + 1].clone().requires_grad_(True)  # type: ignore[index]
+            grads = [torch.autograd.grad(q.sum(), action, retain_graph=True)[0][0] for q in q_by_hand(nets.critic, obs, action)]
+            total += sum(float(torch.cosine_similarity(a, b, 0)) for j, a in enumerate(grads) for k, b in enumerate(grads) if j != k) / 2
+        return total / 6
+    if not method_id.startswith("cql"):
+        return 0.0
+    kinds = [(2 * torch.distributions.Normal(0, 1).cdf(noise[k]) - 1, torch.full((6,), 2 * math.log(0.5), dtype=F64), False) for k in (3, 4)]
+    kinds += [(*squashed_by_hand(nets.agent, batch.obs, noise[k]), True) for k in (5, 6)]
+    kinds += [(*squashed_by_hand(nets.agent, batch.next_obs, noise[k]), True) for k in (7, 8)]
+    total = torch.zeros(6, dtype=F64)
+    for j in range(2):
+        weights = torch.zeros(6, dtype=F64)
+        for action, log_mu, is_policy in kinds:
+            q = q_by_hand(nets.critic, batch.obs, action)[j]
+            q = torch.maximum(q, batch.extra["ret"]) if is_policy and method_id == "cql/cal-ql" else q
+            weights = weights + q.exp() / log_mu.exp()
+        total = total + weights.log() - q_by_hand(nets.critic, batch.obs, batch.action)[j]
+    return 5.0 * total.mean()
+
+
 def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     """y by the formula of the row's paper."""
     if method_id == "iql":
@@ -171,6 +225,10 @@ def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.
     elif method_id == "awac":
         action = (policy_by_hand(nets.agent, batch.next_obs).tanh() + nets.policy.log_std.exp() * noise[0]).clamp(-1, 1)
         value = torch.minimum(*q_by_hand(nets.target, batch.next_obs, action))
+    elif method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n"):
+        action, logp = squashed_by_hand(nets.agent, batch.next_obs, noise[0])
+        value = torch.stack(q_by_hand(nets.target, batch.next_obs, action)).amin(0)
+        value = value - LAM * logp if method_id.startswith("edac") else value
     else:
         mean = policy_by_hand(nets.references["target"], batch.next_obs).tanh()
         action = torch.clip(mean + torch.clip(0.2 * noise[0], -0.5, 0.5), -1, 1)
@@ -182,6 +240,9 @@ def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.
 
 def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     """The actor's loss by the formula of the row's paper."""
+    if method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n"):
+        action, logp = squashed_by_hand(nets.agent, batch.obs, noise[2])
+        return (LAM * logp - torch.stack(q_by_hand(nets.critic, batch.obs, action)).amin(0)).mean()
     params = policy_by_hand(nets.agent, batch.obs)
     action = params.tanh()
     if method_id in ("bc", "filtered-bc"):
@@ -209,15 +270,16 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     nets, (batch, noise) = made(method).nets, minibatch()
     if nets.critic is not None:
         y = expected_goal(method_id, nets, batch, noise)
-        torch.testing.assert_close(nets.goal(batch, noise[0], 0.0), y)
+        torch.testing.assert_close(nets.goal(batch, noise[0], LAM), y)
         errors = [(q - y).square().mean() for q in q_by_hand(nets.critic, batch.obs, batch.action)]
-        torch.testing.assert_close(nets.critic_loss(batch, y)[0], sum(errors) * (0.5 if method_id == "iql" else 1.0))
+        expected = sum(errors) * (0.5 if method_id == "iql" else 1.0) + expected_regulariser(method_id, nets, batch, noise)
+        torch.testing.assert_close(nets.critic_loss(batch, y, noise[3:])[0], expected)
     adv = None
     if nets.value is not None:
-        found, _, adv = nets.value_loss(batch, noise[1], 0.0)
+        found, _, adv = nets.value_loss(batch, noise[1], LAM)
         u = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - net_by_hand(nets.value, batch.obs)[:, 0]
         torch.testing.assert_close(found, torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean())
-    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0, adv)[0], expected_actor(method_id, nets, batch, noise))
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, adv)[0], expected_actor(method_id, nets, batch, noise))
 
 
 def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> None:
@@ -227,9 +289,9 @@ def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> N
     mean, log_std = params[:, :2], params[:, 2:]
     z = (torch.atanh(batch.action) - mean) / log_std.exp()
     logp = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - batch.action**2)).sum(1)
-    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0)[0], -logp.mean())
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM)[0], -logp.mean())
     batch.action = torch.ones_like(batch.action)
-    assert math.isfinite(nets.actor_loss(batch, noise[2], 0.0)[0].item())
+    assert math.isfinite(nets.actor_loss(batch, noise[2], LAM)[0].item())
 
 
 # -- 2: gradients --------------------------------------------------------------------------------------------------------------------------
@@ -241,10 +303,10 @@ def check_gradient(loss: Any, net: Any) -> None:
     for p, grad in zip(params, found, strict=True):
         for i in range(0, p.numel(), max(1, p.numel() // 4)):
             values = []
-            with torch.no_grad():
-                for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
+            for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
+                with torch.no_grad():
                     p.view(-1)[i] += h
-                    values.append(float(loss()))
+                values.append(loss().item())
             assert float(grad.reshape(-1)[i]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
@@ -255,16 +317,16 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
     nets, (batch, noise) = made(method).nets, minibatch(4)
     slot = method.actor
     if nets.critic is not None:
-        y = nets.goal(batch, noise[0], 0.0)
-        check_gradient(lambda: nets.critic_loss(batch, y)[0], nets.critic)
+        y = nets.goal(batch, noise[0], LAM)
+        check_gradient(lambda: nets.critic_loss(batch, y, noise[3:])[0], nets.critic)
     adv = None
     if nets.value is not None:
-        check_gradient(lambda: nets.value_loss(batch, noise[1], 0.0)[0], nets.value)
-        adv = nets.value_loss(batch, noise[1], 0.0)[2]
+        check_gradient(lambda: nets.value_loss(batch, noise[1], LAM)[0], nets.value)
+        adv = nets.value_loss(batch, noise[1], LAM)[2]
     if isinstance(slot, Weighted) and adv is None:  # the advantage is a constant in the gradient, though its draw moves with the policy
         adv = torch.linspace(-1.0, 1.0, 4, dtype=F64)
     if not isinstance(slot, Held):
-        check_gradient(lambda: nets.actor_loss(batch, noise[2], 0.0, adv)[0], nets.policy)
+        check_gradient(lambda: nets.actor_loss(batch, noise[2], LAM, adv)[0], nets.policy)
         return
 
     def action() -> torch.Tensor:
@@ -281,7 +343,7 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
     check_gradient(loss, nets.policy)
     params = list(nets.policy.parameters())
     torch.testing.assert_close(
-        torch.autograd.grad(nets.actor_loss(batch, noise[2], 0.0)[0], params), torch.autograd.grad(loss(), params), rtol=1e-12, atol=1e-14
+        torch.autograd.grad(nets.actor_loss(batch, noise[2], LAM)[0], params), torch.autograd.grad(loss(), params), rtol=1e-12, atol=1e-14
     )
 
 
@@ -289,7 +351,7 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
 
 
 def loss_and_gradient(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> list[torch.Tensor]:
-    loss = nets.actor_loss(batch, noise[2], 0.0)[0]
+    loss = nets.actor_loss(batch, noise[2], LAM)[0]
     return [loss.detach(), *torch.autograd.grad(loss, list(nets.policy.parameters()))]
 
 
@@ -305,7 +367,7 @@ def test_rebrac_without_its_penalty_is_td3_bc() -> None:
     plain = override(tiny("rebrac"), {"target": {"penalty": 0.0}, "critic": {"layer_norm": False}})
     rebrac = made(override(plain, {"actor": {"weight": 1 / (2.5 * 2), "aggregate": "first"}})).nets
     td3_bc = made(tiny("td3-bc")).nets
-    assert torch.equal(rebrac.goal(batch, noise[0], 0.0), td3_bc.goal(batch, noise[0], 0.0))
+    assert torch.equal(rebrac.goal(batch, noise[0], LAM), td3_bc.goal(batch, noise[0], LAM))
     ours, theirs = (loss_and_gradient(nets, batch, noise) for nets in (rebrac, td3_bc))
     torch.testing.assert_close(ours, [x / 2.5 for x in theirs], rtol=1e-12, atol=1e-14)
 
@@ -327,7 +389,54 @@ def test_the_deterministic_regression_is_a_weighted_square() -> None:
     nets, (batch, noise) = made(tiny("awac", policy=Deterministic(hidden=(8,), activation="tanh"))).nets, minibatch()
     adv = batch.reward
     error = (policy_by_hand(nets.agent, batch.obs).tanh() - batch.action).square().sum(1)
-    torch.testing.assert_close(nets.actor_loss(batch, noise[2], 0.0, adv)[0], ((3 * adv).exp().clamp(max=100) * error).mean())
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, adv)[0], ((3 * adv).exp().clamp(max=100) * error).mean())
+
+
+def critic_losses(method: Offline, batch: Batch, noise: torch.Tensor) -> list[torch.Tensor]:
+    nets = made(method).nets
+    y = nets.goal(batch, noise[0], LAM)
+    loss = nets.critic_loss(batch, y, noise[3:])[0]
+    return [y, loss.detach(), *torch.autograd.grad(loss, list(nets.critic.parameters())), *loss_and_gradient(nets, batch, noise)]
+
+
+def as_sac(method: Offline, **changes: Any) -> OffPolicy:
+    """SAC's row with this one's networks."""
+    sac = dataclasses.replace(find("sac").value, policy=method.policy, critic=method.critic)
+    return override(sac, changes)
+
+
+def test_regularisers_of_weight_0_leave_sac() -> None:
+    batch, noise = minibatch()
+    cql = override(tiny("cql"), {"regulariser": {"alpha": 0.0}})
+    sac = as_sac(cql, target={"entropy": False})
+    torch.testing.assert_close(critic_losses(cql, batch, noise), critic_losses(sac, batch, noise), rtol=1e-12, atol=1e-14)  # type: ignore[arg-type]
+    edac = override(tiny("edac"), {"regulariser": {"eta": 0.0}})
+    left, right = (critic_losses(m, batch, noise) for m in (edac, tiny("edac/sac-n")))
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+    twins = override(tiny("edac/sac-n"), {"critic": {"num": 2}})
+    torch.testing.assert_close(critic_losses(twins, batch, noise), critic_losses(as_sac(twins), batch, noise), rtol=1e-12, atol=1e-14)  # type: ignore[arg-type]
+
+
+def test_returns_that_no_value_falls_below_change_nothing() -> None:
+    batch, noise = minibatch()
+    batch.extra["ret"] = batch.extra["ret"] - 1e6
+    left, right = (critic_losses(tiny(m), batch, noise) for m in ("cql", "cql/cal-ql"))
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+
+
+def test_conservative_critics_send_no_gradient_into_the_policy() -> None:
+    nets, (batch, noise) = made(tiny("cql")).nets, minibatch()
+    nets.critic_loss(batch, batch.reward, noise[3:])[0].backward()
+    assert all(p.grad is None or not p.grad.any() for p in nets.policy.parameters())
+
+
+def test_without_importance_weights_the_logged_action_joins_the_sum() -> None:
+    nets, (batch, noise) = made(override(tiny("cql"), {"regulariser": {"importance": False}})).nets, minibatch()
+    candidates = [2 * torch.distributions.Normal(0, 1).cdf(noise[k]) - 1 for k in (3, 4)]
+    candidates += [squashed_by_hand(nets.agent, batch.obs if k < 7 else batch.next_obs, noise[k])[0] for k in (5, 6, 7, 8)]
+    q = torch.stack([torch.stack(q_by_hand(nets.critic, batch.obs, a)) for a in (*candidates, batch.action)])
+    expected = (q.exp().sum(0).log() - q[-1]).sum(0).mean()
+    torch.testing.assert_close(nets.critic_loss(batch, batch.reward, noise[3:])[1]["gap"], expected.detach())
 
 
 def test_filtered_bc_of_all_episodes_is_bc() -> None:
@@ -353,12 +462,12 @@ def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> Non
 @pytest.mark.parametrize("method_id", ACTIVE)
 def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     nets, (batch, noise) = made(tiny(method_id)).nets, minibatch()
-    y = nets.goal(batch, noise[0], 0.0)
+    y = nets.goal(batch, noise[0], LAM)
     ended = batch.continuation == 0
     torch.testing.assert_close(y[ended], batch.reward[ended])
     assert bool((y[~ended] != batch.reward[~ended]).all())
     batch.truncated = ~batch.truncated
-    assert torch.equal(nets.goal(batch, noise[0], 0.0), y)
+    assert torch.equal(nets.goal(batch, noise[0], LAM), y)
 
 
 @pytest.mark.parametrize("method_id", ["td3-bc", "rebrac"])
@@ -461,6 +570,12 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: Expectile(tau=1.0), r"value.tau must lie in \(0, 1\), got 1.0"),
         (lambda: dataclasses.replace(tiny("iql"), value=None), r"set target=InSampleTarget\(\) and value=Expectile\(\)"),
         (lambda: dataclasses.replace(tiny("awac"), target=InSampleTarget()), "an expectile value serves InSampleTarget alone"),
+        (lambda: Conservative(num=0), "needs alpha >= 0, num >= 1 and temperature > 0, got 5.0, 0 and 1.0"),
+        (lambda: Diverse(eta=-1.0), "regulariser.eta must be >= 0"),
+        (lambda: dataclasses.replace(tiny("edac"), critic=Critics(num=1)), "critic.num must be >= 2, got 1"),
+        (lambda: dataclasses.replace(tiny("bc"), regulariser=Diverse()), "needs critics; set regulariser=None"),
+        (lambda: dataclasses.replace(tiny("td3-bc"), regulariser=Conservative()), "which a deterministic policy does not have"),
+        (lambda: dataclasses.replace(tiny("cql/cal-ql"), data=Logged()), "set data.returns_to_go to 'zero' or 'repeat_last'"),
         (lambda: build(POINT, tiny("bc")), "an offline method learns control from a dataset: name one"),
         (lambda: build(POINT, OffPolicy(), dataset=DATASET), "does not learn from a dataset; choose an offline method such as td3-bc"),
         (lambda: build("CartPole-v1", tiny("bc"), dataset=DATASET), "Discrete"),
