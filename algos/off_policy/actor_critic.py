@@ -15,7 +15,7 @@ from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
-from markovia.algos.off_policy.actors import logged_loss
+from markovia.algos.off_policy.actors import held_loss, logged_loss
 from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
@@ -63,13 +63,17 @@ class ActorCritic(nn.Module):
 
     critic  Q_1 .. Q_N          target      follows `critic`, or `value` where targets bootstrap from it
     value   V, or absent        references  "target": policy of smoothed targets; "old": pi_k of mirror descent
+    evaluation  the policy that acts after training, where that is not the one of the targets
     Imitation alone has neither critic nor target. Critics start from the stream (seed, "init-critic").
     """
 
     def __init__(self, method: OffPolicy, agent: ControlAgent, seed: int) -> None:
         super().__init__()
-        self.method, self.agent = method, agent
-        self.policy: nn.Module = agent.net["policy"]
+        # Where a second actor is the one that acts later, that one is the caller's agent, and the one that enters targets a copy of it.
+        self.method, self.deployed = method, agent
+        self.agent = agent if method.evaluation is None else copy.deepcopy(agent)
+        self.policy: nn.Module = self.agent.net["policy"]
+        self.evaluation = None if method.evaluation is None else agent.net["policy"]
         c, v, space = method.critic, method.value, agent.observation_space
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init-critic"))
@@ -223,6 +227,12 @@ class ActorCritic(nn.Module):
             loss = loss + slot.penalty * parameter_penalty(dist.mean, dist.log_std).mean()
         return loss, stats
 
+    def evaluation_loss(self, batch: Batch) -> Loss:
+        """Mean objective of the slot `evaluation`, on the same critics."""
+        assert self.method.evaluation is not None
+        loss, found = held_loss(self, self.method.evaluation, batch, self.deployed)
+        return loss, {f"evaluation_{name}": value for name, value in found.items()}
+
     def temperature_loss(self, entropy_nats: Tensor) -> Tensor:
         """Mean of `losses.temperature_loss`, which is linear in log pi, at the entropy of the actor's step."""
         assert self.log_lam is not None
@@ -230,14 +240,18 @@ class ActorCritic(nn.Module):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 
+    def _own(self, name: str) -> bool:
+        """Is this no tensor of the policy that belongs to the caller's agent?"""
+        return not name.startswith("policy." if self.evaluation is None else "evaluation.")
+
     def state(self) -> dict[str, Tensor]:
-        """Every tensor but those of the policy, which belongs to the agent."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("policy.")}
+        """Every tensor but those of the policy that belongs to the agent."""
+        return {k: v for k, v in self.state_dict().items() if self._own(k)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put `state()` back, in place."""
-        own = {k: v for k, v in self.state_dict().items() if k.startswith("policy.")}
-        self.load_state_dict({**own, **state})
+        others = {k: v for k, v in self.state_dict().items() if not self._own(k)}
+        self.load_state_dict({**others, **state})
 
 
 def _frozen(agent: ControlAgent) -> ControlAgent:

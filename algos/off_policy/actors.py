@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from markovia.agents.control import ControlAgent
 from markovia.agents.distributions import Gaussian
 from markovia.algos.off_policy.method import Clone, Deterministic, Held, Weighted
 from markovia.algos.off_policy.regularised import advantage_weight, held_objective, squared_distance
@@ -40,10 +41,10 @@ def clone_loss(nets: ActorCritic, batch: Batch) -> Loss:
     return loss, {"actor_loss": loss.detach()}
 
 
-def held_loss(nets: ActorCritic, slot: Held, batch: Batch) -> Loss:
-    """Mean of `held_objective` at the policy's own action."""
+def held_loss(nets: ActorCritic, slot: Held, batch: Batch, agent: ControlAgent) -> Loss:
+    """Mean of `held_objective` at the agent's own action."""
     assert nets.critic is not None
-    action = nets.agent.unit_action(nets.dist(nets.agent, batch.obs, batch.action.dtype).mode())
+    action = agent.unit_action(nets.dist(agent, batch.obs, batch.action.dtype).mode())
     distance = squared_distance(action, batch.action, reduce=slot.reduce)
     q = nets.one_q(nets.critic, batch.obs, action, slot.aggregate)
     loss = held_objective(q, distance, alpha=slot.alpha, weight=slot.weight).mean()
@@ -67,4 +68,4 @@ def logged_loss(nets: ActorCritic, slot: Clone | Held | Weighted, batch: Batch, 
     """Mean objective of a slot that reads logged actions."""
     if isinstance(slot, Clone):
         return clone_loss(nets, batch)
-    return held_loss(nets, slot, batch) if isinstance(slot, Held) else weighted_loss(nets, slot, batch, noise, adv)
+    return held_loss(nets, slot, batch, nets.agent) if isinstance(slot, Held) else weighted_loss(nets, slot, batch, noise, adv)

@@ -273,6 +273,7 @@ class OffPolicy:
     critic: Critics | None = field(default_factory=Critics)
     regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
+    evaluation: Held | None = None  # a second actor with this objective is the one that acts after training; it never enters a target
     temperature: Temperature = field(default_factory=TunedTemperature)
 
     def __post_init__(self) -> None:
@@ -299,6 +300,8 @@ class OffPolicy:
             raise ValueError("regulariser=Diverse() compares critics with each other, so critic.num must be >= 2, got 1")
         if isinstance(self.regulariser, Conservative) and isinstance(self.policy, Deterministic):
             raise ValueError("regulariser=Conservative() weighs sampled actions by their density, which a deterministic policy does not have")
+        if self.evaluation is not None and not isinstance(self.actor, Held):
+            raise ValueError(f"the slot evaluation belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
         if isinstance(self.actor, Held) and not isinstance(self.policy, Deterministic):
             raise ValueError("actor=Held() measures the distance of one action, so it needs policy=Deterministic()")
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):

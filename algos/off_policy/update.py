@@ -1,4 +1,4 @@
-"""One minibatch update: value -> critic -> actor -> temperature -> targets, eagerly, or compiled as one function.
+"""One minibatch update: value -> critic -> actor -> evaluation -> temperature -> targets, eagerly, or compiled as one function.
 
 Each loss is differentiated for its own network alone: while the actor climbs Q, no gradient of the critics' weights is computed.
 """
@@ -39,7 +39,8 @@ class Update:
     def __init__(self, nets: ActorCritic, compile: bool = False) -> None:
         m = nets.method
         self.nets = nets
-        wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor)}
+        wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor),
+                  "evaluation": (nets.evaluation, m.evaluation)}  # fmt: skip
         self.optimizers = {
             name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
@@ -89,6 +90,10 @@ class Update:
         loss, found = nets.actor_loss(batch, noise[2], lam, adv)
         stats |= found
         descend("actor", loss)
+        if nets.evaluation is not None:
+            loss, extra = nets.evaluation_loss(batch)
+            stats |= extra
+            descend("evaluation", loss)
         if nets.log_lam is not None:
             descend("temperature", nets.temperature_loss(found["entropy_nats"]))
             stats["lam"] = torch.as_tensor(lam)

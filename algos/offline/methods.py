@@ -48,6 +48,7 @@ REBRAC = Offline(
     temperature=FixedTemperature(0.0),
     data=Logged(normalize_obs=False, next_action=True),
 )
+MCEP = replace(TD3_BC, evaluation=Held(alpha=10.0))
 AWAC = Offline(
     policy=Bounded(),
     target=SoftTarget(entropy=False),
@@ -91,6 +92,10 @@ OFFLINE = table(
         Row(
             "rebrac", REBRAC, "td3-bc", "2305.09836", "TD3+BC with the distance in the target too, layer norm, deeper networks", _CONTROL,
             (_HELD + "held_objective", _HELD + "penalised_value", _HELD + "squared_distance"), "rebrac",
+        ),
+        Row(
+            "mcep", MCEP, "td3-bc", "2306.03680", "a second, more mildly held actor acts after training and never enters a target", _CONTROL,
+            (_HELD + "held_objective", _HELD + "squared_distance", _LOSSES + "smoothed_action"), "mcep",
         ),
         Row(
             "awac", AWAC, "bc", "2006.09359", "regression on logged actions, weighted by their advantage over the policy's own", _CONTROL,

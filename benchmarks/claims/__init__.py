@@ -22,6 +22,7 @@ _DENOISING = "markovia.claims.denoising:"
 _CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
 _OFF_POLICY = "markovia.claims.off_policy:"
 _OFFLINE = "markovia.claims.offline:"
+_OFFLINE_EXACT = "markovia.claims.offline_exact:"
 _SAFE = "markovia.claims.safe:"
 _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
@@ -120,12 +121,14 @@ CLAIMS: dict[str, Claim] = {
     "filtered-bc": Claim(_OFFLINE + "best_episodes"),
     "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
     "rebrac": Claim(_OFFLINE + "at_least", "slow", {"method": "rebrac", "other": "td3-bc", "tier": "medium", "slack": 3.0}),
-    "awac": Claim(_OFFLINE + "weighted_regression"),
-    "iql": Claim(_OFFLINE + "in_sample_value"),
-    "cql": Claim(_OFFLINE + "conservative_values"),
+    "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
+    "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),
+    "awac": Claim(_OFFLINE_EXACT + "weighted_regression"),
+    "iql": Claim(_OFFLINE_EXACT + "in_sample_value"),
+    "cql": Claim(_OFFLINE_EXACT + "conservative_values"),
     "cql@pointmass": Claim(_OFFLINE + "better_than_imitation", "slow", {"method": "cql"}),
-    "cql/cal-ql": Claim(_OFFLINE + "calibrated_values"),
-    "cql@true-values": Claim(_OFFLINE + "conservative_true_values"),
+    "cql/cal-ql": Claim(_OFFLINE_EXACT + "calibrated_values"),
+    "cql@true-values": Claim(_OFFLINE_EXACT + "conservative_true_values"),
     "edac": Claim(_OFFLINE + "ensemble", "slow", {"method": "edac", "highest": 0.0}),
     "edac/sac-n": Claim(_OFFLINE + "ensemble", "slow", {"method": "edac/sac-n", "lowest": 0.5}),
     "saco-tq": Claim("markovia.claims.offline_data:saco_tq"),

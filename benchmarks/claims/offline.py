@@ -1,29 +1,18 @@
-"""Claims of the offline methods: on the fixtures whose optimum, density or scores are known (`markovia.envs.exact.offline`)."""
+"""Claims of the offline methods on pointmass, whose networks learn in seconds: scores and what ensembles know."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import special
-from torch import Tensor, nn
 
-from markovia.agents.control import ControlAgent
-from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import Diverse
-from markovia.algos.off_policy.regularised import advantage_weight, calibrated, conservative_gap, expectile
 from markovia.algos.off_policy.regularisers import diverse
-from markovia.algos.off_policy.replay import Batch
 from markovia.algos.offline.method import Offline
-from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver
-from markovia.envs.exact.offline import Bandit2D, EmpiricalMDP, maze, maze_data, pointmass_data
-from markovia.envs.exact.tabular import TabularMDP
+from markovia.envs.exact.offline import pointmass_data
 
 POINT = "markovia/PointMass2D-v0"
 
@@ -78,144 +67,15 @@ def at_least(method: str, other: str, tier: str, slack: float, seeds: int = 2) -
     return {"measured": measured, "bound": -slack, "holds": measured >= -slack, method: own, other: theirs}
 
 
-# -- the maze: fixed points on the MDP that counts of the data define -----------------------------------------------------------------------
-
-
-def _expectile_of(q: Tensor, behaviour: Tensor, tau: float, sweeps: int = 50) -> Tensor:
-    """(S,) minimiser over V of E_behaviour[expectile(q - V)] in every state, by Newton's method on the library's loss (piecewise quadratic)."""
-    v = (behaviour * q).sum(1)
-    for _ in range(sweeps):
-        v = v.detach().requires_grad_(True)
-        slope = torch.autograd.grad((behaviour * expectile(q - v[:, None], tau=tau)).sum(), v, create_graph=True)[0]
-        step = slope.detach() / torch.autograd.grad(slope.sum(), v)[0]
-        v = v - step
-        if float(step.abs().max()) < 1e-13:
-            break
-    return v.detach()
-
-
-def in_sample_value(bound: float = 0.05, seeds: int = 2) -> dict[str, Any]:
-    """IQL's value at its fixed point on the maze's empirical MDP: largest error to the in-sample optimum, over its maximum, at tau 0.99.
-
-    It falls with tau, and tau = 0.5 gives the behaviour's own value.
-    """
-    errors: dict[float, list[float]] = {0.7: [], 0.9: [], 0.99: []}
-    to_behaviour = 0.0
+def evaluation_policy(slack: float = 1.0, seeds: int = 2, episodes: int = 200) -> dict[str, Any]:
+    """MCEP on medium data: score of the policy that acts minus that of the policy that enters the targets, worst of the seeds."""
+    acting, training = [], []
     for seed in range(seeds):
-        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
-        mdp, mu = empirical.mdp, torch.as_tensor(empirical.behaviour)
-        optimum = empirical.in_sample_optimum()[1]
-        found = {}
-        for tau in (0.5, *errors):
-            v = np.zeros(mdp.num_states)
-            for _ in range(2000):
-                new = _expectile_of(torch.as_tensor(mdp.backup(v)), mu, tau).numpy()
-                gap, v = float(np.abs(new - v).max()), new
-                if gap < 1e-11:
-                    break
-            found[tau] = v
-        to_behaviour = max(to_behaviour, float(np.abs(found[0.5] - _value(mdp, empirical.behaviour)).max()))
-        for tau, values in errors.items():
-            values.append(float(np.abs(found[tau] - optimum).max() / optimum.max()))
-    falls = all(a > b > c for a, b, c in zip(*errors.values(), strict=True))
-    measured = max(errors[0.99])
-    holds = measured < bound and falls and to_behaviour < 1e-8
-    return {"measured": measured, "bound": bound, "holds": holds, "error_by_tau": {str(t): e for t, e in errors.items()},
-            "tau_half_minus_behaviour": to_behaviour}  # fmt: skip
-
-
-def _soft(q: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """softmax over the covered actions, (S, A)."""
-    return np.asarray(special.softmax(np.where(covered, q, -np.inf), axis=1))
-
-
-def _conservative_fixed_point(empirical: EmpiricalMDP, alpha: float, floor: np.ndarray | None = None) -> np.ndarray:
-    """Q (S, A) at the fixed point of CQL on a table, policy softmax(Q) over covered actions, with Cal-QL's floor (S,) where one is given.
-
-    In a state and given y the loss is convex, and its minimiser is Q = y - (alpha/2)(softmax(max(Q, floor)) / mu - 1) where that lies above the
-    floor, y + alpha/2 where that lies below it, and the floor between the two. Damped iteration of both equations together.
-    """
-    mdp, covered = empirical.mdp, empirical.covered
-    mu = np.where(covered, empirical.behaviour, 1.0)
-    low = np.full((mdp.num_states, 1), -np.inf) if floor is None else floor[:, None]
-    q = np.zeros_like(mdp.R)
-    for _ in range(20_000):
-        y = mdp.backup((_soft(q, covered) * q).sum(1))
-        above = y - alpha / 2 * (np.where(covered, _soft(np.maximum(q, low), covered) / mu, 1.0) - 1.0)
-        new = np.clip(low, above, y + alpha / 2)
-        gap, q = float(np.abs(new - q).max()), q + 0.1 * (new - q)
-        if gap < 1e-11:
-            break
-    return q
-
-
-def _slope(empirical: EmpiricalMDP, q: np.ndarray, alpha: float, floor: np.ndarray | None = None) -> float:
-    """Largest slope at `q` of the library's loss, sum_a mu (Q - y)^2 + alpha gap in every state, away from the floor's kinks."""
-    covered, mu = torch.as_tensor(empirical.covered), torch.as_tensor(empirical.behaviour)
-    y = torch.as_tensor(empirical.mdp.backup((_soft(q, empirical.covered) * q).sum(1)))
-    x = torch.as_tensor(q).requires_grad_(True)
-    values = x.masked_fill(~covered, -torch.inf).T[None]
-    smooth = covered
-    if floor is not None:
-        g = torch.as_tensor(floor)
-        values, smooth = calibrated(values, g).masked_fill(~covered.T, -torch.inf), covered & ((x - g[:, None]).abs() > 1e-6)
-    gap = conservative_gap(values, 0.0, (mu * x).sum(1)[None], temperature=1.0)
-    loss = ((mu * (x - y).square()).sum(1) + alpha * gap).sum()
-    return float(torch.autograd.grad(loss, x)[0][smooth].abs().max())
-
-
-def _value(mdp: TabularMDP, policy: np.ndarray) -> np.ndarray:
-    step = np.einsum("sa,sat->st", policy, mdp.P)
-    return np.linalg.solve(np.eye(mdp.num_states) - mdp.gamma * step, (policy * mdp.R).sum(1))
-
-
-def conservative_values(alphas: tuple[float, ...] = (1.0, 5.0), seeds: int = 3) -> dict[str, Any]:
-    """CQL on the maze's empirical MDP, policy softmax(Q): E_pi Q - V^pi of that MDP, largest over states, is never above 0."""
-    excess, slopes = [], []
-    for seed in range(seeds):
-        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
-        for alpha in alphas:
-            q = _conservative_fixed_point(empirical, alpha)
-            policy = _soft(q, empirical.covered)
-            excess.append(float(((policy * q).sum(1) - _value(empirical.mdp, policy)).max()))
-            slopes.append(_slope(empirical, q, alpha))
-    holds = max(excess) <= 1e-9 and max(slopes) <= 1e-8
-    return {"measured": max(excess), "bound": 1e-9, "holds": holds, "excess": excess, "slope_of_the_loss": slopes}
-
-
-def conservative_true_values(seeds: int = 3, many: float = 0.95, few: float = 0.2) -> dict[str, Any]:
-    """Share of states with E_pi Q <= V^pi of the true maze: at alpha 5 at least `many`, at alpha 0 at most `few`; worst of the seeds."""
-    shares: dict[float, list[float]] = {0.0: [], 5.0: []}
-    for seed in range(seeds):
-        empirical = EmpiricalMDP.from_data(maze_data(seed), 49, 5)
-        for alpha, found in shares.items():
-            q = _conservative_fixed_point(empirical, alpha)
-            policy = _soft(q, empirical.covered)
-            found.append(float(((policy * q).sum(1) <= _value(maze(), policy) + 1e-9)[:-1].mean()))
-    holds = min(shares[5.0]) >= many and max(shares[0.0]) <= few
-    return {"measured": min(shares[5.0]), "bound": many, "holds": holds, "alpha_5": shares[5.0], "alpha_0": shares[0.0], "alpha_0_bound": few}
-
-
-def calibrated_values(alpha: float = 5.0, seeds: int = 3) -> dict[str, Any]:
-    """Cal-QL on 50 random and 50 optimal maze episodes, floor the mean return of a state: E_pi Q - floor, smallest over states, is not below -1e-3.
-
-    CQL on the same data falls below the floor in some states.
-    """
-    lowest: dict[str, list[float]] = {"cal-ql": [], "cql": []}
-    slopes = []
-    for seed in range(seeds):
-        data = maze_data(seed, 50, 50)
-        empirical = EmpiricalMDP.from_data(data, 49, 5)
-        count = np.bincount(data.obs, minlength=49)  # type: ignore[arg-type]
-        ret = data.returns_to_go(empirical.mdp.gamma, cut="zero")
-        mean = np.bincount(data.obs, weights=ret, minlength=49) / np.maximum(count, 1)  # type: ignore[arg-type]
-        for name, floor in (("cal-ql", np.where(count > 0, mean, -np.inf)), ("cql", None)):
-            q = _conservative_fixed_point(empirical, alpha, floor)
-            lowest[name].append(float(((_soft(q, empirical.covered) * q).sum(1) - mean)[count > 0].min()))
-            slopes.append(_slope(empirical, q, alpha, floor))
-    measured = min(lowest["cal-ql"])
-    holds = measured >= -1e-3 and max(lowest["cql"]) < 0.0 and max(slopes) <= 1e-8
-    return {"measured": measured, "bound": -1e-3, "holds": holds, **lowest, "slope_of_the_loss": slopes}
+        driver, setup = _trained(configure("mcep", POINT), "medium", seed)
+        for agent, scores in ((setup.agent, acting), (driver.nets.agent, training)):
+            scores.append(float(np.mean(setup.evaluate(agent, episodes, seed)["score_pct"])))
+    measured = min(a - b for a, b in zip(acting, training, strict=True))
+    return {"measured": measured, "bound": -slack, "holds": measured >= -slack, "acting": acting, "training": training}
 
 
 # -- pointmass: what ensembles know of actions that were not logged -------------------------------------------------------------------------
@@ -239,64 +99,3 @@ def ensemble(method: str, lowest: float = -2.0, highest: float = 2.0, ratio: flo
         cosines.append(float(diverse(nets, Diverse(), rows, q)[1]["cosine"]))
     holds = min(ratios) > ratio and all(lowest <= c <= highest for c in cosines)
     return {"measured": min(ratios), "bound": ratio, "holds": holds, "ratios": ratios, "cosines": cosines}
-
-
-# -- the bandit: exact Q, only the actor learns ---------------------------------------------------------------------------------------------
-
-
-class _ExactQ(nn.Module):
-    """The bandit's own Q in the place of critics, (1, b)."""
-
-    def __init__(self, q: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = q
-
-    def forward(self, obs: Tensor, action: Tensor, members: int | None = None) -> Tensor:
-        return self.function(action)[None]
-
-
-def _bandit_actor(method: Offline, q: Callable[[Tensor], Tensor], steps: int, lr: float = 3e-3, seed: int = 0) -> tuple[ActorCritic, Batch]:
-    """The actor's objective alone, minimised over 10,000 logged actions with exact Q; and these rows."""
-    data = Bandit2D().data(seed=seed)
-    space, box = data.about.observation_space, data.about.action_space
-    assert space is not None and box is not None
-    torch.manual_seed(seed)
-    agent = ControlAgent.from_spaces(space, box, critic=False, normalize_obs=False, **method.policy.agent_options())
-    rows = make_source(data, replace(method.data, normalize_obs=False), agent, method.gamma).replay
-    nets = ActorCritic(method, agent, seed)
-    nets.critic = _ExactQ(q)  # type: ignore[assignment]
-    optimizer = torch.optim.Adam(nets.policy.parameters(), lr)
-    generator = torch.Generator().manual_seed(seed)
-    for k in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1.0 - k / steps)
-        batch = rows.sample(method.batch_size, generator)
-        noise = torch.randn(batch.action.shape, generator=generator)
-        optimizer.zero_grad()
-        nets.actor_loss(batch, noise, 0.0)[0].backward()
-        optimizer.step()
-    assert rows.store is not None
-    return nets, rows.store
-
-
-def weighted_regression(steps: int = 1500, expressive: float = 0.2, gaussian: float = 0.12, clone: float = 0.02) -> dict[str, Any]:
-    """AWAC on the bandit with exact Q, beta 3: weighted mean of the data's Q (an expressive policy's) above its plain mean.
-
-    A single Gaussian gains less and puts its mean into the hole between the modes; beta = 0 gives the maximum-likelihood Gaussian.
-    """
-    bandit = Bandit2D()
-    method = override(configure("awac", POINT), {"batch_size": 1024})
-    nets, rows = _bandit_actor(method, bandit.q, steps)
-    q = bandit.q(rows.action)
-    weight = advantage_weight(q - q.mean(), beta=3.0, max_weight=100.0)
-    expressive_gain = float((weight * q).sum() / weight.sum() - q.mean())
-    obs = torch.zeros(20_000, 1)
-    drawn = nets.agent.unit_action(nets.agent.sample(obs, torch.Generator().manual_seed(1)))
-    gaussian_gain = float(bandit.q(drawn).mean() - q.mean())
-    log_mu = float(bandit.log_mu(nets.agent.unit_action(nets.agent.policy(obs[:1]).mode()).detach())[0])  # type: ignore[attr-defined]
-    plain, _ = _bandit_actor(override(method, {"actor": {"beta": 0.0}}), bandit.q, steps)
-    nll = float(-plain.agent.policy(rows.obs).log_prob(rows.action).mean().detach())  # type: ignore[attr-defined]
-    std = rows.action.std(0, correction=0)
-    best = float((std.log() + 0.5 * math.log(2 * math.pi) + 0.5).sum())
-    holds = expressive_gain >= expressive and gaussian_gain >= gaussian and log_mu < -3.4 and nll - best < clone
-    return {"measured": expressive_gain, "bound": expressive, "holds": holds, "gaussian_gain": gaussian_gain, "gaussian_bound": gaussian,
-            "log_mu_at_gaussian_mean": log_mu, "clone_nll_gap": nll - best}  # fmt: skip

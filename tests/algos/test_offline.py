@@ -83,7 +83,7 @@ def made(method: OffPolicy, compile: bool = False) -> Update:
     agent.net.double()
     shake(agent.net, 4)
     nets = ActorCritic(method, agent, 0)
-    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), nets.value]):
+    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), nets.value, nets.evaluation]):
         if net is not None:
             shake(net, 10 + i)
     return Update(nets, compile)
@@ -258,7 +258,7 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
             adv = torch.minimum(*q_by_hand(nets.critic, batch.obs, batch.action)) - torch.minimum(*q_by_hand(nets.critic, batch.obs, drawn))
         return -((3.0 * adv).exp().clamp(max=100.0).detach() * logp).mean()
     q = q_by_hand(nets.critic, batch.obs, action)
-    if method_id == "td3-bc":
+    if method_id in ("td3-bc", "mcep"):
         return -2.5 * q[0].mean() / q[0].abs().mean() + ((action - batch.action) ** 2).mean()
     least = torch.minimum(*q)
     return 0.01 * ((action - batch.action) ** 2).sum(1).mean() - least.mean() / least.abs().mean()
@@ -280,6 +280,15 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
         u = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - net_by_hand(nets.value, batch.obs)[:, 0]
         torch.testing.assert_close(found, torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean())
     torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, adv)[0], expected_actor(method_id, nets, batch, noise))
+
+
+def test_the_evaluation_policy_has_its_own_weights_and_constraint() -> None:
+    nets, (batch, _) = made(tiny("mcep")).nets, minibatch()
+    action = policy_by_hand(nets.deployed, batch.obs).tanh()
+    q = q_by_hand(nets.critic, batch.obs, action)[0]
+    expected = -10.0 * q.mean() / q.abs().mean() + ((action - batch.action) ** 2).mean()
+    torch.testing.assert_close(nets.evaluation_loss(batch)[0], expected)
+    assert nets.evaluation is nets.deployed.net["policy"] is not nets.policy
 
 
 def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> None:
@@ -359,6 +368,25 @@ def test_td3_bc_without_q_is_bc() -> None:
     batch, noise = minibatch()
     ends = [loss_and_gradient(made(m).nets, batch, noise) for m in (tiny("td3-bc", actor=Held(alpha=0.0)), tiny("bc"))]
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+def test_the_evaluation_policy_never_enters_a_target() -> None:
+    """With the constraint of the other actor the two stay equal; with any constraint the rest learns what TD3+BC learns, to the bit."""
+    ends = {}
+    for name, changes in (("td3-bc", {}), ("mcep", {}), ("same", {"evaluation": {"alpha": 2.5}})):
+        method = override(tiny("td3-bc" if name == "td3-bc" else "mcep"), changes)
+        torch.manual_seed(0)
+        agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
+        agent.net.double()
+        ends[name] = Update(ActorCritic(method, agent, 0))
+        for i in range(6):
+            batch, noise = minibatch(seed=i)
+            ends[name](batch, noise, i % 2 == 1)
+    parts = [{k: v for k, v in u.nets.state_dict().items() if not k.startswith("evaluation.")} for u in ends.values()]
+    assert all(torch.equal(v, part[k]) for part in parts[1:] for k, v in parts[0].items())
+    mild, same = ends["mcep"].nets, ends["same"].nets
+    assert all(torch.equal(p, q) for p, q in zip(same.evaluation.parameters(), same.policy.parameters(), strict=True))
+    assert not torch.equal(mild.evaluation.head.weight, mild.policy.head.weight)
 
 
 def test_rebrac_without_its_penalty_is_td3_bc() -> None:
@@ -470,7 +498,7 @@ def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     assert torch.equal(nets.goal(batch, noise[0], LAM), y)
 
 
-@pytest.mark.parametrize("method_id", ["td3-bc", "rebrac"])
+@pytest.mark.parametrize("method_id", ["td3-bc", "rebrac", "mcep"])
 def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
     """Q multiplied by 7 gives the actor the same loss."""
     batch, noise = minibatch()
@@ -566,6 +594,7 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: dataclasses.replace(tiny("bc"), actor=Held()), "every other actor needs both"),
         (lambda: dataclasses.replace(tiny("td3-bc"), policy=Squashed()), r"needs policy=Deterministic\(\)"),
         (lambda: Held(alpha=-1.0), "actor.alpha and actor.weight must be >= 0"),
+        (lambda: dataclasses.replace(tiny("awac"), evaluation=Held()), r"belongs to actor=Held\(\), got Weighted; set evaluation=None"),
         (lambda: Weighted(beta=-1.0), "actor.beta must be >= 0"),
         (lambda: Expectile(tau=1.0), r"value.tau must lie in \(0, 1\), got 1.0"),
         (lambda: dataclasses.replace(tiny("iql"), value=None), r"set target=InSampleTarget\(\) and value=Expectile\(\)"),
