@@ -37,7 +37,7 @@ class Evaluation:
 class Agent(ABC):
     """Base of every agent kind. `net` holds all modules; `policy_names` / `value_names` list its children by role.
 
-    Subclasses implement `_distribution`-level code in `act` and `evaluate`, and `config()` / `from_config` for checkpoints.
+    Subclasses implement `act` and `evaluate`, and `config` / `from_config` for checkpoints.
     """
 
     kind: Kind

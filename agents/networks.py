@@ -90,7 +90,7 @@ class ImageEncoder(nn.Module):
 
 
 class Flat(nn.Module):
-    """A Box flattened, or a Discrete / MultiDiscrete / MultiBinary as (concatenated) one-hot vectors; (..., width), integers as float32."""
+    """A Box flattened, or MultiBinary flattened, a Discrete or MultiDiscrete as (concatenated) one-hot vectors; (..., width), integers as float32."""
 
     def __init__(self, space: spaces.Space) -> None:
         super().__init__()

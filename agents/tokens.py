@@ -16,7 +16,7 @@ def positions(mask: Tensor) -> Tensor:
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """The kept set of top-p sampling, (n, V) bool: the most probable tokens until their mass reaches top_p (the crossing one included).
 
-    Keeps token v iff the mass of strictly more probable tokens is < top_p                       [Holtzman 2020; arXiv 1904.09751]
+    Sorted by falling probability, token v is kept iff the mass before it is < top_p             [Holtzman 2020; arXiv 1904.09751]
     """
     p, order = logits.softmax(-1).sort(dim=-1, descending=True)
     before = p.cumsum(-1) - p

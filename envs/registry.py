@@ -77,8 +77,7 @@ ENVS += [
     )
 ]
 
-# What kind of MDP an id is, for our own agents; ids that are not listed are control tasks. Sequence kinds name the function that builds
-# the task (its keyword arguments are the id's kwargs and the user's).
+# What kind of MDP an id is, for our own agents; ids that are not listed are control tasks.
 KINDS: dict[str, str] = {
     "markovia/Tabular-v0": "tabular",
     "markovia/TabularCMDP-v0": "tabular",

@@ -183,7 +183,6 @@ class _Chains:
         """The observation of chain i."""
         return {name: value[i] if name == "step" else value[i].copy() for name, value in obs.items()}
 
-
     def frames(self) -> tuple[np.ndarray, ...]:
         """Every chain's current sample as a picture; none before the first reset."""
         return tuple(picture(x) for x in self.x.numpy())

@@ -184,7 +184,7 @@ def save_network(path: Path, network: nn.Module) -> None:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """A shipped network in float32 and eval mode: mixture2d, digits, digits_classifier or digits_judge.
+    """A shipped network in float32 and eval mode: mixture2d, digits, digits_conditional, digits_classifier or digits_judge.
 
     Raises ValueError for a name that is not shipped.
     """

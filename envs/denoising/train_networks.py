@@ -127,9 +127,9 @@ def train(name: str, scale: float) -> tuple[nn.Module, dict[str, Any]]:
         classes = torch.eye(10)[labels]
         network, log = denoiser(MLPDenoiser((8, 8), hidden=256, depth=4, cond_dim=10), images, count(6000), 1.5e-3, seed=5, conditions=classes)
         asked = torch.arange(2000) % 10
-        for scale in (1.0, 2.0):
-            right = read_samples(GuidedDenoiser(network, scale), 20, torch.eye(10)[asked]) == asked
-            log[f"asked_digit_by_the_judge_at_guidance_{scale:g}"] = round(float(right.float().mean()), 3)
+        for guidance in (1.0, 2.0):
+            right = read_samples(GuidedDenoiser(network, guidance), 20, torch.eye(10)[asked]) == asked
+            log[f"asked_digit_by_the_judge_at_guidance_{guidance:g}"] = round(float(right.float().mean()), 3)
         return network, log
     network, log = denoiser(MLPDenoiser((8, 8), hidden=320, depth=4), images, count(12_000), 1.5e-3, seed=4)
     counts = torch.bincount(read_samples(network, num_steps=20), minlength=10)

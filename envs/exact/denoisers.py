@@ -35,7 +35,7 @@ class LinearGaussianDenoising:
 
     A policy is a per-step linear mean mu_k(x) = G_k x + h_k with the reference's std s_k: `G` (K, d, d), `h` (K, d).
     Optimal with that std:  mu*_k = M_k (A_k x + b_k + s_k^2 p_{k+1}/beta),  M_k = (I + s_k^2 P_{k+1}/beta)^-1,
-    V_k = -x^T P_k x/2 + p_k^T x,  P_k = A^T P M A,  p_k = A^T M (p - P b)   (P, p at k+1; P_K = Q, p_K = q)              (2)
+    V_k = -x^T P_k x/2 + p_k^T x + const,  P_k = A^T P M A,  p_k = A^T M (p - P b)   (P, p at k+1; P_K = Q, p_K = q)              (2)
 
     The default is a fixture with d = 2, K = 8, A = [[.9, .05], [-.05, .9]], b = 0, s = 0.3, Q = diag(1, .5), q = (1, -1),
     beta = 0.5: E r is -0.434 under the reference and 0.573 at the optimum, whose KL is 0.794 nats and J 0.175.
@@ -77,7 +77,7 @@ class LinearGaussianDenoising:
         return self.A.clone(), self.b.clone()
 
     def soft_values(self) -> tuple[Tensor, Tensor]:
-        """(P, p) of the soft values V_k, shapes (K + 1, d, d) and (K + 1, d) (equation 2)."""
+        """(P, p) of the soft values V_k, shapes (K + 1, d, d) and (K + 1, d), their constants left out (equation 2)."""
         P, p = [self.Q], [self.q]
         for k in reversed(range(self.num_steps)):
             A, b, M = self.A[k], self.b[k], self._shrink(k, P[0])

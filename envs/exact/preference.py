@@ -14,7 +14,7 @@ from markovia.envs.exact.divergences import FDivergence, check_beta, f_optimum
 
 
 class PreferenceBandit:
-    """Prompts with a finite set of responses, Bradley-Terry labels, and every regularised optimum in closed form (test bed T1).
+    """Prompts with a finite set of responses, Bradley-Terry labels, and every regularised optimum in closed form.
 
     Raises ValueError for tables of different shapes.
     """
@@ -102,7 +102,7 @@ SQUARED_LOG = FDivergence(
 
 
 class PreferenceGame:
-    """A symmetric two-player game on K responses, given by P(y > y') and a reference policy (test bed T4).
+    """A symmetric two-player game on K responses, given by P(y > y') and a reference policy.
 
     Raises ValueError unless P is square with P + P' = 1 and logits_ref has one entry per response.
     """
@@ -180,6 +180,6 @@ class PreferenceGame:
         return self.response(mix, mix, 1.0 / eta)
 
 
-# Features of three responses w, l, c (test bed T5): softmax(features @ theta), of which only the pair (w, l) is ever compared. From the uniform
+# Features of three responses w, l, c: softmax(features @ theta), of which only the pair (w, l) is ever compared. From the uniform
 # reference a DPO step goes along (.2, .2), where mass flows to the unseen c and log pi(w) falls; a tabular policy shows no such thing.
 DISPLACEMENT_FEATURES = np.array([[1.0, 0.2], [0.8, 0.0], [2.0, 2.0]])

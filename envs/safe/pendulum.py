@@ -15,7 +15,7 @@ class SafePendulumEnv(PendulumEnv):
 
     ## Description
     Gymnasium's Pendulum-v1 with cost 1 for every step whose angular velocity exceeds `max_velocity`; an episode may cost `cost_limit`.
-    Random actions cost between 1 and 147 an episode, mostly over 80, so that the limit binds from the start.
+    Random actions cost 0 to 174 an episode (100 episodes), 85 % of them over 80, so that the limit binds from the start.
 
     ## Action Space
     That of Pendulum-v1: a torque in [-2, 2].

@@ -219,7 +219,7 @@ def _item(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, options: Da
 
 
 def load_preferences(path: str | Path, tokenizer: Any, options: DataOptions | None = None) -> PreferenceData:
-    """Read a file of preferences (see the head of this module for its formats).
+    """Read a file of preferences, in one of the formats of `envs.text.preference_rows`.
 
     The first row tells format and columns. Raises ValueError when no row is usable, with the counts of what is wrong.
     """

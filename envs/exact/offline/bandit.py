@@ -43,7 +43,7 @@ class Bandit2D:
         return logsumexp(each) - np.log(NUM_MODES * 2 * np.pi * self.std**2)
 
     def sample(self, n: int, seed: int = 0) -> np.ndarray:
-        """(n, 2) actions of the behaviour, clipped to the box (about one in 4,000)."""
+        """(n, 2) actions of the behaviour, clipped to the box (about one in 23,000)."""
         rng = np.random.default_rng(seed)
         mode = rng.integers(NUM_MODES, size=n)
         return np.clip(self.modes[mode] + self.std * rng.standard_normal((n, 2)), -1.0, 1.0)
