@@ -52,6 +52,7 @@ CLAIMS: dict[str, Claim] = {
     "p3o@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o"}),
     "apa": Claim(_LANGUAGE + "apa_fixed_point"),
     "apa/initial": Claim(_LANGUAGE + "apa_fixed_point", "fast", {"anchor": "ref"}),
+    **{f"{m}@arithmetic": Claim("markovia.claims.arithmetic:arithmetic", "slow", {"method": m}) for m in ("grpo", "rloo", "ppo")},
     "rto": Claim(_TARGETS + "rto_fixed_point"),
     "dvpo": Claim(_TARGETS + "dvpo_one_step", "slow"),
     "gtpo": Claim(_ENTROPY + "gtpo_shared_prefix"),

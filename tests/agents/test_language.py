@@ -321,7 +321,7 @@ def test_other_bad_input_teaches():
 def test_shipped_arithmetic_model_leaves_room():
     agent, task = LanguageAgent.from_name("arithmetic"), arithmetic(2)
     score = task.score(agent.generate(task.all_starts("held_out"), torch.Generator().manual_seed(0)))
-    assert 0.4 <= score.mean() <= 0.7
+    assert 0.2 <= score.mean() <= 0.4
 
 
 @pytest.mark.slow
