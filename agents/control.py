@@ -14,7 +14,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical, SquashedGaussian
-from markovia.agents.interface import WANT, Agent, Evaluation, Kind
+from markovia.agents.interface import Agent, Evaluation, Kind, check_want
 from markovia.agents.networks import PolicyNet, Trunk, ValueNet, is_image, network_name
 from markovia.agents.normalizer import ObsNorm
 from markovia.agents.records import Obs, Rollout, map_obs
@@ -45,16 +45,6 @@ def check_action_space(space: gym.Space, squash: bool = False, std: str = "share
     options = {"squash=True": squash, f"std={std!r}": std != "shared", "tanh_mean=True": tanh_mean}
     if given := [name for name, used in options.items() if used]:
         raise ValueError(f"{given[0]} needs a Box action space, got {space}; leave {given[0].split('=')[0]} out")
-
-
-def check_want(want: Iterable[str], has_critic: bool) -> set[str]:
-    """The columns asked for as a set; unknown names, and a value without a critic, raise ValueError."""
-    wanted = set(want)
-    if unknown := wanted - set(WANT):
-        raise ValueError(f"evaluate() can't give {sorted(unknown)}; choose from {', '.join(WANT)}")
-    if "value" in wanted and not has_critic:
-        raise ValueError("this agent has no critic, so there is no value; build it with critic=True or ask for other columns")
-    return wanted
 
 
 def batch_obs(observation: Any, space: gym.Space) -> tuple[Any, bool]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from markovia.agents.distributions import FixedStdGaussian
-from markovia.agents.interface import Agent, Evaluation
+from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.records import Obs, Rollout
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import NETWORKS, build_network, network_config
@@ -126,10 +126,12 @@ class DenoisingAgent(Agent):
         )  # fmt: skip
 
     def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
-        """logp, entropy, dist (B, T) and value (B, T, 1) of every step of every chain, in one batched network call.
+        """logp, entropy, dist (B, T) and value (B, T, 1 + m) of every step of every chain, in one batched network call.
 
-        Raises ValueError for a record that was sampled with another guidance scale: its ratios would compare two different policies.
+        Raises ValueError for another quantity, and for a record that was sampled with another guidance scale: its ratios would compare two
+        different policies.
         """
+        wanted = check_want(want, self.critic is not None, "critic_hidden=128", ("logp", "entropy", "dist", "value"))
         assert isinstance(rollout.obs, dict)
         sampled = rollout.columns.get("guidance")
         # Reading a value would break a compiled update in two; such an update evaluates records of its own agent only.
@@ -142,15 +144,13 @@ class DenoisingAgent(Agent):
         x = rollout.obs["x"].reshape(B * T, *self.sample_shape)
         step = rollout.obs["step"].reshape(B * T)
         cond = rollout.obs["cond"].reshape(B * T, -1) if "cond" in rollout.obs else None
-        want, ev = set(want), Evaluation()
-        if want & {"logp", "entropy", "dist"}:
+        ev = Evaluation()
+        if wanted & {"logp", "entropy", "dist"}:
             flat = self._dist(x, step, cond)
             ev.dist = FixedStdGaussian(flat.mean.reshape(B, T, *self.sample_shape), flat.std.reshape(B, T), self.scale)
-            ev.logp = ev.dist.log_prob(rollout.action) if "logp" in want else None
-            ev.entropy = ev.dist.entropy() if "entropy" in want else None
-        if "value" in want:
-            if self.critic is None:
-                raise ValueError("this agent was built without a critic (critic_hidden=None), so it has no values")
+            ev.logp = ev.dist.log_prob(rollout.action) if "logp" in wanted else None
+            ev.entropy = ev.dist.entropy() if "entropy" in wanted else None
+        if self.critic is not None and "value" in wanted:
             ev.value = self.critic(x, step, cond).reshape(B, T, 1 + self.num_costs)
         return ev
 

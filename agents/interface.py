@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,16 @@ class Evaluation:
     dist: Distribution | None = None
     value: Tensor | None = None
     hidden: Tensor | None = None
+
+
+def check_want(want: Iterable[str], has_critic: bool, build: str = "critic=True", known: Sequence[str] = WANT) -> set[str]:
+    """The columns asked for as a set; one that is not `known`, and a value without a critic (`build` gives one), raise ValueError."""
+    wanted = set(want)
+    if unknown := wanted - set(known):
+        raise ValueError(f"evaluate() can't give {sorted(unknown)}; choose from {', '.join(known)}")
+    if "value" in wanted and not has_critic:
+        raise ValueError(f"this agent has no critic, so there is no value; build it with {build} or ask for other columns")
+    return wanted
 
 
 class Agent(ABC):

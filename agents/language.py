@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from markovia.agents.distributions import Categorical
-from markovia.agents.interface import WANT, Agent, Evaluation
+from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.packing import hidden_states, make_packs, probe, unfit
 from markovia.agents.pretrained import LanguageOptions, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
 from markovia.agents.records import Rollout
@@ -125,11 +125,7 @@ class LanguageAgent(Agent):
 
         Without gradient the rows are cut so that at most CHUNK_LOGITS logits exist at once. Raises ValueError for an unknown quantity.
         """
-        want = set(want)
-        if unknown := want - set(WANT):
-            raise ValueError(f"evaluate() can give {WANT}, got {sorted(unknown)}")
-        if "value" in want and "critic" not in self.net:
-            raise ValueError("this language agent has no value head; build it with value_head=True")
+        want = check_want(want, self.critic is not None, "value_head=True")
         out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if self._packing() else self._evaluate_padded(rollout, want))
         if "dist" in out:
             out["dist"] = Categorical(out["dist"])

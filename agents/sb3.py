@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -10,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from markovia.agents.control import StepAgent, check_action_space, check_want
+from markovia.agents.control import StepAgent, check_action_space
 from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical
-from markovia.agents.interface import Evaluation, Kind
+from markovia.agents.interface import Evaluation, Kind, check_want
 from markovia.agents.records import Obs, Rollout, map_obs
 
 
@@ -105,9 +104,7 @@ class SB3Agent(StepAgent):
         return action, dist.log_prob(action)
 
     def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
-        wanted = check_want(want, True)
-        if "hidden" in wanted:
-            raise ValueError("an SB3 policy gives no hidden features here; ask for logp, entropy, dist or value")
+        wanted = check_want(want, True, known=("logp", "entropy", "dist", "value"))
         lead = rollout.shape
         obs = map_obs(rollout.obs, lambda x: x.flatten(0, 1))
         out = Evaluation()
@@ -128,12 +125,6 @@ class SB3Agent(StepAgent):
         if hasattr(self.action_space, "low"):
             return np.clip(raw, self.action_space.low, self.action_space.high)
         return raw + getattr(self.action_space, "start", 0)
-
-    def reference(self) -> SB3Agent:
-        """A frozen copy of the policy; the normaliser is shared, since references see what the network saw."""
-        frozen = copy.copy(self)
-        frozen.net = copy.deepcopy(self.net).requires_grad_(False)
-        return frozen
 
     def config(self) -> dict[str, Any]:
         raise ValueError("an SB3 policy is not rebuilt from JSON; keep it with SB3's model.save and wrap the loaded model again")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from markovia.agents.control import StepAgent, check_want
+from markovia.agents.control import StepAgent
 from markovia.agents.distributions import Categorical
-from markovia.agents.interface import Evaluation, Kind
+from markovia.agents.interface import Evaluation, Kind, check_want
 from markovia.agents.records import Rollout
 from markovia.agents.spaces import space_from_json, space_to_json
 
