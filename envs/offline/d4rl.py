@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from markovia.envs.offline.scores import Reference, references
-from markovia.envs.offline.transitions import About, Transitions
+from markovia.envs.offline.transitions import About, Transitions, box_like
 from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -131,7 +131,7 @@ def load_d4rl(path: str | Path, env_id: str | None = None, horizon: int | None =
     ends = terminated | truncated
     known = np.ones(len(reward), dtype=bool) if "next_observations" in columns else ~ends
     known[-1] &= "next_observations" in columns
-    about = About(path.stem, env_id, horizon, _box(obs), _action_box(action), None, reference, {"file": path.name})
+    about = About(path.stem, env_id, horizon, box_like(obs), _action_box(action), None, reference, {"file": path.name})
     return Transitions(
         obs=obs,
         action=action,
@@ -150,14 +150,6 @@ def counted_timeouts(terminated: np.ndarray, horizon: int) -> np.ndarray:
     n = len(terminated)
     last_start = np.maximum.accumulate(np.where(np.append(True, terminated[:-1]), np.arange(n), 0))
     return ((np.arange(n) - last_start) % horizon == horizon - 1) & ~terminated
-
-
-def _box(values: np.ndarray) -> Any:
-    from gymnasium import spaces
-
-    if values.dtype == np.uint8:
-        return spaces.Box(0, 255, values.shape[1:], np.uint8)
-    return spaces.Box(-np.inf, np.inf, values.shape[1:], values.dtype.type)
 
 
 def _action_box(action: np.ndarray) -> Any:

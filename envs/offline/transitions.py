@@ -193,13 +193,15 @@ class Transitions:
             raise ValueError(f"{self.about.name} has no observation key {unknown[:1]}; it has {', '.join(self.obs)}")
         join = lambda obs: np.concatenate([obs[k].reshape(len(self), -1) for k in chosen], axis=1)  # noqa: E731
         obs = join(self.obs)
-        return replace(self, obs=obs, next_obs=join(self.next_obs), about=replace(self.about, observation_space=_box_like(obs)))
+        return replace(self, obs=obs, next_obs=join(self.next_obs), about=replace(self.about, observation_space=box_like(obs)))
 
 
-def _box_like(obs: np.ndarray) -> gym.Space:
-    """An unbounded Box of the rows' shape and type."""
+def box_like(obs: np.ndarray) -> gym.Space:
+    """A Box of the rows' shape and type: 0 to 255 for bytes, else unbounded."""
     from gymnasium import spaces
 
+    if obs.dtype == np.uint8:
+        return spaces.Box(0, 255, obs.shape[1:], np.uint8)
     return spaces.Box(-np.inf, np.inf, obs.shape[1:], obs.dtype.type)
 
 

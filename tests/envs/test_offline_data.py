@@ -116,6 +116,9 @@ def test_dictionary_observations():
     np.testing.assert_array_equal(flat.obs[3], [3, 3, 3])
     assert flat.about.observation_space.shape == (3,)
     assert data.rows(np.array([2])).obs["a"].shape == (1, 2)
+    bytes_ = {k: v.astype(np.uint8) for k, v in two.items()}
+    space = dataclasses.replace(data, obs=bytes_, next_obs=bytes_).flat_obs().about.observation_space
+    assert space.dtype == np.uint8 and space.low.max() == 0 and space.high.min() == 255
     with pytest.raises(ValueError, match="it has b, a"):
         data.flat_obs(["c"])
 
