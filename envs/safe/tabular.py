@@ -8,6 +8,7 @@ import numpy as np
 
 from markovia.envs.exact.cmdps import GRID_GOAL, GRID_HAZARDS, cmdp_grid, cmdp_two_state
 from markovia.envs.exact.gym_envs import CMDPEnv
+from markovia.envs.safe.cost import check_limit
 
 
 class SafeGridEnv(CMDPEnv):
@@ -41,7 +42,7 @@ class SafeGridEnv(CMDPEnv):
 
     def __init__(self, limit: float = 0.5, gamma: float = 0.95, slip: float = 0.1) -> None:
         super().__init__(oracle=cmdp_grid(limit, gamma, slip))
-        self.cost_limit = float(limit)
+        self.cost_limit = check_limit(limit)
 
     def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
         obs = super().step(action)[0]
@@ -80,4 +81,4 @@ class SafeTwoStateEnv(CMDPEnv):
 
     def __init__(self, limit: float = 5.0, gamma: float = 0.9) -> None:
         super().__init__(oracle=cmdp_two_state(limit, gamma))
-        self.cost_limit = float(limit)
+        self.cost_limit = check_limit(limit)

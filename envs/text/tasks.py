@@ -83,8 +83,10 @@ class TextTask:
         return self.tokenizer.vocab_size
 
     def prompt(self, index: int, split: Split = "train") -> tuple[str, list[int], dict[str, Any]]:
-        """Text, ids and columns of one prompt."""
+        """Text, ids and columns of one prompt. Raises ValueError for an index outside the split."""
         prompts, columns = self._split(split)
+        if not 0 <= index < len(prompts):
+            raise ValueError(f"prompt {index} is outside of split {split!r}, expected 0 <= prompt < {len(prompts)}")
         return prompts[index], self._encoded[split][index], {k: v[index] for k, v in columns.items()}
 
     def batch(self, index: Sequence[int], group: Sequence[int], split: Split = "train") -> dict[str, Any]:

@@ -341,6 +341,8 @@ def test_bad_costs_and_limits_are_taught():
         env.step(0)
     with pytest.raises(ValueError, match="cost_limit must be >= 0"):
         make(LIGHT[0], cost_limit=-1.0)
+    with pytest.raises(ValueError, match="cost_limit must be >= 0"):
+        make("markovia/SafeGrid-v0", limit=-0.1)
     with pytest.raises(ValueError, match="level must be 1 or 2"):
         make(POINT[0], level=3)
     assert checked_cost(np.float32(2.0)) == 2.0

@@ -172,6 +172,8 @@ def test_other_bad_task_input_teaches():
         arithmetic(digits=9)
     with pytest.raises(ValueError, match="empty or unknown"):
         small_task().starts(1, split="held_out")
+    with pytest.raises(ValueError, match="outside of split 'train'"):
+        small_task().prompt(-1)
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
