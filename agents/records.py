@@ -159,9 +159,3 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) over mask (B, T); 0 where nothing is masked in."""
     m = mask.to(x.dtype)
     return (x * m).sum() / m.sum().clamp(min=1.0)
-
-
-def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (divisor n) of x over mask."""
-    mean = masked_mean(x, mask)
-    return mean, masked_mean((x - mean).square(), mask).sqrt()
