@@ -9,7 +9,9 @@ import torch
 
 
 def stream_seed(seed: int, name: str, iteration: int = 0) -> int:
-    """A 63-bit seed for one named stream of one iteration."""
+    """A 63-bit seed for one named stream of one iteration. Raises ValueError for a negative seed."""
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
     sequence = np.random.SeedSequence([seed, zlib.crc32(name.encode()), iteration])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

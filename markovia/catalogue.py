@@ -63,7 +63,8 @@ def card(method_id: str, env: str | None = None) -> str:
         settings = resolve_method(method_id, env)[1]
     lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}"]
     lines.append(f"  kinds   {', '.join(row.kinds)}")
-    lines.append(f"  claim   {row.claim} (markovia claims {row.claim})" if row.claim in known_claims() else "  claim   none yet")
+    found = verdict(row.claim, _finished(default_results()))
+    lines.append(f"  claim   {row.claim}: {found} (markovia claims {row.claim})" if row.claim in known_claims() else "  claim   none yet")
     for reference in row.functions:
         thing = resolve(reference)
         lines += ["", f"{reference.partition(':')[2]}  ({where(thing)})", *(f"  {line}" for line in (inspect.getdoc(thing) or "").splitlines())]
@@ -77,9 +78,15 @@ def known_claims() -> dict[str, Any]:
     return CLAIMS
 
 
-def list_claims(speed: str) -> list[str]:
-    """Ids with class and function."""
-    return [f"{i}  {c.speed}  {c.function}" for i, c in known_claims().items() if speed in ("all", c.speed)]
+def list_claims(speed: str, results: Path | None = None) -> list[str]:
+    """Ids with class, verdict and function."""
+    finished = _finished(results or default_results())
+    return [f"{i}  {c.speed}  {verdict(i, finished)}  {c.function}" for i, c in known_claims().items() if speed in ("all", c.speed)]
+
+
+def verdict(claim: str, finished: dict[str, dict[str, Any]]) -> str:
+    """What the last measurement of a claim found."""
+    return "not measured" if claim not in finished else "holds" if finished[claim]["holds"] else "does not hold"
 
 
 def default_results() -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from markovia.provenance import versions
 from markovia.recipes import Recipe
 from markovia.rundir import RunError, read_json, write_json
 from markovia.settings import differences
@@ -358,8 +359,6 @@ class _Collection:
         return data.episodes(order[:enough])
 
     def _metadata(self, name: str, data: Any) -> dict[str, Any]:
-        from markovia.runs import versions
-
         how = {
             "random": "uniform actions",
             "medium": "sampled actions of the medium policy",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.envs.control.vector import env_spec
+from markovia.provenance import commit, versions
 from markovia.report import Sink, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
 from markovia.settings import differences, file_entry, from_json, to_json
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SMALL = 1_000_000  # parameters; below this a run computes on one thread
-_PACKAGES = ("markovia", "torch", "numpy", "gymnasium", "mujoco", "transformers", "peft", "diffusers")
 # What may differ between the run that was stopped and the one that goes on.
 _NOT_COMPARED = ("versions", "commit", "python")
 
@@ -56,30 +54,6 @@ def default_folder(method_id: str, env: str, seed: int) -> Path:
     """runs/<env>/<method>-seed<seed>, with slashes and colons made plain."""
     clean = [re.sub(r"[^\w.=+-]+", "-", part) for part in (env.removeprefix("markovia/"), method_id)]
     return Path("runs") / clean[0] / f"{clean[1]}-seed{seed}"
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what a run's numbers depend on."""
-    out = {}
-    for name in _PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this code lies in, with "+" when it has changes; None outside git."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changes.strip() else "")
 
 
 def resolve(method: str | Method, env: str | None, method_id: str | None = None) -> tuple[str, Method, dict[str, Any]]:
@@ -157,8 +131,10 @@ def train(
     name, settings, options = resolve(method, env, method_id)
     options |= (agent_options or {}) | ({} if model is None else {"model": model})
     file = None if data is None else file_entry(data, judge, data_options or {})
-    if num_checkpoints < 1:
-        raise ValueError(f"num_checkpoints must be >= 1, got {num_checkpoints}")
+    for flag, value, least in (("seed", seed, 0), ("num_checkpoints", num_checkpoints, 1), ("eval_episodes", eval_episodes, 0)):
+        if value < least:
+            raise ValueError(f"{flag} must be >= {least}, got {value}")
+    _check_device(device)
     logged = None if dataset is None else str(dataset)
     run = Path(out) if out is not None else default_folder(name, logged or env or Path(data or "data").name.partition(".")[0], seed)
     config: dict[str, Any] = {
@@ -237,6 +213,16 @@ def train(
         done["best_eval_return"] = max(scores) if scores else None
     write_json(run / "done.json", done)
     return RunResult(run, setup.agent, done)
+
+
+def _check_device(device: str) -> None:
+    """Raises ValueError for a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {device!r} can't be used here ({str(e).splitlines()[0]}); 'cpu' always can, 'cuda' where there is a GPU") from e
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

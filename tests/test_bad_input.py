@@ -94,6 +94,9 @@ REFUSED = {
     "argument of an environment": (lambda out: run("CartPole-v1", out, env_kwargs={"gravty": 1}), "keyword argument 'gravty'"),
     "option of the agent": (lambda out: run("CartPole-v1", out, agent_options={"hiden": [8]}), "keyword argument 'hiden'"),
     "checkpoints": (lambda out: run("CartPole-v1", out, num_checkpoints=0), "num_checkpoints must be >= 1"),
+    "seed": (lambda out: run("CartPole-v1", out, seed=-1), "seed must be >= 0, got -1"),
+    "evaluation": (lambda out: run("CartPole-v1", out, eval_episodes=-1), "eval_episodes must be >= 0, got -1"),
+    "device": (lambda out: run("CartPole-v1", out, device="gpu"), "device 'gpu' can't be used here .*'cpu' always can"),
     "tracker": (lambda out: run("CartPole-v1", out, track="wandbb"), "'wandb' or 'trackio'"),
 }
 

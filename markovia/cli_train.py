@@ -1,0 +1,127 @@
+"""`markovia train`: the method is resolved first, and its settings become the flags."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """How a run is carried out; what the method does is set by the flags after these."""
+
+    env: str | None = None  # Gymnasium id: markovia/..., or any other environment
+    data: Path | None = None  # file of preferences (.jsonl, .jsonl.gz or a saved Hugging Face dataset), for methods that learn from them
+    dataset: str | None = None  # logged data for offline methods: a Minari id, a D4RL file or fixture:NAME; env is then the task of the evaluation
+    model: str | None = None  # language model to train: smollm2, a Hugging Face name or folder; by default the env's
+    judge: str | None = None  # "module:function" that scores texts, called as (prompts, completions, **columns) -> list of numbers
+    data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
+    seed: int = 0  # of everything that is random
+    out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>
+    resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
+    env_kwargs: str = "{}"  # JSON object of the environment's arguments, e.g. '{"wanted": 8}'
+    agent_options: str = "{}"  # JSON object of the agent's options, e.g. '{"hidden": [256, 256]}'
+    vectorization: str = "auto"  # sync, async, mujoco (one batch), envpool or auto (control)
+    device: str = "cpu"  # where the networks live
+    num_checkpoints: int = 10  # at most; spread over num_env_steps, never closer than an episode of full length
+    eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out
+    eval_checkpoints: bool = False  # evaluate at every checkpoint too
+    max_seconds: float | None = None  # end after this time
+    compile: bool | None = None  # compile the updates (takes up to half a minute the first time); None: where the run is long enough to repay it
+    track: str | None = None  # wandb or trackio: log there too
+    progress: bool = True  # show progress
+
+
+_TRAIN_HELP = """usage: markovia train METHOD --env ID [flags]
+       markovia train METHOD --env ID --dataset ID_OR_FILE [flags]
+       markovia train METHOD --data FILE --model NAME [flags]
+
+Train a method on an environment. The flags are those of the method: `markovia train METHOD --env ID --help` shows them with the values
+that its presets give it there, `markovia systems` lists the methods and `markovia envs` the environments.
+
+  markovia train ppo --env HalfCheetah-v5
+  markovia train ppo --env markovia/Sentiment-v0
+  markovia train td3-bc --env Pendulum-v1 --dataset markovia/pendulum/medium-v0
+  markovia train dpo --data prefs.jsonl --model smollm2 --agent-options '{"lora": {"r": 16}}' --solver.lr 1e-4
+  markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3"""
+
+
+def train_command(argv: list[str]) -> None:
+    """The method is resolved first; tyro then builds the parser from its settings for this environment."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_TRAIN_HELP)
+        if not argv:
+            raise ValueError("train needs a method, e.g. `markovia train ppo --env HalfCheetah-v5`")
+        return
+    from markovia.algos.systems import find
+
+    method_id, flags = argv[0], argv[1:]
+    if method_id.startswith("-"):
+        raise ValueError(f"the method comes first: markovia train METHOD --env ID ..., got {method_id!r}")
+    row = find(method_id)
+    env = _flag(flags, "--env")
+    wants_help = "-h" in flags or "--help" in flags
+    if env is None and _flag(flags, "--data") is None and not wants_help:
+        from markovia.algos.preference.method import Preference
+
+        if isinstance(row.value, Preference):
+            raise ValueError(f"{method_id} learns from preferences: `markovia train {method_id} --data prefs.jsonl --model smollm2`")
+        raise ValueError(f"train needs an environment, e.g. `markovia train {method_id} --env HalfCheetah-v5`")
+    given = _parse_train(method_id, env, flags, row)
+    from markovia.runs import train
+
+    options = dict(vars(given.run))
+    for name in ("env_kwargs", "agent_options", "data_options"):
+        options[name] = json_object(options[name], f"--{name.replace('_', '-')}")
+    result = train(given.settings, method_id=method_id, **options)
+    evaluation = result.done["evaluation"]
+    score = f", evaluation return {evaluation['mean']:.4g} ± {evaluation['std']:.3g} over {len(evaluation['returns'])}" if evaluation else ""
+    if evaluation and "score_pct" in evaluation:
+        score += f", score {sum(evaluation['score_pct']) / len(evaluation['score_pct']):.1f} (0 random, 100 reference)"
+    print(f"{result.run}: {result.done['num_env_steps']:,} steps in {result.done['seconds']:.1f} s{score}")
+
+
+def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) -> Any:
+    from typing import Annotated
+
+    import tyro
+
+    from markovia.envs.control.vector import env_spec
+    from markovia.runs import resolve
+
+    settings = row.value
+    if env is not None:
+        env_spec(env)
+        _, settings, _ = resolve(method_id, env)
+
+    unprefixed = tyro.conf.arg(name="")
+    fields: list[Any] = [("run", Annotated[TrainFlags, unprefixed]), ("settings", Annotated[type(settings), unprefixed])]
+    Train = make_dataclass("Train", fields, frozen=True)
+    about = f"{method_id}: {row.new} (arXiv {row.paper}). Values shown are those for {env or 'no environment in particular'}."
+    default = Train(TrainFlags(env), settings)
+    return tyro.cli(
+        Train, prog=f"markovia train {method_id}", description=about, args=flags, default=default, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    """The value of one flag, before there is a parser."""
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """The object that a flag gives as JSON. Raises ValueError that names the flag."""
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{flag} takes a JSON object such as '{{\"name\": 1}}', got {text!r} ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} takes a JSON object such as '{{\"name\": 1}}', got {text!r}")
+    return value
