@@ -20,20 +20,19 @@ from scipy.special import logsumexp
 
 from markovia.envs.exact import divergences as fdiv
 from markovia.envs.exact.arrays import Array, exp, is_torch, like, log_softmax, to_numpy
+from markovia.envs.exact.token_tree import TokenTree, tree_size
 
-MAX_SEQUENCES = 4096
 MAX_GROUPS = 2**18  # of expected_gradient: M^G tuples
 
 
-class EnumerableTokenMDP:
+class EnumerableTokenMDP(TokenTree):
     """A token-MDP with all its sequences, its optima in closed form, and exact expectations of any estimator.
 
     Raises ValueError for a size with more than 4096 sequences, tables of the wrong shape, or rewards that are not finite.
     """
 
     def __init__(self, V: int, H: int, logits_ref: np.ndarray, reward: np.ndarray, eos: int | None = None):
-        self.V, self.H, self.eos = V, H, eos
-        self._enumerate()
+        super().__init__(V, H, eos)
         self.logits_ref = log_softmax(self._table(logits_ref, "logits_ref"))  # (N, V), normalised
         self.R = to_numpy(reward)
         if self.R.shape != (self.M,):
@@ -62,54 +61,6 @@ class EnumerableTokenMDP:
             raise ValueError(f"success is a probability, got {success}")
         draws = rng.random(M)
         return cls(V, H, logits, draws if reward == "uniform" else (draws < success).astype(np.float64), eos)
-
-    # ---- the tree -----------------------------------------------------------------------------------------------
-
-    def _enumerate(self) -> None:
-        """Fill tokens, prefix_index, mask (M, H), lengths (M,), child and leaf (N, V), depth (N,)."""
-        V, H, eos = self.V, self.H, self.eos
-        N, M = tree_size(V, H, eos)
-        prefixes: list[tuple[int, ...]] = [()]
-        for prefix in prefixes:  # grows while it is read: breadth first
-            if len(prefix) < H - 1:
-                prefixes.extend((*prefix, a) for a in range(V) if a != eos)
-        index = {prefix: i for i, prefix in enumerate(prefixes)}
-        self.num_prefixes, self.M = N, M
-        self.depth = np.array([len(prefix) for prefix in prefixes])
-        self.child = np.full((N, V), -1)  # the next prefix, or -1 where the sequence ends
-        self.leaf = np.full((N, V), -1)  # the finished sequence, or -1 where it goes on
-        self.tokens = np.full((M, H), 0 if eos is None else eos)  # padded after the end, where mask is 0
-        self.prefix_index = np.zeros((M, H), dtype=np.int64)
-        self.mask = np.zeros((M, H), dtype=bool)
-        count = 0
-        for i, prefix in enumerate(prefixes):
-            for a in range(V):
-                sequence = (*prefix, a)
-                if a != eos and len(sequence) < H:
-                    self.child[i, a] = index[sequence]
-                    continue
-                self.leaf[i, a] = count
-                self.tokens[count, : len(sequence)] = sequence
-                self.prefix_index[count, : len(sequence)] = [index[sequence[:t]] for t in range(len(sequence))]
-                self.mask[count, : len(sequence)] = True
-                count += 1
-        self.lengths = self.mask.sum(-1)
-
-    def _table(self, logits: Array, name: str = "logits") -> np.ndarray:
-        table = to_numpy(logits)
-        if table.shape != (self.num_prefixes, self.V):
-            raise ValueError(f"{name} must have shape (num_prefixes, V) = {(self.num_prefixes, self.V)}, got {table.shape}")
-        return table
-
-    def sequence_index(self, tokens: Array) -> np.ndarray:
-        """(n,): which sequence each row of tokens (n, H) is; what follows EOS is ignored."""
-        tokens = to_numpy(tokens).astype(np.int64)
-        at, found = np.zeros(len(tokens), dtype=np.int64), np.full(len(tokens), -1)
-        for t in range(self.H):
-            going = found < 0
-            found[going] = self.leaf[at[going], tokens[going, t]]
-            at = np.where(found < 0, self.child[at, tokens[:, t]], at)
-        return found
 
     def sample(self, logits: Array, n: int, rng: np.random.Generator) -> np.ndarray:
         """(n,): indices of n sequences drawn from the policy."""
@@ -377,24 +328,6 @@ class EnumerableTokenMDP:
         logp = log_softmax(logits)
         p = exp(logp)
         return -(p * logp * (dlogits - (p * dlogits).sum(-1)[:, None])).sum(-1)
-
-
-def tree_size(V: int, H: int, eos: int | None = None) -> tuple[int, int]:
-    """(N, M): number of prefixes and of complete sequences; raises ValueError for sizes that cannot be enumerated."""
-    if V < 2 or H < 1:
-        raise ValueError(f"a token-MDP needs V >= 2 tokens and H >= 1 steps, got V={V}, H={H}")
-    if eos is not None and not 0 <= eos < V:
-        raise ValueError(f"eos must be a token in 0..{V - 1} or None, got {eos!r}")
-    branches = V if eos is None else V - 1
-    if branches > 1 and H > 12:
-        levels = [MAX_SEQUENCES + 1]
-    else:
-        levels = [branches**h for h in range(H)]
-    N = sum(levels)
-    M = levels[-1] * V + (0 if eos is None else N - levels[-1])
-    if M > MAX_SEQUENCES:
-        raise ValueError(f"V={V}, H={H} has more than {MAX_SEQUENCES} sequences, too many to enumerate; lower V or H")
-    return N, M
 
 
 def best_of_n_kl_bound(n: int) -> float:

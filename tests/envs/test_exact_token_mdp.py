@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from markovia.envs.exact import EnumerableTokenMDP, best_of_n_kl_bound, binary_fixed_point, f_divergence
-from markovia.envs.exact.token_mdp import tree_size
+from markovia.envs.exact.token_tree import tree_size
 
 TREES = {"fixed": dict(V=3, H=3), "eos": dict(V=3, H=3, eos=1), "bandit": dict(V=5, H=1)}  # noqa: C408
 
