@@ -41,7 +41,7 @@ def test_twin_critics_equal_two_separate_networks(layer_norm: bool) -> None:
         alone = torch.nn.Sequential(*parts, head)
         out = alone(torch.cat([obs, action], 1))[:, 0]
         torch.testing.assert_close(twin(obs, action)[j], out)
-        torch.testing.assert_close(twin(obs, action, members=1)[0], out) if j == 0 else None
+        torch.testing.assert_close(twin(obs, action, members=j + 1)[j], out)
         (out * weights[j]).sum().backward()
         torch.testing.assert_close(twin.hidden[0].weight.grad[j].T, parts[0].weight.grad)
         torch.testing.assert_close(twin.head.bias.grad[j, 0], head.bias.grad)

@@ -76,6 +76,10 @@ def test_soft_optimum_is_stationary_and_has_its_limits():
         assert (soft_values(other) <= values + 1e-8).all()
     np.testing.assert_allclose(mdp.soft_value_iteration(1e-4, ref)[1], mdp.policy_iteration()[1], atol=0.01)
     np.testing.assert_allclose(mdp.soft_value_iteration(1e5, ref)[0], ref, atol=1e-4)
+    # without a reference entropy is paid: KL to the uniform policy, and 0.3 log 3 more in every one of the 1 / (1 - 0.9) steps
+    plain, uniform = mdp.soft_value_iteration(0.3), mdp.soft_value_iteration(0.3, mdp.uniform_policy())
+    np.testing.assert_allclose(plain[0], uniform[0], atol=1e-8)
+    np.testing.assert_allclose(plain[1], uniform[1] + 0.3 * np.log(3) * 10, atol=1e-8)
 
 
 def test_gradient_and_hessian_against_finite_differences():
