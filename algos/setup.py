@@ -87,7 +87,10 @@ def build(
             from markovia.algos.offline.setup import build_offline
 
             if kind != "control" or dataset is None:
-                raise ValueError(f"an offline method learns control from a dataset: name one (dataset), got {dataset} for the {kind} task {env_id}")
+                raise ValueError(
+                    f"an offline method learns control from a dataset: name one (--dataset: a Minari id, a D4RL file or fixture:NAME), "
+                    f"got {dataset} for the {kind} task {env_id}"
+                )
             return build_offline(env_id, method, dataset, env_kwargs or {}, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)

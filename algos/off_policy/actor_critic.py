@@ -10,12 +10,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from markovia.agents.behaviour import ConditionalVAE
 from markovia.agents.control import ControlAgent
 from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
-from markovia.algos.off_policy.actors import held_loss, logged_loss
+from markovia.algos.off_policy.actors import held_loss, logged_loss, supported_loss
 from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
@@ -37,10 +38,11 @@ from markovia.algos.off_policy.method import (
     InSampleTarget,
     OffPolicy,
     SmoothedTarget,
+    Supported,
     TunedTemperature,
     ValueTarget,
 )
-from markovia.algos.off_policy.regularised import expectile, penalised_value
+from markovia.algos.off_policy.regularised import expectile, penalised_value, support_bound
 from markovia.algos.off_policy.regularisers import conservative, diverse
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.streams import stream_seed
@@ -78,6 +80,8 @@ class ActorCritic(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init-critic"))
             self.critic = None if c is None else QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
+            b = method.behaviour
+            self.behaviour = None if b is None else ConditionalVAE(space, agent.action_size, b.hidden, b.activation)
             self.value = None if v is None else ValueNet(Trunk(space, v.hidden, v.activation))
         self.followed = "value" if isinstance(method.target, ValueTarget) else "critic"
         self.target = None if c is None else copy.deepcopy(getattr(self, self.followed)).requires_grad_(False)
@@ -198,12 +202,15 @@ class ActorCritic(nn.Module):
         loss = 0.5 * (v - goal).square().mean()
         return loss, {"value_loss": loss.detach()}, None
 
-    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float, adv: Tensor | None = None) -> Loss:
+    def actor_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float, adv: Tensor | None = None, latent: Tensor | None = None) -> Loss:
         """Mean objective of the slot `actor`; the statistics of an `Ascent` hold -mean log pi as `entropy_nats` where the policy has a density.
 
-        `adv` (b,) is what `value_loss` gave.
+        `adv` (b,) is what `value_loss` gave; `latent` (2, b, d) is noise for the behaviour model, where there is one.
         """
         m, slot = self.method, self.method.actor
+        if isinstance(slot, Supported):
+            assert latent is not None
+            return supported_loss(self, slot, batch, latent)
         if not isinstance(slot, Ascent):
             return logged_loss(self, slot, batch, noise, adv)
         dist = self.dist(self.agent, batch.obs, noise.dtype)
@@ -226,6 +233,19 @@ class ActorCritic(nn.Module):
         if slot.penalty:
             loss = loss + slot.penalty * parameter_penalty(dist.mean, dist.log_std).mean()
         return loss, stats
+
+    def support(self, obs: Obs, action: Tensor, latent: Tensor) -> Tensor:
+        """Bound on -log mu(a|s) of actions (b, d) in [-1, 1] under the behaviour model, (b,), in its own scale."""
+        assert self.behaviour is not None and self.method.behaviour is not None
+        with self._cast():
+            decoded, mean, log_std = self.behaviour(obs, action, torch.cat([*latent], -1))
+        dtype = action.dtype
+        return support_bound(decoded.to(dtype), action, mean.to(dtype), log_std.to(dtype), beta=self.method.behaviour.beta)
+
+    def behaviour_loss(self, batch: Batch, latent: Tensor) -> Loss:
+        """Mean of `support` at logged actions."""
+        loss = self.support(batch.obs, batch.action, latent).mean()
+        return loss, {"behaviour_loss": loss.detach()}
 
     def evaluation_loss(self, batch: Batch) -> Loss:
         """Mean objective of the slot `evaluation`, on the same critics."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.distributions import Gaussian
-from markovia.algos.off_policy.method import Clone, Deterministic, Held, Weighted
+from markovia.algos.off_policy.method import Clone, Deterministic, Held, Supported, Weighted
 from markovia.algos.off_policy.regularised import advantage_weight, held_objective, squared_distance
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ def held_loss(nets: ActorCritic, slot: Held, batch: Batch, agent: ControlAgent) 
     distance = squared_distance(action, batch.action, reduce=slot.reduce)
     q = nets.one_q(nets.critic, batch.obs, action, slot.aggregate)
     loss = held_objective(q, distance, alpha=slot.alpha, weight=slot.weight).mean()
+    return loss, {"actor_loss": loss.detach(), "distance": distance.detach().mean()}
+
+
+def supported_loss(nets: ActorCritic, slot: Supported, batch: Batch, latent: Tensor) -> Loss:
+    """Mean of `held_objective` at the policy's own action, whose distance is the behaviour model's bound; the gradient runs through the model."""
+    action = nets.agent.unit_action(nets.dist(nets.agent, batch.obs, batch.action.dtype).mode())
+    distance = nets.support(batch.obs, action, latent)
+    loss = held_objective(nets.one_q(nets.critic, batch.obs, action, slot.aggregate), distance, alpha=slot.alpha, weight=slot.weight).mean()
     return loss, {"actor_loss": loss.detach(), "distance": distance.detach().mean()}
 
 

@@ -108,6 +108,8 @@ class OffPolicyDriver:
         batch = self.collector.replay.sample(m.batch_size, generator)
         noise = torch.randn((m.num_noises, *batch.action.shape), generator=generator).to(batch.action)
         self.num_updates += 1
+        if m.behaviour is not None and self.num_updates <= m.behaviour.steps:
+            return self.update.fit_behaviour(batch, noise)
         if isinstance(m.actor, Weighted) and m.actor.cosine:
             self.update.optimizers["actor"].scale_lr(0.5 * (1.0 + math.cos(math.pi * self.progress)))
         return self.update(batch, noise, self.num_updates % m.policy_delay == 0)

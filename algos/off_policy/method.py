@@ -205,6 +205,35 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Supported:
+    """A deterministic actor climbs Q, divided by its mean size, and is held where the slot `behaviour` bounds the density of logged actions."""
+
+    alpha: float = 1.0  # weight of Q / mean |Q|
+    weight: float = 0.1  # weight of the bound on -log mu(a|s), in its own scale
+    aggregate: Aggregate = "first"  # which Q
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0.0 or self.weight < 0.0:
+            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A conditional variational autoencoder of logged actions, fitted by the first `steps` updates and fixed from then on."""
+
+    steps: int = 100_000  # of the budget
+    beta: float = 0.5  # weight of the KL; the decoder's standard deviation is sqrt(beta / 4), the Box reaching from -1 to 1
+    lr: float = 1e-3
+    hidden: tuple[int, ...] = (750, 750)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.beta > 0.0:
+            raise ValueError(f"behaviour.steps must be >= 1 and behaviour.beta > 0, got {self.steps} and {self.beta}")
+
+
+@dataclass(frozen=True)
 class Weighted:
     """Regression on logged actions, each weighted by exp(beta A), at most `max_weight`."""
 
@@ -218,7 +247,7 @@ class Weighted:
             raise ValueError(f"actor.beta must be >= 0 and actor.max_weight > 0, got {self.beta} and {self.max_weight}")
 
 
-Actor = Ascent | Clone | Held | Weighted
+Actor = Ascent | Clone | Held | Supported | Weighted
 
 
 @dataclass(frozen=True)
@@ -273,6 +302,7 @@ class OffPolicy:
     critic: Critics | None = field(default_factory=Critics)
     regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
+    behaviour: Behaviour | None = None  # model of the policy that wrote the data, for actor=Supported()
     evaluation: Held | None = None  # a second actor with this objective is the one that acts after training; it never enters a target
     temperature: Temperature = field(default_factory=TunedTemperature)
 
@@ -302,8 +332,10 @@ class OffPolicy:
             raise ValueError("regulariser=Conservative() weighs sampled actions by their density, which a deterministic policy does not have")
         if self.evaluation is not None and not isinstance(self.actor, Held):
             raise ValueError(f"the slot evaluation belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
-        if isinstance(self.actor, Held) and not isinstance(self.policy, Deterministic):
-            raise ValueError("actor=Held() measures the distance of one action, so it needs policy=Deterministic()")
+        if isinstance(self.actor, Held | Supported) and not isinstance(self.policy, Deterministic):
+            raise ValueError(f"actor={type(self.actor).__name__}() judges the one action of a state, so it needs policy=Deterministic()")
+        if isinstance(self.actor, Supported) != (self.behaviour is not None):
+            raise ValueError("a behaviour model serves actor=Supported() alone, which needs one: set behaviour=Behaviour()")
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
             raise ValueError(
                 "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "
@@ -317,8 +349,8 @@ class OffPolicy:
 
     @property
     def num_noises(self) -> int:
-        """Normal variates per transition and action entry that an update takes: target, value, actor, and what the regulariser wants."""
-        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises)
+        """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser, the behaviour's latents (2)."""
+        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + 2 * (self.behaviour is not None)
 
     @property
     def mirrors(self) -> bool:

@@ -75,3 +75,13 @@ def gradient_cosine(grads: Tensor) -> Tensor:
     """
     unit = grads / (torch.linalg.vector_norm(grads, dim=-1, keepdim=True) + 1e-10)
     return (unit.sum(0).square().sum(-1) - unit.square().sum((0, -1))) / (grads.shape[0] - 1)
+
+
+def support_bound(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, *, beta: float) -> Tensor:
+    """U = mean_k (decoded_k - a_k)^2 + beta mean_j KL(N(mean_j, std_j) || N(0, 1)), (b,), mean and log_std (b, 2 d).   [arXiv 2202.06239, eq. 9]
+
+    Up to scale and constant a bound on -log mu(a|s) by a decoder of deviation sigma = sqrt(beta / 4), with latents of 2 d entries:
+    U = (beta / 2 d)(-ELBO - d (log sigma + 0.5 log 2 pi)).
+    """
+    divergence = 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0) - log_std
+    return (decoded - action).square().mean(-1) + beta * divergence.mean(-1)

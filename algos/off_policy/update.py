@@ -17,7 +17,7 @@ from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.optimizer import Optimizer, Rule
 
-# The first axis of `noise` (3 + k, b, d): target, value, actor, and k that the critics' regulariser wants.
+# The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model.
 State = dict[str, list[Tensor]]  # tensors of each optimiser, as `Optimizer.tensors` lays them out
 
 
@@ -40,7 +40,7 @@ class Update:
         m = nets.method
         self.nets = nets
         wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor),
-                  "evaluation": (nets.evaluation, m.evaluation)}  # fmt: skip
+                  "evaluation": (nets.evaluation, m.evaluation), "behaviour": (nets.behaviour, m.behaviour)}  # fmt: skip
         self.optimizers = {
             name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
@@ -87,7 +87,7 @@ class Update:
             descend("critic", loss)
         if not move_actor:
             return stats
-        loss, found = nets.actor_loss(batch, noise[2], lam, adv)
+        loss, found = nets.actor_loss(batch, noise[2], lam, adv, noise[-2:])
         stats |= found
         descend("actor", loss)
         if nets.evaluation is not None:
@@ -100,6 +100,13 @@ class Update:
         with torch.no_grad():
             for follower, source in zip(followers, self.sources, strict=True):
                 follower.lerp_(state[source][0], nets.method.polyak)
+        return stats
+
+    def fit_behaviour(self, batch: Batch, noise: Tensor) -> Stats:
+        """Move the behaviour model alone by one minibatch; eagerly, as it is done once before everything else."""
+        optimizer = self.optimizers["behaviour"]
+        loss, stats = self.nets.behaviour_loss(batch, noise[-2:])
+        optimizer.move(optimizer.tensors(), optimizer.flatten(torch.autograd.grad(loss, list(optimizer.params))))
         return stats
 
     @torch.no_grad()

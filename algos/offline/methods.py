@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from markovia.algos.off_policy.method import (
     Ascent,
+    Behaviour,
     Bounded,
     Clone,
     Conservative,
@@ -19,6 +20,7 @@ from markovia.algos.off_policy.method import (
     SmoothedTarget,
     SoftTarget,
     Squashed,
+    Supported,
     Weighted,
 )
 from markovia.algos.offline.method import Logged, Offline
@@ -49,6 +51,7 @@ REBRAC = Offline(
     data=Logged(normalize_obs=False, next_action=True),
 )
 MCEP = replace(TD3_BC, evaluation=Held(alpha=10.0))
+SPOT = replace(TD3_BC, num_env_steps=1_100_000, actor=Supported(), behaviour=Behaviour())
 AWAC = Offline(
     policy=Bounded(),
     target=SoftTarget(entropy=False),
@@ -96,6 +99,10 @@ OFFLINE = table(
         Row(
             "mcep", MCEP, "td3-bc", "2306.03680", "a second, more mildly held actor acts after training and never enters a target", _CONTROL,
             (_HELD + "held_objective", _HELD + "squared_distance", _LOSSES + "smoothed_action"), "mcep",
+        ),
+        Row(
+            "spot", SPOT, "td3-bc", "2202.06239", "held where a model of the behaviour puts density, in place of near each logged action", _CONTROL,
+            (_HELD + "support_bound", _HELD + "held_objective", _LOSSES + "smoothed_action"), "spot",
         ),
         Row(
             "awac", AWAC, "bc", "2006.09359", "regression on logged actions, weighted by their advantage over the policy's own", _CONTROL,

@@ -122,6 +122,7 @@ CLAIMS: dict[str, Claim] = {
     "filtered-bc": Claim(_OFFLINE + "best_episodes"),
     "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
     "rebrac": Claim(_OFFLINE + "at_least", "slow", {"method": "rebrac", "other": "td3-bc", "tier": "medium", "slack": 3.0}),
+    "spot": Claim(_OFFLINE_EXACT + "support", "slow"),
     "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
     "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),
     "awac": Claim(_OFFLINE_EXACT + "weighted_regression"),

@@ -69,7 +69,8 @@ def at_least(method: str, other: str, tier: str, slack: float, seeds: int = 2) -
 
 def evaluation_policy(slack: float = 1.0, seeds: int = 2, episodes: int = 200) -> dict[str, Any]:
     """MCEP on medium data: score of the policy that acts minus that of the policy that enters the targets, worst of the seeds."""
-    acting, training = [], []
+    acting: list[float] = []
+    training: list[float] = []
     for seed in range(seeds):
         driver, setup = _trained(configure("mcep", POINT), "medium", seed)
         for agent, scores in ((setup.agent, acting), (driver.nets.agent, training)):

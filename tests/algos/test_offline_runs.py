@@ -1,0 +1,176 @@
+"""Offline runs from dataset to evaluation: the source of transitions, resume, run folders and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from markovia import cli
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.control import ControlAgent
+from markovia.agents.interface import Agent
+from markovia.algos.off_policy.method import Deterministic
+from markovia.algos.offline.method import Logged, Offline
+from markovia.algos.offline.methods import OFFLINE
+from markovia.algos.offline.setup import reference_of
+from markovia.algos.offline.source import make_source
+from markovia.algos.presets import configure, override
+from markovia.algos.setup import build, make_driver
+from markovia.envs.exact.offline import Bandit2D, pointmass_data
+from markovia.envs.offline.transforms import Transform
+from markovia.envs.offline.transitions import About, Transitions
+from markovia.runs import load_run, train
+
+torch.set_num_threads(1)
+BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
+POINT = "markovia/PointMass2D-v0"
+DATASET = "fixture:pointmass2d/blend"
+
+
+def short(method_id: str, **changes: Any) -> Offline:
+    """A row's settings for pointmass, with small networks and twenty updates; a behaviour model takes the first six of them."""
+    method = override(configure(method_id, POINT), {"num_steps": 10, "num_env_steps": 20, "batch_size": 16, "policy": {"hidden": [8]}})
+    if method.behaviour is not None:
+        method = override(method, {"behaviour": {"steps": 6, "hidden": [8]}})
+    return override(method, changes)
+
+
+def other(**changes: Any) -> Transitions:
+    return dataclasses.replace(pointmass_data("random", episodes=2), about=About("other"), **changes)
+
+
+def source(data: Transitions, **settings: Any) -> Any:
+    agent = ControlAgent.from_spaces(BOX, BOX, critic=False, **Deterministic(hidden=(4,)).agent_options())
+    return make_source(data, Logged(**settings), agent, 0.99)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------------------------
+
+
+def pointmass(method_id: str, **changes: Any) -> Any:
+    method = short(method_id, **changes)
+    return make_driver(method, build(POINT, method, 5, dataset=DATASET), seed=5)
+
+
+@pytest.mark.parametrize("method_id", OFFLINE)
+def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
+    straight = pointmass(method_id)
+    straight.step()
+    straight.boundary()
+    save_tensors(tmp_path / "state.safetensors", *straight.state())
+    stats = straight.step()
+    resumed = pointmass(method_id)
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    resumed.boundary()
+    assert resumed.step() == stats and straight.num_updates == 20 and straight.finished
+    a, b = straight.state()[0], resumed.state()[0]
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert not any(k.startswith("collector.") and k != "collector.checksum" for k in a)
+
+
+def test_stopped_run_goes_on_and_its_folder_holds_the_transform(tmp_path: Any) -> None:
+    method = short("td3-bc", **{"num_steps": 10, "num_env_steps": 40, "batch_size": 8, "data": {"reward": "return_range"}})
+    options: dict[str, Any] = {"dataset": DATASET, "num_checkpoints": 4, "eval_episodes": 3, "progress": False}
+    whole = train(method, POINT, out=tmp_path / "whole", **options)
+    train(method, POINT, out=tmp_path / "parts", callbacks=[lambda info: info.iteration < 2], **options)
+    resumed = train(method, POINT, out=tmp_path / "parts", resume=True, **options)
+    assert resumed.done["evaluation"] == whole.done["evaluation"]
+    assert all(torch.equal(v, resumed.agent.state()[k]) for k, v in whole.agent.state().items())
+    loaded = load_run(tmp_path / "whole")
+    data = pointmass_data("blend")
+    transform = Transform.load(tmp_path / "whole" / "transform.json")
+    assert transform.reward.scale == pytest.approx(1000.0 / (data.returns().max() - data.returns().min()))
+    np.testing.assert_allclose(loaded.agent.observe(data.obs).numpy(), np.clip(transform.obs(data.obs), -10, 10), atol=1e-5)  # type: ignore[misc, attr-defined]
+    found = loaded.evaluate(loaded.agent, 3, 0)
+    scale = data.about.reference
+    assert scale is not None and found["returns"] == whole.done["evaluation"]["returns"]
+    assert found["score_pct"] == pytest.approx([100 * (r - scale.minimum) / (scale.maximum - scale.minimum) for r in found["returns"]])
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dataset"] == DATASET
+    again = Agent.load(max((tmp_path / "whole" / "checkpoints").iterdir()) / "agent")
+    obs = data.obs[:5]
+    np.testing.assert_allclose(again.predict(obs, deterministic=True)[0], whole.agent.predict(obs, deterministic=True)[0])
+
+
+def test_the_behaviour_model_is_fitted_first_and_fixed_then() -> None:
+    driver = pointmass("spot", num_steps=6)
+    start, policy = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (driver.nets.behaviour, driver.nets.policy))
+    driver.step()
+    fitted, same = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (driver.nets.behaviour, driver.nets.policy))
+    assert driver.num_updates == 6 and not torch.equal(fitted, start) and torch.equal(same, policy)
+    driver.step()
+    later, moved = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (driver.nets.behaviour, driver.nets.policy))
+    assert torch.equal(later, fitted) and not torch.equal(moved, policy)
+
+
+def test_command_line_trains_and_evaluates_on_a_dataset(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--num-env-steps", "20", "--num-steps", "10", "--eval-episodes", "2", "--policy.hidden", "8", "--no-progress", "--data.fraction", "0.5"]
+    assert cli.run(["train", "bc", "--env", POINT, "--dataset", DATASET, "--out", str(tmp_path / "run"), *short]) == 0
+    assert re.search(r"20 steps in .* score -?[\d.]+ \(0 random, 100 reference\)", capsys.readouterr().out)
+    assert "5,000 rows used" in (tmp_path / "run" / "data.txt").read_text()
+    assert cli.run(["eval", str(tmp_path / "run"), "--episodes", "2", "--json"]) == 0
+    assert len(next(iter(json.loads(capsys.readouterr().out)["runs"].values()))["score_pct"]) == 2
+
+
+def test_the_learning_rate_of_iqls_actor_falls_along_half_a_cosine() -> None:
+    driver = pointmass("iql")
+    rates = []
+    move = driver.update.optimizers["actor"].scale_lr
+    driver.update.optimizers["actor"].scale_lr = lambda factor: (rates.append(factor), move(factor))
+    driver.step(), driver.step()
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(1, 21)])
+
+
+def test_a_changed_dataset_stops_a_resumed_run() -> None:
+    first, second = source(other()), source(other(reward=np.ones(80, np.float32)))
+    first.load_state(first.state())
+    with pytest.raises(ValueError, match="dataset has changed since this run began"):
+        second.load_state(first.state())
+
+
+# -- the source ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_transformed_once_and_stay() -> None:
+    data = other()
+    made_source = source(data, reward="return_range", next_action=True, returns_to_go="zero")
+    rows, scale = made_source.replay.store, made_source.transform.reward.scale
+    assert made_source.step(None, None) == 1 and made_source.replay.size == len(rows.reward) == 78  # the last of each episode has no next action
+    keep = ~data.truncated
+    std = data.obs.std(0) + 1e-3
+    np.testing.assert_allclose(rows.obs.numpy(), ((data.obs - data.obs.mean(0)) / std)[keep], atol=1e-5)
+    np.testing.assert_allclose(rows.next_obs.numpy(), ((data.next_obs - data.obs.mean(0)) / std)[keep], atol=1e-5)
+    np.testing.assert_allclose(rows.reward.numpy(), scale * data.reward[keep], rtol=1e-6)
+    np.testing.assert_array_equal(rows.extra["next_action"][:38].numpy(), data.action[1:39])
+    # G of the second step: the first episode's rewards from there on, discounted, times the scale
+    ret = scale * sum(0.99**k * float(r) for k, r in enumerate(data.reward[1:40]))
+    assert float(rows.extra["ret"][1]) == pytest.approx(ret, rel=1e-5)
+    assert bool((rows.continuation == 1).all())
+
+
+def test_actions_are_scaled_to_the_box_and_best_episodes_kept() -> None:
+    data = other(action=np.tile(np.array([[-2.0, 4.0]], np.float32), (80, 1)))
+    box = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 4.0], np.float32))
+    agent = ControlAgent.from_spaces(BOX, box, critic=False, normalize_obs=False, **Deterministic(hidden=(4,)).agent_options())
+    found = make_source(data, Logged(fraction=0.5), agent, 0.99)
+    assert found.replay.size == 40 and found.replay.store.action.unique(dim=0).tolist() == [[-1.0, 1.0]]
+    best = int(data.returns().argmax())
+    np.testing.assert_array_equal(found.replay.store.reward.numpy(), data.reward[40 * best : 40 * best + 40])
+    assert found.transform.obs is None
+    np.testing.assert_allclose(agent.from_unit(found.replay.store.action[:1].numpy()), [[-2.0, 4.0]])
+
+
+def test_references_belong_to_one_task_and_time_limit() -> None:
+    data = pointmass_data("random")
+    assert reference_of(data, POINT, 40) is data.about.reference
+    assert reference_of(data, POINT, 50) is None and reference_of(data, "Pendulum-v1", 200) is None
+    hopper = reference_of(data, "Hopper-v2", 1000)
+    assert hopper is None or hopper.maximum == pytest.approx(3234.3)
+    assert Bandit2D().data(4).about.env_id is None
