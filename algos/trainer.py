@@ -13,16 +13,14 @@ from markovia.algos.optimizer import make_optimizer
 from markovia.algos.streams import stream
 
 
-class Trainer:
-    """Agent, optimiser, budget, random streams, and a state that a resumed run continues from. `method` has num_env_steps and solver."""
+class Budget:
+    """How far a run is, and its random streams. A driver sets the attributes; `method` has num_env_steps."""
 
-    compile_seconds = 0.0  # nothing is compiled
-
-    def __init__(self, method: Any, agent: Agent, seed: int = 0, roles: Sequence[Literal["policy", "value"]] = ("policy",)) -> None:
-        self.method, self.agent, self.seed = method, agent, seed
-        lr = {"policy": method.solver.lr, "value": method.solver.value_lr or method.solver.lr}
-        self.optimizer = make_optimizer(method.solver, [(agent.parameters(role), lr[role]) for role in roles])
-        self.iteration = self.num_env_steps = 0
+    method: Any
+    agent: Agent
+    seed: int
+    iteration: int
+    num_env_steps: int
 
     @property
     def finished(self) -> bool:
@@ -36,6 +34,18 @@ class Trainer:
     def generator(self, name: str) -> torch.Generator:
         """The stream of this name and iteration."""
         return stream(self.seed, name, self.iteration, self.agent.device if name == "action" else "cpu")
+
+
+class Trainer(Budget):
+    """Agent, optimiser, budget, random streams, and a state that a resumed run continues from. `method` has num_env_steps and solver."""
+
+    compile_seconds = 0.0  # nothing is compiled
+
+    def __init__(self, method: Any, agent: Agent, seed: int = 0, roles: Sequence[Literal["policy", "value"]] = ("policy",)) -> None:
+        self.method, self.agent, self.seed = method, agent, seed
+        lr = {"policy": method.solver.lr, "value": method.solver.value_lr or method.solver.lr}
+        self.optimizer = make_optimizer(method.solver, [(agent.parameters(role), lr[role]) for role in roles])
+        self.iteration = self.num_env_steps = 0
 
     def set_lr(self) -> None:
         """Learning rate of this iteration's steps."""

@@ -28,7 +28,8 @@ from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
 from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
 from markovia.algos.statistics import Statistics
-from markovia.algos.streams import stream, stream_seed
+from markovia.algos.streams import stream_seed
+from markovia.algos.trainer import Budget, part
 
 Role = Literal["policy", "value"]
 
@@ -45,11 +46,13 @@ class Collector(Protocol):
     def close(self) -> None: ...
 
 
-class OnPolicyDriver:
+class OnPolicyDriver(Budget):
     """Trains `agent` with `method` on what `collector` brings. Raises ValueError at construction when the three do not fit.
 
     `references` are frozen policies that the method reads by name beside its own reference: "teacher", "dpo", "other".
     """
+
+    method: OnPolicy
 
     def __init__(
         self,
@@ -126,19 +129,6 @@ class OnPolicyDriver:
     def compile_seconds(self) -> float:
         """What tracing and compiling the updates has taken so far."""
         return sum(u.compiled.seconds for u in self.updates.values() if u.compiled is not None)
-
-    @property
-    def finished(self) -> bool:
-        return self.num_env_steps >= self.method.num_env_steps
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the budget that is spent, in [0, 1]."""
-        return min(1.0, self.num_env_steps / self.method.num_env_steps)
-
-    def generator(self, name: str) -> torch.Generator:
-        device = self.agent.device if name == "action" else "cpu"
-        return stream(self.seed, name, self.iteration, device)
 
     # -- one iteration ------------------------------------------------------------------------------------------------------------
 
@@ -251,24 +241,24 @@ class OnPolicyDriver:
             self.dual.clamp_(min=0.0)
         self.coef = float(self.dual.detach())
 
-    def _old_new_kl(self, part: Rollout) -> Tensor:
-        dist = self.agent.evaluate(part, ("dist",)).dist
-        assert dist is not None and part.dist_old is not None
-        return torch.where(part.mask, kl(with_params(dist, part.dist_old), dist), 0.0)
+    def _old_new_kl(self, chunk: Rollout) -> Tensor:
+        dist = self.agent.evaluate(chunk, ("dist",)).dist
+        assert dist is not None and chunk.dist_old is not None
+        return torch.where(chunk.mask, kl(with_params(dist, chunk.dist_old), dist), 0.0)
 
     def _fixup(self, controller: DualAscent, update: Update, rollout: Rollout, old: list[Tensor], stats: Statistics) -> None:
         """Steps on coef KL alone, over the chunks that violate the limit, until one sweep is clean; otherwise back to the old policy."""
         optimizer, steps = update.optimizer, 0
         for _ in range(controller.max_sweeps):
             clean = True
-            for part in rollout.minibatches(update.solver.unit, controller.chunk, shuffle=False):
-                value = self._old_new_kl(part)
+            for chunk in rollout.minibatches(update.solver.unit, controller.chunk, shuffle=False):
+                value = self._old_new_kl(chunk)
                 worst = value.detach().max()
                 if worst <= controller.kl_limit_nats:
                     continue
                 clean, steps = False, steps + 1
                 optimizer.zero_grad()
-                (max(self.coef, 1e-3) * masked_mean(value, part.mask)).backward()
+                (max(self.coef, 1e-3) * masked_mean(value, chunk.mask)).backward()
                 optimizer.step(groups=1)  # the policy's; the critic has no say here
                 self._dual_step(controller, worst)
             if clean:
@@ -372,19 +362,16 @@ class OnPolicyDriver:
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, task and seed."""
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.agent.load_state(part("agent."))
+        self.agent.load_state(part(tensors, "agent."))
         for name, ref in self.references.items():
             if ref.net is not self.agent.net:
-                ref.net.load_state_dict(part(f"reference.{name}."))
+                ref.net.load_state_dict(part(tensors, f"reference.{name}."))
         for name, optimizer in self._optimizers().items():
-            optimizer.load_state(part(f"optimizer.{name}."))
+            optimizer.load_state(part(tensors, f"optimizer.{name}."))
         if isinstance(self.method.controller, DualAscent):
             with torch.no_grad():
                 self.dual.copy_(tensors["dual"])
-        self.collector.load_state(part("collector."))
+        self.collector.load_state(part(tensors, "collector."))
         self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
         self.coef, self.advantage_state = meta["coef"], meta["advantage_state"]
         self.beta, self.memory = meta["beta"], meta["memory"]
