@@ -480,15 +480,15 @@ def test_rounds_alone_have_no_pairs_of_a_file():
 
 def test_verdicts_on_held_out_lists_and_single_responses(tmp_path):
     agent = LanguageAgent.from_name("arithmetic")
-    ranked = load(tmp_path, [{"prompt": "1+1=", "completions": ["5", "2", "3"], "scores": [0, 2, 1]}])
-    labelled = load(tmp_path, [{"prompt": "1+1=", "completion": c, "label": c == "2"} for c in "23"])
-    demos = load(tmp_path, [{"prompt": "1+1=", "completion": "2"}])
+    ranked = load(tmp_path, [{"prompt": "1+1=", "completions": ["2", "5", "3"], "scores": [0, 2, 1]}])
+    labelled = load(tmp_path, [{"prompt": "1+1=", "completion": c, "label": c == "5"} for c in "52"])
+    demos = load(tmp_path, [{"prompt": "1+1=", "completion": "5"}])
     parts = {kind: HeldOut(agent, d.items, d.kind) for kind, d in {"lists": ranked, "labels": labelled, "demos": demos}.items()}
     start = agent.net["policy"].get_output_embeddings().weight
-    with torch.no_grad():  # make the character 2 likelier everywhere
+    with torch.no_grad():  # make the character 5 likelier, which the model holds for wrong and so can rise whatever its weights
         hidden = agent.evaluate(make_batch(demos.items, "single", ("unpaired",), 0).record, ["hidden"]).hidden[0, 0]
-        start[agent.tokenizer.encode("2")[0]] += hidden / hidden.norm()
+        start[agent.tokenizer.encode("5")[0]] += hidden / hidden.norm()
     found = {kind: held(agent) for kind, held in parts.items()}
     assert found["lists"]["returns"] == [1.0] and found["lists"]["log_ratio_chosen"] > found["lists"]["log_ratio_rejected"]
-    assert found["labels"]["returns"] == [1.0, 1.0]  # 2 rose, 3 fell
+    assert found["labels"]["returns"] == [1.0, 1.0]  # 5 rose, 2 fell
     assert found["demos"]["returns"] == [found["demos"]["log_ratio"]] and found["demos"]["log_ratio"] > 0.0
