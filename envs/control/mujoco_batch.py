@@ -29,7 +29,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from markovia.envs.control.vector import make_env
+from markovia.envs.control.vector import each_seed, make_env
 
 Array = np.ndarray
 Info = dict[str, Array]
@@ -315,12 +315,9 @@ class MujocoVectorEnv(VectorEnv):
         """Start every simulation anew; a seed s makes seeds s, s + 1, ..., a list gives one each. Resetting some (reset_mask) is refused."""
         if options and "reset_mask" in options:
             raise ValueError("MujocoVectorEnv starts all its environments in reset(), got a reset_mask; ended episodes restart by themselves")
-        seeds = list(seed) if isinstance(seed, list | tuple) else [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"got {len(seeds)} seeds for {self.num_envs} environments; give one each, or a single number")
         observation = np.zeros(self.observation_space.shape or ())
         infos: dict[str, Any] = {}
-        for i, s in enumerate(seeds):
+        for i, s in enumerate(each_seed(seed, self.num_envs)):
             observation[i], info = self._restart(i, s)
             infos = self._add_info(infos, info, i)
         return observation, infos

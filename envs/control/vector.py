@@ -70,12 +70,26 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env:
         return gym.make(env_id if env_id in gym.registry else spec.id, **kwargs)
 
 
-def _check_autoreset(mode: Any, env_id: str) -> None:
-    if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+def served_autoreset(mode: Any, owner: str) -> AutoresetMode:
+    """The mode, given as enum or as its string. Raises ValueError for an unknown one, and for "Disabled"."""
+    try:
+        found = AutoresetMode(mode)
+    except ValueError:
+        raise ValueError(f"unknown autoreset_mode {mode!r} of {owner}; expected 'SameStep' or 'NextStep'") from None
+    if found is AutoresetMode.DISABLED:
         raise ValueError(
-            f"{env_id} has autoreset mode {getattr(mode, 'value', mode)!r}; collectors take 'SameStep' or 'NextStep', "
+            f"{owner} has autoreset mode {found.value!r}; collectors take 'SameStep' or 'NextStep', "
             "so that no final observation is lost. Pass vector_kwargs={'autoreset_mode': 'SameStep'}"
         )
+    return found
+
+
+def each_seed(seed: Any, num_envs: int) -> list[int | None]:
+    """One seed for each environment: s, s + 1, ... of a number, those of a list, None of None. Raises ValueError for a list of another length."""
+    seeds = list(seed) if isinstance(seed, list | tuple) else [None if seed is None else int(seed) + i for i in range(num_envs)]
+    if len(seeds) != num_envs:
+        raise ValueError(f"got {len(seeds)} seeds for {num_envs} environments; give one each, or a single number")
+    return seeds
 
 
 class EnvPool(VectorEnv):
@@ -161,7 +175,7 @@ def make_vec(
     else:
         venv = _stacked(spec.id, env_id, num_envs, vectorization == "async", kwargs, vector_kwargs)
     try:
-        _check_autoreset(venv.metadata.get("autoreset_mode"), env_id)
+        served_autoreset(venv.metadata.get("autoreset_mode"), env_id)
     except ValueError:
         venv.close()
         raise
@@ -174,12 +188,7 @@ def make_vec(
 def _stacked(
     name: str, env_id: str, num_envs: int, workers: bool, kwargs: dict[str, Any], vector_kwargs: dict[str, Any]
 ) -> VectorEnv:
-    mode = vector_kwargs.pop("autoreset_mode", "SameStep")
-    try:
-        mode = AutoresetMode(mode)
-    except ValueError:
-        raise ValueError(f"unknown autoreset_mode {mode!r}; expected 'SameStep' or 'NextStep'") from None
-    _check_autoreset(mode, env_id)
+    mode = served_autoreset(vector_kwargs.pop("autoreset_mode", "SameStep"), env_id)
     # A worker process imports nothing but this module, so it gets the id with the module that registers it.
     make: Callable[[], gym.Env] = partial(make_env, env_id if ":" in env_id else name, **kwargs)
     return (AsyncVectorEnv if workers else SyncVectorEnv)([make] * num_envs, autoreset_mode=mode, **vector_kwargs)

@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from markovia.envs.control.vector import each_seed, served_autoreset
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.tables import choose
 
@@ -289,13 +290,10 @@ class DenoisingVectorEnv(VectorEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}; expected at least 1.")
         _check_render(task, render_mode)
-        mode = autoreset_mode.value if isinstance(autoreset_mode, AutoresetMode) else autoreset_mode
-        allowed = (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
-        choose("autoreset_mode", mode, tuple(m.value for m in allowed))
         self._chains = _Chains(task, action_mode, bound, flatten)
         self.task = task
         self.num_envs = num_envs
-        self.autoreset_mode = AutoresetMode(mode)
+        self.autoreset_mode = served_autoreset(autoreset_mode, "DenoisingVectorEnv")
         self.render_mode = render_mode
         self.metadata = {**DenoisingEnv.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = self._chains.observation_space
@@ -309,10 +307,7 @@ class DenoisingVectorEnv(VectorEnv):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw new noise in each chain; an int seeds chain i with seed + i, as SyncVectorEnv does."""
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments; expected an int or one seed each.")
-        for i, one in enumerate(seeds):
+        for i, one in enumerate(each_seed(seed, self.num_envs)):
             if one is not None:
                 self._rngs[i] = seeding.np_random(one)[0]
         self._chains.start(self._rngs)

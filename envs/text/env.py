@@ -11,6 +11,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from markovia.envs.control.vector import each_seed, served_autoreset
 from markovia.envs.text.tasks import TextTask, make_task
 
 
@@ -162,9 +163,7 @@ class TokenVectorEnv(VectorEnv):
         if max_episode_steps is not None and max_episode_steps < self.task.max_new_tokens:
             raise ValueError(f"max_episode_steps {max_episode_steps} would cut texts of {self.task.max_new_tokens} tokens; leave it out")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self._mode = AutoresetMode(autoreset_mode)
-        if self._mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-            raise ValueError(f"autoreset_mode {self._mode} is not served; expected SAME_STEP or NEXT_STEP")
+        self._mode = served_autoreset(autoreset_mode, "TokenVectorEnv")
         self.metadata = {"render_modes": ["ansi"], "render_fps": 4, "autoreset_mode": self._mode}
         self.single_observation_space = observation_space(self.task)
         self.single_action_space = spaces.Discrete(self.task.vocab_size)
@@ -191,13 +190,9 @@ class TokenVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        n = self.num_envs
-        seeds = [None] * n if seed is None else [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != n:
-            raise ValueError(f"{len(seeds)} seeds came for {n} environments; give one each, or a single number")
-        for i in range(n):
-            self._reset_row(i, seeds[i], options)
-        return self._rows.obs(slice(None)), self._info(np.zeros(n, dtype=bool))
+        for i, one in enumerate(each_seed(seed, self.num_envs)):
+            self._reset_row(i, one, options)
+        return self._rows.obs(slice(None)), self._info(np.zeros(self.num_envs, dtype=bool))
 
     def step(self, actions: Any) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         n, tokens = self.num_envs, np.asarray(actions, dtype=np.int64)

@@ -249,8 +249,9 @@ def test_batched_equals_scalar(mode, allowed):
 
 
 def test_vector_environment_teaches():
-    with pytest.raises(ValueError, match="SAME_STEP or NEXT_STEP"):
-        TokenVectorEnv(2, small_task(), autoreset_mode=AutoresetMode.DISABLED)
+    for mode in (AutoresetMode.DISABLED, "sometimes"):
+        with pytest.raises(ValueError, match="'SameStep' or 'NextStep'"):
+            TokenVectorEnv(2, small_task(), autoreset_mode=mode)
     env = TokenVectorEnv(2, small_task())
     with pytest.raises(ValueError, match="reset"):
         env.step(np.array([3, 3]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from markovia.envs.control.vector import env_spec, make_env, make_vec
+from markovia.envs.control.vector import each_seed, env_spec, make_env, make_vec
 
 
 @pytest.mark.parametrize(("how", "kind"), [("sync", SyncVectorEnv), ("async", AsyncVectorEnv), ("auto", SyncVectorEnv)])
@@ -48,6 +48,13 @@ def test_next_step_on_request_and_disabled_refused():
 def test_wrong_id_names_the_nearest(env_id, message):
     with pytest.raises(ValueError, match=message):
         make_vec(env_id, 1)
+
+
+def test_seeds_of_the_environments():
+    assert each_seed(3, 2) == each_seed(np.int64(3), 2) == [3, 4]
+    assert each_seed(None, 2) == [None, None] and each_seed((5, None), 2) == [5, None]
+    with pytest.raises(ValueError, match="1 seeds for 2 environments"):
+        each_seed([1], 2)
 
 
 def test_wrong_arguments_are_refused():
