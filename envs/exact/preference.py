@@ -35,9 +35,11 @@ class PreferenceBandit:
     def pairs(self, covered: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """All ordered pairs (P, 2) of rows x * Y + y of one prompt, and the probability (P,) that the first is preferred.
 
-        With `covered` only the first so many responses of each prompt are compared.
+        With `covered` only the first so many responses of each prompt are compared; ValueError unless it lies in 2..Y.
         """
         n = self.Y if covered is None else covered
+        if not 2 <= n <= self.Y:
+            raise ValueError(f"covered must lie in 2..{self.Y}, the number of responses, got {n}")
         first, second = np.nonzero(~np.eye(n, dtype=bool))
         rows = np.arange(self.X)[:, None] * self.Y
         index = np.stack([(rows + first).ravel(), (rows + second).ravel()], axis=1)

@@ -76,15 +76,18 @@ class TabularMDP:
             raise ValueError(f"policy must have shape (S, A) = {self.R.shape}, got {policy.shape}")
         return _distribution(policy, "policy (probabilities, not logits: apply softmax first)")
 
+    def chain(self, policy: np.ndarray) -> np.ndarray:
+        """(S, S): P_pi(s'|s) = sum_a pi(a|s) P(s'|s, a)."""
+        return np.einsum("sa,sat->st", policy, self.P)
+
     def _resolvent(self, policy: np.ndarray) -> np.ndarray:
         """(I - gamma P_pi)^-1, shape (S, S): expected discounted visits from each state to each state."""
-        return np.linalg.inv(np.eye(self.num_states) - self.gamma * np.einsum("sa,sat->st", policy, self.P))
+        return np.linalg.inv(np.eye(self.num_states) - self.gamma * self.chain(policy))
 
     def V(self, policy: np.ndarray) -> np.ndarray:
         """(S,): V = (I - gamma P_pi)^-1 r_pi."""
         policy = self._check(policy)
-        P_pi = np.einsum("sa,sat->st", policy, self.P)
-        return np.linalg.solve(np.eye(self.num_states) - self.gamma * P_pi, (policy * self.R).sum(-1))
+        return np.linalg.solve(np.eye(self.num_states) - self.gamma * self.chain(policy), (policy * self.R).sum(-1))
 
     def backup(self, values: np.ndarray) -> np.ndarray:
         """(S, A): R + gamma P V of any state values (S,)."""
@@ -172,8 +175,7 @@ class TabularMDP:
         visits = self._resolvent(policy)
         m = self.rho @ visits
         g = policy * self.A(policy)
-        P_pi = np.einsum("sa,sat->st", policy, self.P)
-        moved = (m[:, None] * policy)[..., None] * (self.P - P_pi[:, None])  # (S, A, S)
+        moved = (m[:, None] * policy)[..., None] * (self.P - self.chain(policy)[:, None])  # (S, A, S)
         cross = self.gamma * np.einsum("sau,ut,tb->satb", moved, visits, g)
         n = self.R.size
         hessian = cross.reshape(n, n) + cross.reshape(n, n).T

@@ -206,8 +206,7 @@ class EnumerableTokenMDP(TokenTree):
         return self._order_statistic(n, logp, -self.R)  # the worst under R is the best under -R
 
     def _order_statistic(self, n: int, logp: Array | None, score: np.ndarray) -> np.ndarray:
-        if int(n) != n or n < 1:
-            raise ValueError(f"n counts samples: it must be an integer >= 1, got {n!r}")
+        _check_count(n)
         p = np.exp(self.logp_ref if logp is None else to_numpy(logp))
         _, rank = np.unique(score, return_inverse=True)
         mass = np.bincount(rank, p)
@@ -332,6 +331,7 @@ class EnumerableTokenMDP(TokenTree):
 
 def best_of_n_kl_bound(n: int) -> float:
     """log n - (n - 1) / n, nats: an upper bound of KL(best-of-n || p0), tight as the atoms of p0 shrink.            (E5)"""
+    _check_count(n)
     return math.log(n) - (n - 1) / n
 
 
@@ -346,6 +346,11 @@ def binary_fixed_point(success: float, beta: float, estimator: str) -> float:
     if estimator in ("k1", "k2"):
         return success / (success + (1 - success) * math.exp(-1 / beta))
     raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
+
+
+def _check_count(n: int) -> None:
+    if int(n) != n or n < 1:
+        raise ValueError(f"n counts samples: it must be an integer >= 1, got {n!r}")
 
 
 def _normalised(logp: np.ndarray) -> np.ndarray:

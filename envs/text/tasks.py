@@ -112,7 +112,7 @@ class TextTask:
         Raises ValueError when n is no multiple of the group size.
         """
         size = self.group_size if group_size is None else group_size
-        if n < 1 or n % size:
+        if n < 1 or size < 1 or n % size:
             raise ValueError(f"{n} starts can't be cut into groups of {size}; ask for a multiple of the group size")
         total, count = len(self._split(split)[0]), n // size
         device = generator.device if generator is not None else "cpu"

@@ -329,6 +329,8 @@ def test_game_is_whole_and_refuses_what_is_not() -> None:
         PreferenceGame.random(K=2)
     with pytest.raises(ValueError, match="lower the damping"):
         PreferenceGame.random(seed=3).equilibrium(0.01, damping=1.0)
+    with pytest.raises(ValueError, match=r"covered must lie in 2\.\.3"):
+        PreferenceBandit.random(2, 3).pairs(covered=4)
     with pytest.raises(ValueError, match=r"must both be \(prompts, responses\)"):
         PreferenceBandit(np.zeros((2, 3)), np.zeros((3, 2)))
 

@@ -329,6 +329,7 @@ def test_e9_entropy_derivative_against_finite_differences(tree):
         (lambda t: EnumerableTokenMDP(2, 1, np.zeros((2, 2)), np.ones(2)), "num_prefixes, V"),
         (lambda t: t.kl_optimum(0.0), "beta"),
         (lambda t: t.best_of_n(0), ">= 1"),
+        (lambda t: best_of_n_kl_bound(0), ">= 1"),
         (lambda t: t.fixed_point(0.1, "k4"), "estimator"),
         (lambda t: t.fixed_point(0.1, "k3", std=True, group_size=4), "drop group_size"),
         (lambda t: t.fixed_point(0.1, "k3", group_size=1), "at least 2"),

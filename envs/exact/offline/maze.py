@@ -31,8 +31,7 @@ def maze(size: int = 7, slip: float = 0.25, reward: float = 10.0, gamma: float =
 
 def success(mdp: TabularMDP, policy: np.ndarray, num_steps: int = 50) -> float:
     """Probability that `policy` (S, A) is in the last state, the goal, after num_steps steps; exact."""
-    P_pi = np.einsum("sa,sat->st", policy, mdp.P)
-    return float((mdp.rho @ np.linalg.matrix_power(P_pi, num_steps))[-1])
+    return float((mdp.rho @ np.linalg.matrix_power(mdp.chain(policy), num_steps))[-1])
 
 
 def run(mdp: TabularMDP, policy: np.ndarray, episodes: int, num_steps: int, rng: np.random.Generator, reward: float) -> list[list[tuple]]:
