@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def squared_distance(action: Tensor, logged: Tensor, *, reduce: Literal["mean", "sum"]) -> Tensor:
-    """|a - a_logged|^2, (b,), averaged over the entries (TD3+BC, behavioural cloning) or summed (ReBRAC).   [arXiv 2106.06860, eq. 3; 2305.09836]"""
+    """|a - a_logged|^2, (b,), averaged over the entries (TD3+BC, behavioural cloning) or summed (ReBRAC).   [arXiv 2106.06860; 2305.09836]"""
     error = (action - logged).square()
     return error.mean(-1) if reduce == "mean" else error.sum(-1)
 
 
 def penalised_value(value: Tensor, action: Tensor, logged: Tensor, *, penalty: float) -> Tensor:
-    """V(s') = Q(s', a') - penalty sum_k (a'_k - a'_logged,k)^2, (b,), a' the target policy's action.              [arXiv 2305.09836, eq. 4]
+    """V(s') = Q(s', a') - penalty sum_k (a'_k - a'_logged,k)^2, (b,), a' the target policy's action.              [arXiv 2305.09836]
 
     The logged action is the one that follows in the same episode; penalty = 0 is TD3's target.
     """
@@ -32,7 +32,7 @@ def penalised_value(value: Tensor, action: Tensor, logged: Tensor, *, penalty: f
 def held_objective(q: Tensor, distance: Tensor, *, alpha: float, weight: float) -> Tensor:
     """L = -alpha Q(s, pi(s)) / sg[mean |Q|] + weight |pi(s) - a|^2, (b,): the scale of Q, and so of rewards, drops out.
 
-    alpha 2.5, weight 1 and the mean over entries: TD3+BC [arXiv 2106.06860, eq. 5]. alpha 1, a sum and min_j Q_j: ReBRAC [2305.09836].
+    alpha 2.5, weight 1 and the mean over entries: TD3+BC [arXiv 2106.06860]. alpha 1, a sum and min_j Q_j: ReBRAC [2305.09836].
     alpha = 0 is behavioural cloning. The mean runs over the batch and is kept above 1e-8.
     """
     return weight * distance - alpha * q / q.detach().abs().mean().clamp(min=1e-8)
@@ -47,7 +47,7 @@ def expectile(td_error: Tensor, *, tau: float) -> Tensor:
 
 
 def advantage_weight(adv: Tensor, *, beta: float, max_weight: float) -> Tensor:
-    """w = min(exp(beta A), w_max), (b,), no gradient; -w log pi(a|s) fits pi to mu exp(beta A) / Z.    [arXiv 2006.09359, eq. 13; 2110.06169, eq. 7]
+    """w = min(exp(beta A), w_max), (b,), no gradient; -w log pi(a|s) fits pi to mu exp(beta A) / Z.    [arXiv 2006.09359; 2110.06169, eq. 7]
 
     The exponent is clipped, not its result, so that a large advantage gives w_max and no infinity. beta = 0 is behavioural cloning.
     """
@@ -64,12 +64,12 @@ def conservative_gap(values: Tensor, log_mu: Tensor | float, logged: Tensor, *, 
 
 
 def calibrated(values: Tensor, ret: Tensor) -> Tensor:
-    """max(Q(s, a_k), G(s)), (N, k, b), G (b,) the logged Monte Carlo return: values below it are not pushed further.     [arXiv 2303.05479, eq. 5]"""
+    """max(Q(s, a_k), G(s)), (N, k, b), G (b,) the logged Monte Carlo return: values below it are not pushed further.     [arXiv 2303.05479]"""
     return torch.maximum(values, ret)
 
 
 def gradient_cosine(grads: Tensor) -> Tensor:
-    """1/(N - 1) sum_{i != j} <g_i, g_j>, (b,), g_i = grad_a Q_i / (|grad_a Q_i| + 1e-10), grads (N, b, d).      [arXiv 2110.01548, eq. 7]
+    """1/(N - 1) sum_{i != j} <g_i, g_j>, (b,), g_i = grad_a Q_i / (|grad_a Q_i| + 1e-10), grads (N, b, d).      [arXiv 2110.01548]
 
     N times the mean cosine over pairs; never below -N / (N - 1). The sum over pairs is |sum_i g_i|^2 - sum_i |g_i|^2.
     """
@@ -78,7 +78,7 @@ def gradient_cosine(grads: Tensor) -> Tensor:
 
 
 def support_bound(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, *, beta: float) -> Tensor:
-    """U = mean_k (decoded_k - a_k)^2 + beta mean_j KL(N(mean_j, std_j) || N(0, 1)), (b,), mean and log_std (b, 2 d).   [arXiv 2202.06239, eq. 9]
+    """U = mean_k (decoded_k - a_k)^2 + beta mean_j KL(N(mean_j, std_j) || N(0, 1)), (b,), mean and log_std (b, 2 d).   [arXiv 2202.06239]
 
     Up to scale and constant a bound on -log mu(a|s) by a decoder of deviation sigma = sqrt(beta / 4), with latents of 2 d entries:
     U = (beta / 2 d)(-ELBO - d (log sigma + 0.5 log 2 pi)).

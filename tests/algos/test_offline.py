@@ -551,6 +551,20 @@ def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.
     torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method_id", ["edac", "cql/cal-ql", "spot"])
+def test_compiled_update_agrees_with_the_eager_one(method_id: str) -> None:
+    """Gradients of gradients, many actions per state, and a model that is fixed, through the compiler; float64, so only the order of sums differs."""
+    method = tiny(method_id, policy_delay=1)
+    eager, compiled = made(method), made(method, compile=True)
+    for i in range(6):
+        batch, noise = minibatch(seed=i)
+        for update in (eager, compiled):
+            update(batch, noise, True)
+    assert compiled.compiled is not None and compiled.compiled.seconds > 0
+    torch.testing.assert_close(everything(eager), everything(compiled), rtol=1e-7, atol=1e-9)
+
+
 # -- 6: bad input --------------------------------------------------------------------------------------------------------------------------
 
 
