@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical, SquashedGaussian
 from markovia.agents.interface import Agent, Evaluation, Kind, check_want
-from markovia.agents.networks import PolicyNet, Trunk, ValueNet, is_image, network_name
+from markovia.agents.networks import PolicyNet, Trunk, ValueNet, check_layers, is_image, network_name
 from markovia.agents.normalizer import ObsNorm
 from markovia.agents.records import Obs, Rollout, map_obs
 from markovia.agents.spaces import space_from_json, space_to_json
@@ -48,14 +48,20 @@ def check_action_space(space: gym.Space, squash: bool = False, std: str = "share
 
 
 def batch_obs(observation: Any, space: gym.Space) -> tuple[Any, bool]:
-    """The observation with a leading batch axis, and whether that axis was added."""
+    """The observation with a leading batch axis, and whether that axis was added. Raises ValueError for one of another shape."""
     if isinstance(space, spaces.Dict):
+        if not isinstance(observation, dict) or not space.spaces.keys() <= observation.keys():
+            found = sorted(observation) if isinstance(observation, dict) else f"a {type(observation).__name__}"
+            raise ValueError(f"this agent observes a dictionary with the keys {sorted(space.spaces)}, got {found}")
         key = next(iter(space.spaces))
         single = np.ndim(observation[key]) == len(space.spaces[key].shape or ())
         parts = {k: np.asarray(observation[k]) for k in space.spaces}
         return ({k: v[None] for k, v in parts.items()} if single else parts), single
-    array = np.asarray(observation)
-    single = array.ndim == len(space.shape or ())
+    array, shape = np.asarray(observation), space.shape or ()
+    single = array.ndim == len(shape)
+    order = sorted if is_image(space) else tuple  # Stable-Baselines3's policies move the channels of an image themselves
+    if order(array.shape if single else array.shape[1:]) != order(shape):
+        raise ValueError(f"this agent observes arrays of shape {shape}, or (n, ...) of them, got {array.shape}; is it for another environment?")
     return (array[None] if single else array), single
 
 
@@ -168,9 +174,12 @@ class ControlAgent(StepAgent):
         parameters of their own (std="shared"), or stay there ("fixed"), or are given by the network beside the mean ("state").
         `network` is the user's own module, observation (n, ...) -> features (n, k) under a linear head (the critic gets a copy of it), or with
         network_output="params" -> the distribution's parameters: means, or logits one after the other.
-        Raises ValueError for spaces that the agent can't serve, infinite action Boxes included.
+        Raises ValueError for spaces that the agent can't serve, infinite action Boxes included, and for options out of range.
         """
         check_action_space(action_space, squash, std, tanh_mean)
+        check_layers(hidden, activation)
+        if num_costs < 0:
+            raise ValueError(f"num_costs counts the columns of costs beside the reward, expected >= 0, got {num_costs}")
         own = None
         if network is not None:
             if network_output not in ("features", "params"):

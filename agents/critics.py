@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from markovia.agents.networks import ACTIVATIONS, ObsEncoder, linear
+from markovia.agents.networks import ACTIVATIONS, ObsEncoder, check_layers, linear
 from markovia.agents.records import Obs
 
 
@@ -35,7 +35,7 @@ class StackedLinear(nn.Module):
 class QEnsemble(nn.Module):
     """N action values Q_j(s, a): obs (b, ...) and actions (b, d) in [-1, 1] -> (N, b). Image encoders, where there are any, are shared.
 
-    Raises ValueError for an unknown activation, fewer than one member, and observations that no encoder takes.
+    Raises ValueError for unknown activations and layer sizes, fewer than one member, and observations that no encoder takes.
     """
 
     def __init__(
@@ -50,8 +50,7 @@ class QEnsemble(nn.Module):
         super().__init__()
         if num < 1:
             raise ValueError(f"an ensemble needs at least 1 critic, got {num}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        check_layers(hidden, activation)
         self.num = num
         self.encoder = ObsEncoder(observation_space)
         sizes = [self.encoder.width + action_size, *hidden]

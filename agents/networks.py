@@ -34,10 +34,17 @@ def linear(n_in: int, n_out: int, gain: float = math.sqrt(2.0)) -> nn.Linear:
     return layer
 
 
-def mlp(n_in: int, hidden: Sequence[int], activation: str = "tanh") -> nn.Sequential:
-    """Hidden layers with gain sqrt(2), an activation after each. An unknown activation raises ValueError."""
+def check_layers(hidden: Sequence[int], activation: str) -> None:
+    """Raises ValueError for an unknown activation and for hidden layers that are no list of sizes >= 1 (an empty one will do)."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(hidden, Sequence) or not all(isinstance(n, int) and n >= 1 for n in hidden):
+        raise ValueError(f"hidden lists the sizes of the hidden layers, whole numbers >= 1, e.g. (64, 64); got {hidden!r}")
+
+
+def mlp(n_in: int, hidden: Sequence[int], activation: str = "tanh") -> nn.Sequential:
+    """Hidden layers with gain sqrt(2), an activation after each. Raises what `check_layers` raises."""
+    check_layers(hidden, activation)
     layers: list[nn.Module] = []
     for n in hidden:
         layers += [linear(n_in, n), ACTIVATIONS[activation]()]

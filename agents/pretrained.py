@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +53,10 @@ class LanguageOptions:
 
 
 def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
+    """The model with trainable low-rank adapters, its own weights frozen; `lora` holds peft's settings.
+
+    Raises ValueError for a setting that peft's LoraConfig lacks, ImportError without peft.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as e:
@@ -58,6 +64,11 @@ def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **lora}
     if "alpha" in settings:
         settings["lora_alpha"] = settings.pop("alpha")
+    known = inspect.signature(LoraConfig).parameters
+    if unknown := sorted(settings.keys() - known.keys()):
+        near = difflib.get_close_matches(unknown[0], known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "e.g. {'r': 16, 'alpha': 32, 'target_modules': 'all-linear'}"
+        raise ValueError(f"lora has no setting {unknown[0]!r}; {hint}")
     with warnings.catch_warnings():
         # peft reads an attribute that transformers renamed; nothing that a user could mend.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -65,6 +76,7 @@ def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
 
 
 def plain_model(policy: Any) -> Any:
+    """The transformers model itself, whether or not adapters were put around it."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
@@ -80,6 +92,7 @@ def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def tokenizer_from(config: dict[str, Any]) -> Any:
+    """The tokenizer that `tokenizer_config` wrote down."""
     if "alphabet" in config:
         return CharTokenizer(config["alphabet"], config["eos"])
     from tokenizers import Tokenizer as Backend

@@ -186,6 +186,23 @@ def test_bad_spaces_are_refused_with_the_mend(obs, action, kwargs, message):
         ControlAgent.from_spaces(obs, action, **kwargs)
 
 
+def test_observations_of_another_shape_are_refused():
+    agent = ControlAgent.from_spaces(spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+    for wrong in (np.zeros(4), np.zeros((2, 4)), np.zeros((1, 2, 3)), 0.0):
+        with pytest.raises(ValueError, match=r"arrays of shape \(3,\)"):
+            agent.predict(wrong)
+    agent = ControlAgent.from_spaces(spaces.Dict(a=spaces.Box(-1, 1, (3,)), b=spaces.Discrete(2)), spaces.Discrete(2))
+    for wrong in ({"a": np.zeros(3)}, np.zeros(3)):
+        with pytest.raises(ValueError, match=r"the keys \['a', 'b'\]"):
+            agent.predict(wrong)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"hidden": 64}, r"\(64, 64\)"), ({"hidden": (8, 0)}, "sizes"), ({"num_costs": -1}, ">= 0")])
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ControlAgent.from_spaces(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), **options)
+
+
 def test_evaluate_refuses_unknown_columns_and_a_missing_critic():
     agent = ControlAgent.from_spaces(VECTOR, spaces.Discrete(2), critic=False)
     row = record(agent, torch.zeros(1, 3), torch.zeros(1, dtype=torch.long), (1, 1))

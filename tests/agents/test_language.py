@@ -298,7 +298,8 @@ def test_the_hash_sees_one_changed_weight():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens")],
+    [({"temperature": 0.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"),
+     ({"lora": {"rank": 2}}, "no setting 'rank'"), ({"lora": {"lora_alfa": 2}}, "did you mean 'lora_alpha'")],
 )
 def test_bad_options_teach(options, message):
     with pytest.raises(ValueError, match=message):
