@@ -1,1 +1,1 @@
-
+"""Denoising MDPs: samplers as Gaussian kernels, the environments, small networks and the tasks that are ready to use."""
