@@ -89,6 +89,19 @@ def sequence_ratio(log_ratio: Tensor, mask: Tensor, *, mean: bool = False) -> Te
     return (total / m.sum(1, keepdim=True).clamp(min=1.0) if mean else total).expand_as(log_ratio)
 
 
+def levelled(method: OnPolicy, log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio that the surrogate sees: of the decision, of its row, or the row's mean; (b, t) nats."""
+    return log_ratio if method.ratio_level == "token" else sequence_ratio(log_ratio, mask, mean=method.ratio_level == "sequence-mean")
+
+
+def clip_fraction(method: OnPolicy, log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Share of the decisions whose ratio has left the surrogate's clipping range, [0.8, 1.2] for surrogates without one; ()."""
+    low = getattr(method.surrogate, "clip", 0.2)
+    high = getattr(method.surrogate, "high", low)
+    rho = levelled(method, log_ratio, mask).exp()
+    return masked_mean(((rho < 1.0 - low) | (rho > 1.0 + high)).to(log_ratio.dtype), mask)
+
+
 def objective(method: OnPolicy, part: Rollout, logp: Tensor, kl_value: Tensor | None, coef: Tensor) -> Tensor:
     """w S(rho, A) (b, t), to be maximised; rho by token or by sequence, against the surrogate's anchor.
 
@@ -97,8 +110,7 @@ def objective(method: OnPolicy, part: Rollout, logp: Tensor, kl_value: Tensor | 
     anchor = part.logp_ref["ref"] if getattr(method.surrogate, "anchor", "old") == "ref" else part.logp_old
     # Steps that don't count may hold infinite log-probs (zero-std or padding): keep them out before exp.
     log_ratio = torch.where(part.mask, logp - anchor, 0.0)
-    if method.ratio_level != "token":
-        log_ratio = sequence_ratio(log_ratio, part.mask, mean=method.ratio_level == "sequence-mean")
+    log_ratio = levelled(method, log_ratio, part.mask)
     columns = part.columns
     out = method.surrogate(log_ratio, columns["adv"], kl_value, coef)
     if "adv_other" in columns:
@@ -141,7 +153,7 @@ def policy_loss(
     with torch.no_grad():
         stats: dict[str, Tensor] = {
             "approx_kl": (omega * k3(-log_ratio)).sum() / omega.sum().clamp(min=1e-12),
-            "clip_fraction": (((log_ratio.exp() - 1.0).abs() > 0.2).float() * m).sum() / m.sum().clamp(min=1),
+            "clip_fraction": clip_fraction(method, log_ratio, m),
         }
         stats["policy_loss"] = (omega * per_step).sum().detach()
     if method.loss_divergence is not None:

@@ -14,7 +14,7 @@ from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
 from markovia.algos.advantages import GAE, gae, leave_one_out, normalise
 from markovia.algos.on_policy.divergence import KL, k1, k2, k3
-from markovia.algos.on_policy.loss import policy_loss, value_error, weights
+from markovia.algos.on_policy.loss import clip_fraction, policy_loss, value_error, weights
 from markovia.algos.on_policy.method import Descent, DualAscent, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import conjugate_gradient
 from markovia.algos.on_policy.surrogates import (
@@ -243,6 +243,15 @@ def test_sequence_ratio_by_hand() -> None:
     assert sequence_loss(SEQ_RATIO, Clip(0.2)).item() == pytest.approx(-(2.4 - 3.2) / 2)
     # By token: (2 * 2 + 3 * 2) / 2 = 5 and -2.
     assert sequence_loss(SEQ_RATIO, PolicyGradient(), "token").item() == pytest.approx(-1.5)
+
+
+def test_clip_fraction_is_that_of_the_surrogates_own_range() -> None:
+    log_ratio, mask = torch.tensor([[0.95, 1.25], [1.35, 9.0]]).log(), torch.tensor([[True, True], [True, False]])
+    # [0.8, 1.28] leaves out 1.35 of three; [0.9, 1.1] also 1.25; a row's ratio: 1.1875 in row 1, 1.35 in row 2, so one decision of three beyond 1.2.
+    assert float(clip_fraction(OnPolicy(surrogate=Clip(0.2, 0.28)), log_ratio, mask)) == pytest.approx(1 / 3)
+    assert float(clip_fraction(OnPolicy(surrogate=Clip(0.1)), log_ratio, mask)) == pytest.approx(2 / 3)
+    by_row = OnPolicy(surrogate=Clip(0.2), ratio_level="sequence", aggregation="seq-mean-token-mean")
+    assert float(clip_fraction(by_row, log_ratio, mask)) == pytest.approx(1 / 3)
 
 
 def test_gradient_of_the_sequence_ratio() -> None:
