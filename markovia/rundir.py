@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
     """The JSON of a run folder's file. Raises RunError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise RunError(f"{path} is missing; {path.parent} is not the folder of a markovia run") from e
     except ValueError as e:
         raise RunError(f"{path} is damaged ({e}); restore it or train again") from e

@@ -52,6 +52,7 @@ def test_python_dash_m():
         (["train", "ppo", "--env", "CartPole-v1", "--num-envs", "0"], "num_envs must be >= 1"),
         (["show", "rlo"], "did you mean 'rloo'"),
         (["eval", "nowhere"], "not the folder of a markovia run"),
+        (["eval", __file__], "not the folder of a markovia run"),
         (["eval", "nowhere", "--episodes", "0"], "--episodes must be >= 1"),
         (["video", "nowhere", "--episodes", "0"], "--episodes must be >= 1"),
         (["plot", "nowhere", "--smooth", "0"], "--smooth must be >= 1"),

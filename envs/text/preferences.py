@@ -69,7 +69,7 @@ class Report:
     changed: dict[str, list[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.format}, {self.kept} of {self.read} rows used"]
+        lines = [f"{self.source}: {self.format or 'no known format'}, {self.kept} of {self.read} rows used"]
         for what, found in (("dropped", self.dropped), ("kept", self.changed)):
             for reason, rows in sorted(found.items(), key=lambda item: -len(item[1])):
                 places = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
