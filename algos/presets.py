@@ -75,12 +75,12 @@ def configure(method_id: str, env_id: str) -> Any:
     Raises ValueError for an unknown method and for a kind of MDP that the method does not serve.
     """
     row, kind = find(method_id), kind_of(env_id)
+    if not isinstance(row.value, Method):
+        raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing in an environment; `markovia show {method_id}` says what it does")
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
     if isinstance(row.value, Preference):
         raise ValueError(f"{method_id} learns from preferences, not from the rewards of {env_id}; `markovia show {method_id}` says what it reads")
-    if not isinstance(row.value, Method):
-        raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing in an environment; `markovia show {method_id}` says what it does")
     value: Method = row.value
     for where, changes in preset_sources(method_id, env_id):
         # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.

@@ -48,6 +48,7 @@ def test_python_dash_m():
         (["train", "ppo"], "needs an environment"),
         (["train", "--env", "CartPole-v1"], "the method comes first"),
         (["train", "ddpo", "--env", "CartPole-v1"], "ddpo serves"),
+        (["train", "rl-kl-bayes", "--env", "CartPole-v1"], "trains nothing in an environment"),
         (["train", "ppo", "--env", "CartPole-v1", "--env-kwargs", "[1]"], "JSON object"),
         (["train", "ppo", "--env", "CartPole-v1", "--num-envs", "0"], "num_envs must be >= 1"),
         (["show", "rlo"], "did you mean 'rloo'"),
