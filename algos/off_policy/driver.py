@@ -19,7 +19,8 @@ from markovia.algos.off_policy.method import OffPolicy, Weighted
 from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.update import Update
 from markovia.algos.statistics import Statistics
-from markovia.algos.streams import stream, stream_seed
+from markovia.algos.streams import stream_seed
+from markovia.algos.trainer import Budget, part
 
 
 class Source(Protocol):
@@ -44,8 +45,11 @@ def check_action_box(space: Any) -> None:
         )
 
 
-class OffPolicyDriver:
+class OffPolicyDriver(Budget):
     """Trains `agent` with `method` on what `collector` puts into its replay. Raises ValueError at construction when the three do not fit."""
+
+    method: OffPolicy
+    agent: ControlAgent
 
     def __init__(self, method: OffPolicy, agent: ControlAgent, collector: Source, seed: int = 0, compile: bool = False) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
@@ -66,19 +70,6 @@ class OffPolicyDriver:
     def compile_seconds(self) -> float:
         """What compiling the update has taken so far."""
         return 0.0 if self.update.compiled is None else self.update.compiled.seconds
-
-    @property
-    def finished(self) -> bool:
-        return self.num_env_steps >= self.method.num_env_steps
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the budget that is spent, in [0, 1]."""
-        return min(1.0, self.num_env_steps / self.method.num_env_steps)
-
-    def generator(self, name: str) -> torch.Generator:
-        device = self.agent.device if name == "action" else "cpu"
-        return stream(self.seed, name, self.iteration, device)
 
     # -- one iteration ----------------------------------------------------------------------------------------------------------------
 
@@ -145,14 +136,10 @@ class OffPolicyDriver:
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, task and seed."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.agent.load_state(part("agent."))
-        self.nets.load_state(part("net."))
+        self.agent.load_state(part(tensors, "agent."))
+        self.nets.load_state(part(tensors, "net."))
         for name, optimizer in self.update.optimizers.items():
-            optimizer.load_state(part(f"optimizer.{name}."))
-        self.collector.load_state(part("collector."))
+            optimizer.load_state(part(tensors, f"optimizer.{name}."))
+        self.collector.load_state(part(tensors, "collector."))
         self.iteration, self.num_env_steps, self.num_updates = meta["iteration"], meta["num_env_steps"], meta["num_updates"]
         self.collector.episodes[:] = meta["episodes"]
