@@ -110,14 +110,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["HalfCheetah-v5"])
-    parser.add_argument("--methods", nargs="+", default=["ppo"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=["HalfCheetah-v5"], help="environment ids (default HalfCheetah-v5)")
+    parser.add_argument("--methods", nargs="+", default=["ppo"], help="ids of methods, or sb3-ppo (default ppo)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, help="environment steps, in place of the preset's")
     parser.add_argument("--table", action="store_true", help="only make the table from what has been measured")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="where the run folders lie")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results, one entry per cell; the table is written beside it")
     args = parser.parse_args()
     known = {(r["task"], r["method"], r["seed"]) for r in cells(args.out)}
     grid = [] if args.table else [c for c in itertools.product(args.tasks, args.methods, args.seeds) if c not in known]

@@ -108,14 +108,14 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="environment ids (default all of TASKS)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="which of them (default all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, help="environment steps, in place of the preset's")
     parser.add_argument("--table", action="store_true", help="only make table and picture from what has been measured")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     parser.add_argument("--runs", type=Path, default=Path("runs/safe"), help="where the run folders lie")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results, one entry per cell; the table is written beside it")
     args = parser.parse_args()
     known = {(r["task"], r["method"], r["seed"]) for r in cells(args.out)}
     grid = [] if args.table else [c for c in itertools.product(args.tasks, args.methods, args.seeds) if c not in known]
