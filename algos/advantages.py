@@ -11,10 +11,21 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from markovia.agents.records import Rollout, masked_mean
+
+
+def _suffix_sums(delta: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """A_t = delta_t + decay_t A_{t+1}, (B, T); numpy's operations on a few rows cost a fraction of torch's."""
+    delta, decay = np.ascontiguousarray(delta.T), np.ascontiguousarray(decay.T)
+    out, last = np.empty_like(delta), np.zeros_like(delta[0])
+    for t in range(len(delta) - 1, -1, -1):
+        last = delta[t] + decay[t] * last
+        out[t] = last
+    return np.ascontiguousarray(out.T)
 
 
 def gae(
@@ -32,11 +43,7 @@ def gae(
     flow = gamma * continuation
     delta = reward + flow * next_value - value
     decay = flow * lam * (~truncated).to(reward.dtype)
-    adv = torch.empty_like(delta)
-    last = torch.zeros_like(delta[:, 0])
-    for t in range(delta.shape[1] - 1, -1, -1):  # the recursion is over time only; rows are one vector
-        last = delta[:, t] + decay[:, t] * last
-        adv[:, t] = last
+    adv = torch.from_numpy(_suffix_sums(delta.detach().cpu().numpy(), decay.detach().cpu().numpy())).to(delta.device)
     return adv, adv + value
 
 
