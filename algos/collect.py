@@ -258,7 +258,23 @@ class SequenceTask(Protocol):
     def score(self, rollout: Rollout) -> Any: ...
 
 
-class SequenceCollector:
+class Stateless:
+    """What collectors of whole sequences share: each collection starts anew, so there is nothing to keep, put back or release."""
+
+    def reset(self, seed: int) -> None:
+        """Nothing is carried from one collection to the next."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to put back."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class SequenceCollector(Stateless):
     """`num_rows` whole sequences: starts of the task, the agent's own `generate`, and the task's score at the last valid step of each row.
 
     `cost(rollout) -> (n,) or (n, m)` (or the task's own `cost`) gives each sequence its costs, paid at that step too.
@@ -274,18 +290,6 @@ class SequenceCollector:
         self.episode_lengths: deque[int] = deque(maxlen=1000)
         self.episode_costs: deque[list[float]] = deque(maxlen=1000)
         self.greedy = False
-
-    def reset(self, seed: int) -> None:
-        """Nothing is carried from one collection to the next."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to put back."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:

@@ -16,13 +16,14 @@ from torch import Tensor
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout
 from markovia.agents.tabular import TabularAgent
+from markovia.algos.collect import Stateless
 from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.prepare import fill
 from markovia.envs.exact.token_mdp import EnumerableTokenMDP
 
 
-class TreeCollector:
+class TreeCollector(Stateless):
     """Responses to prompts that are trees of equal vocabulary and horizon; `num_rows` a batch, `group_size` to each prompt drawn.
 
     `columns` holds one entry per tree for what a task would tell (e.g. a length budget). Prompts are drawn without replacement until all were.
@@ -57,18 +58,6 @@ class TreeCollector:
         """Logits (N, V) of one tree under the agent."""
         table: Tensor = agent.net["policy"].table  # type: ignore[assignment]
         return table.detach().double().numpy()[self.offset[tree] : self.offset[tree + 1]]
-
-    def reset(self, seed: int) -> None:
-        """Nothing is carried from one collection to the next."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to put back."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     @torch.no_grad()
     def collect(self, agent: Any, generator: torch.Generator | None = None) -> Rollout:
