@@ -12,6 +12,7 @@ from markovia.algos import advantages
 from markovia.algos.denoising import adjoint, sources
 from markovia.algos.denoising import preference as denoising_preference
 from markovia.algos.off_policy import method as off_policy
+from markovia.algos.off_policy import slots as off_policy_slots
 from markovia.algos.offline import method as offline
 from markovia.algos.on_policy import divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
@@ -23,7 +24,7 @@ from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
 _ON_POLICY = (advantages, divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens)
-_MODULES = (*_ON_POLICY, off_policy, offline, adjoint, denoising_preference, sources, constraint, dual, termination)
+_MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, adjoint, denoising_preference, sources, constraint, dual, termination)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }

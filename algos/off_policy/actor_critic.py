@@ -29,22 +29,22 @@ from markovia.algos.off_policy.losses import (
     td_error,
     temperature_loss,
 )
-from markovia.algos.off_policy.method import (
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.regularised import expectile, penalised_value, support_bound
+from markovia.algos.off_policy.regularisers import conservative, diverse
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.slots import (
     Ascent,
     Conservative,
     Deterministic,
     Expectile,
     FixedTemperature,
     InSampleTarget,
-    OffPolicy,
     SmoothedTarget,
     Supported,
     TunedTemperature,
     ValueTarget,
 )
-from markovia.algos.off_policy.regularised import expectile, penalised_value, support_bound
-from markovia.algos.off_policy.regularisers import conservative, diverse
-from markovia.algos.off_policy.replay import Batch
 from markovia.algos.streams import stream_seed
 
 Stats = dict[str, Tensor]

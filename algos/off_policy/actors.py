@@ -9,8 +9,8 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.distributions import Gaussian
-from markovia.algos.off_policy.method import Clone, Deterministic, Held, Supported, Weighted
 from markovia.algos.off_policy.regularised import advantage_weight, held_objective, squared_distance
+from markovia.algos.off_policy.slots import Clone, Deterministic, Held, Supported, Weighted
 
 if TYPE_CHECKING:
     from markovia.algos.off_policy.actor_critic import ActorCritic, Loss

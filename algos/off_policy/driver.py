@@ -15,8 +15,9 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
-from markovia.algos.off_policy.method import OffPolicy, Weighted
+from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
+from markovia.algos.off_policy.slots import Weighted
 from markovia.algos.off_policy.update import Update
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream_seed

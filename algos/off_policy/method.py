@@ -2,283 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from markovia.algos.off_policy.losses import Aggregate
-
-
-@dataclass(frozen=True)
-class Squashed:
-    """tanh of a Gaussian whose mean and standard deviation the network gives; it explores by being sampled."""
-
-    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
-    activation: str = "relu"
-
-    def agent_options(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "activation": self.activation, "squash": True, "std": "state"}
-
-
-@dataclass(frozen=True)
-class Deterministic:
-    """tanh of the network's output; it explores by Gaussian noise, clipped to the Box."""
-
-    noise: float = 0.1  # standard deviation of the exploration, the Box reaching from -1 to 1
-    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
-    activation: str = "relu"
-
-    def __post_init__(self) -> None:
-        if not self.noise > 0.0:
-            raise ValueError(f"policy.noise must be > 0, got {self.noise}; without noise a deterministic policy explores nothing")
-
-    def agent_options(self) -> dict[str, Any]:
-        log_std = math.log(self.noise)
-        return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "fixed", "log_std_init": log_std}
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """A Gaussian around the tanh of the network's output, one standard deviation per entry for all states; samples are clipped to the Box."""
-
-    log_std_init: float = 0.0
-    hidden: tuple[int, ...] = (256, 256)  # widths of the policy network
-    activation: str = "relu"
-
-    def agent_options(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "shared", "log_std_init": self.log_std_init}
-
-
-Policy = Squashed | Deterministic | Bounded
-
-
-@dataclass(frozen=True)
-class SoftTarget:
-    """V(s') = agg_j Qbar_j(s', a') - lam log_q pi(a'|s'), a' drawn from the policy as it is now."""
-
-    aggregate: Aggregate = "min"
-    entropy: bool = True  # False leaves the entropy out of the target (it stays in the actor's objective)
-
-
-@dataclass(frozen=True)
-class SmoothedTarget:
-    """V(s') = agg_j Qbar_j(s', a'), a' the target policy's action with clipped noise."""
-
-    noise: float = 0.2  # standard deviation, the Box reaching from -1 to 1
-    clip: float = 0.5  # largest noise
-    aggregate: Aggregate = "min"
-    penalty: float = 0.0  # weight of |a' - next logged action|^2, summed over entries; only data with next actions have it
-
-
-@dataclass(frozen=True)
-class ValueTarget:
-    """V(s') of the target value network; needs the slot `value`."""
-
-
-@dataclass(frozen=True)
-class InSampleTarget:
-    """V(s') of the value network as it is now, which never sees an action that was not logged; needs the slot `value` to be an `Expectile`."""
-
-
-Target = SoftTarget | SmoothedTarget | ValueTarget | InSampleTarget
-
-
-@dataclass(frozen=True)
-class SoftValue:
-    """A value network fitted to agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy."""
-
-    aggregate: Aggregate = "min"
-    lr: float = 3e-4
-    hidden: tuple[int, ...] = (256, 256)
-    activation: str = "relu"
-
-
-@dataclass(frozen=True)
-class Expectile:
-    """A value network fitted to the tau-expectile of min_j Qbar_j(s, a) over logged actions: towards their maximum as tau -> 1."""
-
-    tau: float = 0.7
-    lr: float = 3e-4
-    hidden: tuple[int, ...] = (256, 256)
-    activation: str = "relu"
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.tau < 1.0:
-            raise ValueError(f"value.tau must lie in (0, 1), got {self.tau}; 0.5 is the mean over logged actions, 0.9 close to the best of them")
-
-
-Value = SoftValue | Expectile
-
-
-@dataclass(frozen=True)
-class Critics:
-    """An ensemble Q_1 .. Q_N and its loss, coef sum_j (Q_j - y)^2."""
-
-    num: int = 2
-    hidden: tuple[int, ...] = (256, 256)  # widths of each critic
-    activation: str = "relu"
-    layer_norm: bool = False  # normalise each hidden layer before its activation
-    lr: float = 3e-4
-    coef: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.num < 1:
-            raise ValueError(f"critic.num must be >= 1, got {self.num}")
-
-
-@dataclass(frozen=True)
-class Conservative:
-    """Pushes values down where a softmax of Q puts its weight and up at logged actions (CQL); the softmax is estimated from 3 `num` actions."""
-
-    alpha: float = 5.0  # weight of the gap
-    num: int = 10  # actions of each kind: uniform, from the policy at s, from the policy at s'
-    temperature: float = 1.0  # T of T log sum exp(Q / T), reward units
-    importance: bool = True  # divide each action's weight by its density; without it the logged action joins the sum
-    calibrated: bool = False  # policy actions count at least the Monte Carlo return (Cal-QL); needs data.returns_to_go
-
-    def __post_init__(self) -> None:
-        if self.num < 1 or not self.temperature > 0.0 or self.alpha < 0.0:
-            raise ValueError(
-                f"a conservative regulariser needs alpha >= 0, num >= 1 and temperature > 0, got {self.alpha}, {self.num} and {self.temperature}"
-            )
-
-    @property
-    def num_noises(self) -> int:
-        return 3 * self.num
-
-
-@dataclass(frozen=True)
-class Diverse:
-    """Turns the ensemble's gradients in the action away from each other at logged actions (EDAC)."""
-
-    eta: float = 1.0  # weight of the mean cosine
-
-    def __post_init__(self) -> None:
-        if self.eta < 0.0:
-            raise ValueError(f"regulariser.eta must be >= 0, got {self.eta}; None leaves the regulariser out")
-
-    @property
-    def num_noises(self) -> int:
-        return 0
-
-
-Regulariser = Conservative | Diverse
-
-
-@dataclass(frozen=True)
-class Ascent:
-    """The actor climbs Q through its action, held by the entropy and, with `inverse_step`, by the policy pi_k of up to `refresh_steps` ago."""
-
-    aggregate: Aggregate = "min"  # which Q
-    inverse_step: float | None = None  # 1/t, weight of the divergence from pi_k; None: 1/t = lam, which drops pi_k
-    refresh_steps: int = 1000  # environment steps between pi_k <- pi
-    penalty: float = 0.0  # weight of mean mu^2 + mean log^2 std
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.refresh_steps < 1:
-            raise ValueError(f"actor.refresh_steps must be >= 1, got {self.refresh_steps}")
-        if self.inverse_step is not None and self.inverse_step <= 0.0:
-            raise ValueError(f"actor.inverse_step (1/t) must be > 0, got {self.inverse_step}; None leaves the old policy out")
-
-
-@dataclass(frozen=True)
-class Clone:
-    """The actor imitates logged actions: the squared error of a deterministic policy, -log pi(a|s) of a stochastic one. Needs no critic."""
-
-    lr: float = 3e-4
-
-
-@dataclass(frozen=True)
-class Held:
-    """A deterministic actor climbs Q, divided by its mean size, and is held by the squared distance to logged actions."""
-
-    alpha: float = 2.5  # weight of Q / mean |Q|
-    weight: float = 1.0  # weight of the squared distance
-    reduce: Literal["mean", "sum"] = "mean"  # over the action's entries
-    aggregate: Aggregate = "first"  # which Q
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.weight < 0.0:
-            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
-
-
-@dataclass(frozen=True)
-class Supported:
-    """A deterministic actor climbs Q, divided by its mean size, and is held where the slot `behaviour` bounds the density of logged actions."""
-
-    alpha: float = 1.0  # weight of Q / mean |Q|
-    weight: float = 0.1  # weight of the bound on -log mu(a|s), in its own scale
-    aggregate: Aggregate = "first"  # which Q
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.weight < 0.0:
-            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A conditional variational autoencoder of logged actions, fitted by the first `steps` updates and fixed from then on."""
-
-    steps: int = 100_000  # of the budget
-    beta: float = 0.5  # weight of the KL; the decoder's standard deviation is sqrt(beta / 4), the Box reaching from -1 to 1
-    lr: float = 1e-3
-    hidden: tuple[int, ...] = (750, 750)
-    activation: str = "relu"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not self.beta > 0.0:
-            raise ValueError(f"behaviour.steps must be >= 1 and behaviour.beta > 0, got {self.steps} and {self.beta}")
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """Regression on logged actions, each weighted by exp(beta A), at most `max_weight`."""
-
-    beta: float = 3.0  # per reward unit of the advantage
-    max_weight: float = 100.0
-    lr: float = 3e-4
-    cosine: bool = False  # the learning rate falls to 0 along half a cosine
-
-    def __post_init__(self) -> None:
-        if self.beta < 0.0 or not self.max_weight > 0.0:
-            raise ValueError(f"actor.beta must be >= 0 and actor.max_weight > 0, got {self.beta} and {self.max_weight}")
-
-
-Actor = Ascent | Clone | Held | Supported | Weighted
-
-
-@dataclass(frozen=True)
-class FixedTemperature:
-    """The weight of the entropy stays; 0 leaves the entropy out."""
-
-    lam: float = 0.2  # reward units per nat
-    q: float = 1.0  # index of Tsallis' entropy, 1 is Shannon's
-    per_dimension: bool = False  # sum log_q over the action's entries, as published code does, in place of log_q of the joint density
-
-    def __post_init__(self) -> None:
-        if self.lam < 0.0:
-            raise ValueError(f"temperature.lam must be >= 0, got {self.lam}")
-        if not 1.0 <= self.q <= 2.0:
-            raise ValueError(f"Tsallis index temperature.q must lie in [1, 2], got {self.q}")
-
-
-@dataclass(frozen=True)
-class TunedTemperature:
-    """The weight of the entropy follows a dual variable that holds the entropy at a target."""
-
-    lam: float = 1.0  # at the start
-    target_entropy_nats: float | None = None  # of actions in [-1, 1]; None: -dim(A)
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.lam <= 0.0:
-            raise ValueError(f"temperature.lam must start > 0, got {self.lam}; FixedTemperature(0.0) leaves the entropy out")
-
-
-Temperature = FixedTemperature | TunedTemperature
+from typing import Literal
+
+from markovia.algos.off_policy.slots import (
+    Actor,
+    Ascent,
+    Behaviour,
+    Clone,
+    Conservative,
+    Critics,
+    Deterministic,
+    Diverse,
+    Expectile,
+    FixedTemperature,
+    Held,
+    InSampleTarget,
+    Policy,
+    Regulariser,
+    SoftTarget,
+    SoftValue,
+    Squashed,
+    Supported,
+    Target,
+    Temperature,
+    TunedTemperature,
+    Value,
+    ValueTarget,
+)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from markovia.algos.off_policy.method import (
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.slots import (
     Ascent,
     Critics,
     Deterministic,
     FixedTemperature,
-    OffPolicy,
     SmoothedTarget,
     SoftValue,
     ValueTarget,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from markovia.agents.records import Obs, map_obs
-from markovia.algos.off_policy.method import Conservative, Diverse
 from markovia.algos.off_policy.regularised import calibrated, conservative_gap, gradient_cosine
+from markovia.algos.off_policy.slots import Conservative, Diverse
 
 if TYPE_CHECKING:
     from markovia.algos.off_policy.actor_critic import ActorCritic, Loss

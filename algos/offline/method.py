@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from markovia.algos.off_policy.method import Conservative, OffPolicy, SmoothedTarget
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.slots import Conservative, SmoothedTarget
 from markovia.algos.table import nearest
 from markovia.envs.offline.transforms import REWARD_TRANSFORMS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from markovia.algos.off_policy.method import (
+from markovia.algos.off_policy.slots import (
     Ascent,
     Behaviour,
     Bounded,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from markovia.algos.off_policy.driver import OffPolicyDriver
 from markovia.algos.off_policy.losses import log_q, mirror_objective, soft_value
-from markovia.algos.off_policy.method import Critics, OffPolicy
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.slots import Critics
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver
 from markovia.algos.streams import stream

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from markovia.algos.off_policy.method import Diverse
 from markovia.algos.off_policy.regularisers import diverse
+from markovia.algos.off_policy.slots import Diverse
 from markovia.algos.offline.method import Offline
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver

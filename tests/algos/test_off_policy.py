@@ -21,20 +21,20 @@ from markovia.agents.interface import Agent
 from markovia.algos.off_policy import losses
 from markovia.algos.off_policy.actor_critic import ActorCritic, log_density
 from markovia.algos.off_policy.driver import OffPolicyDriver
-from markovia.algos.off_policy.method import (
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.off_policy.replay import Batch, Replay
+from markovia.algos.off_policy.slots import (
     Ascent,
     Critics,
     Deterministic,
     FixedTemperature,
-    OffPolicy,
     SmoothedTarget,
     SoftTarget,
     SoftValue,
     TunedTemperature,
     ValueTarget,
 )
-from markovia.algos.off_policy.methods import OFF_POLICY
-from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.off_policy.update import Update
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, make_driver

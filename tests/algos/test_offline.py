@@ -16,7 +16,9 @@ from gymnasium import spaces
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy import regularised
 from markovia.algos.off_policy.actor_critic import ActorCritic
-from markovia.algos.off_policy.method import (
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.slots import (
     Behaviour,
     Clone,
     Conservative,
@@ -26,13 +28,11 @@ from markovia.algos.off_policy.method import (
     Expectile,
     Held,
     InSampleTarget,
-    OffPolicy,
     SmoothedTarget,
     Squashed,
     Supported,
     Weighted,
 )
-from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE

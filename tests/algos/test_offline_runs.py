@@ -17,7 +17,7 @@ from markovia import cli
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
 from markovia.agents.interface import Agent
-from markovia.algos.off_policy.method import Deterministic
+from markovia.algos.off_policy.slots import Deterministic
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE
 from markovia.algos.offline.setup import reference_of

@@ -15,8 +15,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.collect import ReplayCollector
-from markovia.algos.off_policy.method import Squashed
 from markovia.algos.off_policy.replay import Batch, Replay
+from markovia.algos.off_policy.slots import Squashed
 
 torch.set_num_threads(1)
 
