@@ -58,12 +58,27 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(value, **out)
 
 
+def _likes(env_id: str, environments: dict[str, Any]) -> list[str]:
+    """The environment and those that it is "like", the farthest first."""
+    chain: list[str] = []
+    key: str | None = env_id
+    while key in environments:
+        chain.insert(0, key)
+        key = environments[key].get("like")
+    return chain
+
+
 def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
-    """The presets that apply, weakest first: (where, changes). Every method takes those of its family, which is named by the settings' class."""
+    """The presets that apply, weakest first: (where, changes). Every method takes those of its family, which is named by the settings' class.
+
+    An environment's entry may name another one under "like": that one's presets come first.
+    """
     kind, family = kind_of(env_id), type(find(method_id).value).__name__
+    environments = _data()["environments"]
+    entries = [("kinds", kind, _data()["kinds"].get(kind, {}))]
+    entries += [("environments", key, environments[key]) for key in _likes(env_id, environments)]
     found = []
-    for file, key in (("kinds", kind), ("environments", env_id)):
-        entry = _data().get(file, {}).get(key, {})
+    for file, key, entry in entries:
         for who in (family, method_id):
             if who in entry:
                 found.append((f"{file}:{key}:{who}", entry[who]))

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,11 +148,18 @@ def test_preset_files_name_known_kinds_methods_and_fields() -> None:
     assert set(kinds) <= set(ENV_OF_KIND)
     for key, entries in [*kinds.items(), *environments.items()]:
         env_id = ENV_OF_KIND.get(key, key)
-        for name in entries:
+        assert entries.get("like", env_id) in environments | dict.fromkeys(ENV_OF_KIND.values())
+        for name in entries.keys() - {"like"}:
             members = [m for m, row in rows().items() if type(row.value).__name__ == name and kind_of(env_id) in row.kinds]
             for method_id in members or [name]:
                 configure(method_id, env_id)
     assert set(KINDS.values()) <= set(ENV_OF_KIND)
+
+
+def test_an_environment_takes_the_presets_of_the_one_that_it_is_like_and_changes_them() -> None:
+    cheetah, swimmer = configure("ppo", "HalfCheetah-v5"), configure("ppo", "Swimmer-v5")
+    assert isinstance(swimmer.advantage, GAE) and swimmer.advantage.gamma == 0.9999
+    assert replace(swimmer, advantage=cheetah.advantage) == cheetah != configure("ppo", "Acrobot-v1")
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
