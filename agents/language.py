@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from markovia.agents.distributions import Categorical
+from markovia.agents.export import export
 from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.packing import hidden_states, make_packs, probe, unfit
 from markovia.agents.pretrained import LanguageOptions, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
 from markovia.agents.records import Rollout
 from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, response_valid, token_logp, unpack
-from markovia.envs.text.tokens import HFTokenizer, as_tokenizer
+from markovia.envs.text.tokens import as_tokenizer
 
 # Logits held at once while nothing is differentiated: 2^26 float32 are 256 MB.
 CHUNK_LOGITS = 2**26
@@ -230,11 +231,17 @@ class LanguageAgent(Agent):
         return torch.from_numpy(np.stack(rows)).to(action.device)
 
     @torch.no_grad()
-    def generate(self, starts: dict[str, Any], generator: torch.Generator | None = None, deterministic: bool = False) -> Rollout:
+    def generate(
+        self,
+        starts: dict[str, Any],
+        generator: torch.Generator | None = None,
+        deterministic: bool = False,
+        watch: Callable[[Tensor], object] | None = None,
+    ) -> Rollout:
         """One response per row of `starts` (prompt_ids (B, P) padded left, prompt_mask; optional texts, columns, group, max_new_tokens).
 
         Repeated prompts are read once and share their cache. The record has T = max_new_tokens columns; its reward is zero until scored.
-        Raises ValueError when starts lack the prompts.
+        `watch` is called with each step's tokens (B,) as they are drawn. Raises ValueError when starts lack the prompts.
         """
         if not {"prompt_ids", "prompt_mask"} <= starts.keys():
             raise ValueError(f"generate() needs prompt_ids and prompt_mask, got {sorted(starts)}; use task.starts(n, generator)")
@@ -268,6 +275,8 @@ class LanguageAgent(Agent):
             action[:, t], logp[:, t] = token, torch.where(alive, token_logp(step, token), 0.0)
             if kept_bits is not None and kept is not None:
                 kept_bits[:, t] = pack(kept | ~alive[:, None])
+            if watch is not None:
+                watch(token)
             alive = alive & (token != tok.eos_token_id)
             if t + 1 == T or not bool(alive.any()):
                 break
@@ -396,12 +405,6 @@ class LanguageAgent(Agent):
         own = self.net.state_dict()
         super().load_state({k: v for k, v in own.items() if k not in self._saved} | state)
 
-    def export(self, folder: str | Path) -> Path:
-        """A plain Hugging Face folder, adapters merged into the weights; the agent itself stays as it is."""
-        folder = Path(folder)
-        policy = self._lm
-        model = policy if self.options.lora is None else copy.deepcopy(policy).merge_and_unload()
-        model.save_pretrained(folder)
-        if isinstance(self.tokenizer, HFTokenizer):
-            self.tokenizer.inner.save_pretrained(folder)
-        return folder
+    def export(self, folder: str | Path, merge: bool = True) -> Path:
+        """A plain Hugging Face folder, adapters merged into the weights or apart (`markovia.agents.export`); the agent itself stays as it is."""
+        return export(self, folder, merge)

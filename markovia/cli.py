@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markovia.cli_text import chat_command, export_command
 from markovia.cli_train import json_object, train_command
 
 USAGE = """usage: markovia COMMAND ...
@@ -23,6 +24,8 @@ commands
   plot RUN ...            learning curves as a PNG
   profile METHOD --env ID how training time splits
   video RUN               rendered episodes, or samples of a text or denoising run
+  chat RUN                talk to a trained language agent
+  export RUN --out DIR    its model as a plain Hugging Face folder, LoRA adapters merged or apart
   show METHOD             sentence, equation, paper, parent, source and settings of a method
   systems                 all methods
   envs                    all environments of markovia (any Gymnasium id can be trained on as well)
@@ -347,6 +350,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plot": plot_command,
     "profile": profile_command,
     "video": video_command,
+    "chat": chat_command,
+    "export": export_command,
     "show": show_command,
     "systems": systems_command,
     "envs": envs_command,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from markovia.agents.export import hf_tokenizer
 from markovia.agents.language import LanguageAgent
 from markovia.agents.records import Rollout
 from markovia.algos.on_policy.divergence import KL
@@ -57,16 +58,8 @@ def tiny(seed: int = 0) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model with a tokenizer that gives TRL the ids that `CharTokenizer` gives us."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ours = CharTokenizer(ALPHABET)
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: ours.encode(c)[0] for c in ALPHABET}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
-    backend.decoder = decoders.Fuse()
     path = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    hf_tokenizer(CharTokenizer(ALPHABET)).save_pretrained(path)
     tiny(1).save_pretrained(path)
     return path
 
