@@ -16,7 +16,7 @@ from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
-from markovia.algos.off_policy.actors import held_loss, logged_loss, supported_loss
+from markovia.algos.off_policy.actors import guided_loss, held_loss, logged_loss, supported_loss
 from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
@@ -30,7 +30,7 @@ from markovia.algos.off_policy.losses import (
     temperature_loss,
 )
 from markovia.algos.off_policy.method import OffPolicy
-from markovia.algos.off_policy.regularised import expectile, penalised_value, support_bound
+from markovia.algos.off_policy.regularised import expectile, lower_target, penalised_value, support_bound
 from markovia.algos.off_policy.regularisers import conservative, diverse
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.slots import (
@@ -39,7 +39,10 @@ from markovia.algos.off_policy.slots import (
     Deterministic,
     Expectile,
     FixedTemperature,
+    Guided,
     InSampleTarget,
+    JointBehaviour,
+    LowerValue,
     SmoothedTarget,
     Supported,
     TunedTemperature,
@@ -153,6 +156,14 @@ class ActorCritic(nn.Module):
         return soft_value(value, log_density(dist, raw, self.method.temperature), lam=lam)
 
     @torch.no_grad()
+    def smoothed_value(self, critic: nn.Module | None, t: SmoothedTarget, batch: Batch, noise: Tensor) -> Tensor:
+        """agg_j Q_j(s', a') of the target policy's action with clipped noise, less the distance to the next logged action where that counts, (b,)."""
+        mean = self.agent.unit_action(self.dist(self.references["target"], batch.next_obs, noise.dtype).mode())
+        action = smoothed_action(mean, noise, std=t.noise, clip=t.clip)
+        value = self.one_q(critic, batch.next_obs, action, t.aggregate)
+        return penalised_value(value, action, batch.extra["next_action"], penalty=t.penalty) if t.penalty else value
+
+    @torch.no_grad()
     def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Tensor:
         """y (b,) of the slot `target`."""
         t, obs = self.method.target, batch.next_obs
@@ -160,11 +171,7 @@ class ActorCritic(nn.Module):
         if isinstance(t, ValueTarget | InSampleTarget):
             value = self.v(self.target if isinstance(t, ValueTarget) else self.value, obs, noise.dtype)
         elif isinstance(t, SmoothedTarget):
-            mean = self.agent.unit_action(self.dist(self.references["target"], obs, noise.dtype).mode())
-            action = smoothed_action(mean, noise, std=t.noise, clip=t.clip)
-            value = self.one_q(self.target, obs, action, t.aggregate)
-            if t.penalty:
-                value = penalised_value(value, action, batch.extra["next_action"], penalty=t.penalty)
+            value = self.smoothed_value(self.target, t, batch, noise)
         else:
             value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
@@ -186,7 +193,8 @@ class ActorCritic(nn.Module):
         return loss + extra, stats | found
 
     def value_loss(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> tuple[Tensor, Stats, Tensor | None]:
-        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy; or the mean expectile loss of logged actions.
+        """0.5 mean (V(s) - (agg_j Q_j(s, a) - lam log_q pi(a|s)))^2, a drawn from the policy; or the mean expectile loss of logged actions; or
+        mean (V(s) - y)^2, y the lower of two targets.
 
         The third entry is what the logged actions are worth beyond V, (b,), no gradient, where V is an expectile.
         """
@@ -198,6 +206,13 @@ class ActorCritic(nn.Module):
                 value = self.one_q(self.target, batch.obs, batch.action, "min")
             loss = expectile(value - v, tau=slot.tau).mean()
             return loss, {"value_loss": loss.detach(), "v": v.detach().mean()}, value - v.detach()
+        if isinstance(slot, LowerValue):
+            assert isinstance(self.method.target, SmoothedTarget)
+            gamma, t = self.method.gamma, self.method.target
+            both = (self.smoothed_value(critic, t, batch, noise) for critic in (self.target, self.critic))
+            y = lower_target(*(bootstrap(batch.reward, batch.continuation, value, gamma=gamma) for value in both))
+            loss = (v - y).square().mean()
+            return loss, {"value_loss": loss.detach(), "v": v.detach().mean()}, None
         goal = self.sampled_value(self.critic, batch.obs, noise, lam, slot.aggregate, True)
         loss = 0.5 * (v - goal).square().mean()
         return loss, {"value_loss": loss.detach()}, None
@@ -211,6 +226,9 @@ class ActorCritic(nn.Module):
         if isinstance(slot, Supported):
             assert latent is not None
             return supported_loss(self, slot, batch, latent)
+        if isinstance(slot, Guided):
+            assert latent is not None
+            return guided_loss(self, slot, batch, latent)
         if not isinstance(slot, Ascent):
             return logged_loss(self, slot, batch, noise, adv)
         dist = self.dist(self.agent, batch.obs, noise.dtype)
@@ -234,17 +252,27 @@ class ActorCritic(nn.Module):
             loss = loss + slot.penalty * parameter_penalty(dist.mean, dist.log_std).mean()
         return loss, stats
 
-    def support(self, obs: Obs, action: Tensor, latent: Tensor) -> Tensor:
-        """Bound on -log mu(a|s) of actions (b, d) in [-1, 1] under the behaviour model, (b,), in its own scale."""
-        assert self.behaviour is not None and self.method.behaviour is not None
+    def decode(self, obs: Obs, action: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The behaviour model's action (b, d) in [-1, 1] for the encoding of `action`, and mean and log std of that, (b, 2 d)."""
+        assert self.behaviour is not None
         with self._cast():
             decoded, mean, log_std = self.behaviour(obs, action, torch.cat([*latent], -1))
-        dtype = action.dtype
-        return support_bound(decoded.to(dtype), action, mean.to(dtype), log_std.to(dtype), beta=self.method.behaviour.beta)
+        return decoded.to(action.dtype), mean.to(action.dtype), log_std.to(action.dtype)
+
+    def support(self, obs: Obs, action: Tensor, latent: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        """Bound on -log mu(a|s) of actions (b, d) in [-1, 1] under the behaviour model, (b,), in its own scale."""
+        assert self.method.behaviour is not None
+        decoded, mean, log_std = self.decode(obs, action, latent)
+        return support_bound(decoded, action, mean, log_std, beta=self.method.behaviour.beta, weight=weight)
 
     def behaviour_loss(self, batch: Batch, latent: Tensor) -> Loss:
-        """Mean of `support` at logged actions."""
-        loss = self.support(batch.obs, batch.action, latent).mean()
+        """Mean of `support` at logged actions, at those alone whose Q exceeds V where the model is fitted jointly."""
+        weight: Tensor | float = 1.0
+        if isinstance(self.method.behaviour, JointBehaviour):
+            with torch.no_grad():
+                better = self.one_q(self.critic, batch.obs, batch.action, "first") > self.v(self.value, batch.obs, batch.action.dtype)
+            weight = self.method.behaviour.weight * better.to(batch.action.dtype)
+        loss = self.support(batch.obs, batch.action, latent, weight).mean()
         return loss, {"behaviour_loss": loss.detach()}
 
     def evaluation_loss(self, batch: Batch) -> Loss:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.distributions import Gaussian
-from markovia.algos.off_policy.regularised import advantage_weight, held_objective, squared_distance
-from markovia.algos.off_policy.slots import Clone, Deterministic, Held, Supported, Weighted
+from markovia.algos.off_policy.regularised import advantage_weight, better_action, held_objective, squared_distance
+from markovia.algos.off_policy.slots import Clone, Deterministic, Guided, Held, Supported, Weighted
 
 if TYPE_CHECKING:
     from markovia.algos.off_policy.actor_critic import ActorCritic, Loss
@@ -57,6 +57,20 @@ def supported_loss(nets: ActorCritic, slot: Supported, batch: Batch, latent: Ten
     distance = nets.support(batch.obs, action, latent)
     loss = held_objective(nets.one_q(nets.critic, batch.obs, action, slot.aggregate), distance, alpha=slot.alpha, weight=slot.weight).mean()
     return loss, {"actor_loss": loss.detach(), "distance": distance.detach().mean()}
+
+
+def guided_loss(nets: ActorCritic, slot: Guided, batch: Batch, latent: Tensor) -> Loss:
+    """Mean of `held_objective` at the policy's own action a, held by `better_action` of the logged and the decoded one, decode(encode(s, a))."""
+    dtype = batch.action.dtype
+    action = nets.agent.unit_action(nets.dist(nets.agent, batch.obs, dtype).mode())
+    decoded = nets.decode(batch.obs, action.detach() if slot.detach_target else action, latent)[0]
+    with torch.no_grad():
+        logged, own = (nets.one_q(nets.critic, batch.obs, a, slot.aggregate) for a in (batch.action, decoded))
+        v = nets.v(nets.value, batch.obs, dtype)
+    guide, gate = better_action(batch.action, decoded, logged, own, v)
+    distance = gate * squared_distance(action, guide, reduce="mean")
+    loss = held_objective(nets.one_q(nets.critic, batch.obs, action, slot.aggregate), distance, alpha=slot.alpha, weight=slot.weight).mean()
+    return loss, {"actor_loss": loss.detach(), "distance": distance.detach().mean(), "adv": (logged - v).mean(), "decoded_adv": (own - v).mean()}
 
 
 def weighted_loss(nets: ActorCritic, slot: Weighted, batch: Batch, noise: Tensor, adv: Tensor | None) -> Loss:

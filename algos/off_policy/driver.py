@@ -17,7 +17,7 @@ from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
-from markovia.algos.off_policy.slots import Weighted
+from markovia.algos.off_policy.slots import Behaviour, Weighted
 from markovia.algos.off_policy.update import Update
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream_seed
@@ -100,7 +100,7 @@ class OffPolicyDriver(Budget):
         batch = self.collector.replay.sample(m.batch_size, generator)
         noise = torch.randn((m.num_noises, *batch.action.shape), generator=generator).to(batch.action)
         self.num_updates += 1
-        if m.behaviour is not None and self.num_updates <= m.behaviour.steps:
+        if isinstance(m.behaviour, Behaviour) and self.num_updates <= m.behaviour.steps:
             return self.update.fit_behaviour(batch, noise)
         if isinstance(m.actor, Weighted) and m.actor.cosine:
             self.update.optimizers["actor"].scale_lr(0.5 * (1.0 + math.cos(math.pi * self.progress)))

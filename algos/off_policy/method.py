@@ -16,10 +16,14 @@ from markovia.algos.off_policy.slots import (
     Diverse,
     Expectile,
     FixedTemperature,
+    Guided,
     Held,
     InSampleTarget,
+    JointBehaviour,
+    LowerValue,
     Policy,
     Regulariser,
+    SmoothedTarget,
     SoftTarget,
     SoftValue,
     Squashed,
@@ -53,7 +57,7 @@ class OffPolicy:
     critic: Critics | None = field(default_factory=Critics)
     regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
-    behaviour: Behaviour | None = None  # model of the policy that wrote the data, for actor=Supported()
+    behaviour: Behaviour | JointBehaviour | None = None  # model of the policy that wrote the data, for actor=Supported() and actor=Guided()
     evaluation: Held | None = None  # a second actor with this objective is the one that acts after training; it never enters a target
     temperature: Temperature = field(default_factory=TunedTemperature)
 
@@ -83,10 +87,14 @@ class OffPolicy:
             raise ValueError("regulariser=Conservative() weighs sampled actions by their density, which a deterministic policy does not have")
         if self.evaluation is not None and not isinstance(self.actor, Held):
             raise ValueError(f"the slot evaluation belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
-        if isinstance(self.actor, Held | Supported) and not isinstance(self.policy, Deterministic):
+        if isinstance(self.actor, Held | Supported | Guided) and not isinstance(self.policy, Deterministic):
             raise ValueError(f"actor={type(self.actor).__name__}() judges the one action of a state, so it needs policy=Deterministic()")
-        if isinstance(self.actor, Supported) != (self.behaviour is not None):
+        if isinstance(self.actor, Supported) != isinstance(self.behaviour, Behaviour):
             raise ValueError("a behaviour model serves actor=Supported() alone, which needs one: set behaviour=Behaviour()")
+        if len({isinstance(self.actor, Guided), isinstance(self.behaviour, JointBehaviour), isinstance(self.value, LowerValue)}) > 1:
+            raise ValueError("actor=Guided(), behaviour=JointBehaviour() and value=LowerValue() need each other and serve nothing else: set all 3")
+        if isinstance(self.value, LowerValue) and not isinstance(self.target, SmoothedTarget):
+            raise ValueError("value=LowerValue() is fitted to the targets of smoothed actions: set target=SmoothedTarget()")
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
             raise ValueError(
                 "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "
@@ -100,8 +108,12 @@ class OffPolicy:
 
     @property
     def num_noises(self) -> int:
-        """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser, the behaviour's latents (2)."""
-        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + 2 * (self.behaviour is not None)
+        """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser, the behaviour's latents.
+
+        These are 2 of the actor's action and, where the model is fitted along with the rest, 2 of the logged one before them.
+        """
+        latents = {Behaviour: 2, JointBehaviour: 4}.get(type(self.behaviour), 0)
+        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + latents
 
     @property
     def mirrors(self) -> bool:

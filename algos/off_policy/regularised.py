@@ -77,11 +77,27 @@ def gradient_cosine(grads: Tensor) -> Tensor:
     return (unit.sum(0).square().sum(-1) - unit.square().sum((0, -1))) / (grads.shape[0] - 1)
 
 
-def support_bound(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, *, beta: float) -> Tensor:
-    """U = mean_k (decoded_k - a_k)^2 + beta mean_j KL(N(mean_j, std_j) || N(0, 1)), (b,), mean and log_std (b, 2 d).   [arXiv 2202.06239]
+def support_bound(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, *, beta: float, weight: Tensor | float = 1.0) -> Tensor:
+    """U = weight mean_k (decoded_k - a_k)^2 + beta mean_j KL(N(mean_j, std_j) || N(0, 1)), (b,), mean and log_std (b, 2 d).   [arXiv 2202.06239]
 
-    Up to scale and constant a bound on -log mu(a|s) by a decoder of deviation sigma = sqrt(beta / 4), with latents of 2 d entries:
+    `weight` (b,) is 1 but for A2PR's model, which reconstructs only actions of positive advantage [2405.19909]. At weight 1 it is up to scale and
+    constant a bound on -log mu(a|s) by a decoder of deviation sigma = sqrt(beta / 4), with latents of 2 d entries:
     U = (beta / 2 d)(-ELBO - d (log sigma + 0.5 log 2 pi)).
     """
     divergence = 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0) - log_std
-    return (decoded - action).square().mean(-1) + beta * divergence.mean(-1)
+    return weight * (decoded - action).square().mean(-1) + beta * divergence.mean(-1)
+
+
+def better_action(logged: Tensor, decoded: Tensor, q_logged: Tensor, q_decoded: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What holds the actor in the place of the logged action, (b, d), and whether it does, (b,) of 0 and 1.             [arXiv 2405.19909]
+
+    a_bar = the decoded action where Q(s, decoded) >= Q(s, logged), else the logged one; g = 1[Q(s, decoded) >= V(s) or Q(s, logged) > V(s)].
+    With g = 1 and the logged action alone it is TD3+BC.
+    """
+    chosen = torch.where((q_decoded >= q_logged)[:, None], decoded, logged)
+    return chosen, ((q_decoded >= v) | (q_logged > v)).to(v.dtype)
+
+
+def lower_target(y_target: Tensor, y_online: Tensor) -> Tensor:
+    """min(y_target, y_online), (b,): what A2PR's V is fitted to; both are r + gamma m min_j Q_j(s', a'), Q of the targets and of now. [2405.19909]"""
+    return torch.minimum(y_target, y_online)

@@ -107,7 +107,16 @@ class Expectile:
             raise ValueError(f"value.tau must lie in (0, 1), got {self.tau}; 0.5 is the mean over logged actions, 0.9 close to the best of them")
 
 
-Value = SoftValue | Expectile
+@dataclass(frozen=True)
+class LowerValue:
+    """A value network fitted to the lower of two targets r + gamma V(s'): that of the target critics and that of the critics as they are now."""
+
+    lr: float = 3e-4
+    hidden: tuple[int, ...] = (256, 256)
+    activation: str = "relu"
+
+
+Value = SoftValue | Expectile | LowerValue
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,36 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
+class JointBehaviour:
+    """A conditional variational autoencoder of the logged actions that are worth more than V(s), fitted along with everything else."""
+
+    weight: float = 1.0  # of the reconstruction
+    beta: float = 0.5  # weight of the KL
+    lr: float = 1e-3
+    hidden: tuple[int, ...] = (750, 750)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0.0 or not self.beta > 0.0:
+            raise ValueError(f"behaviour.weight and behaviour.beta must be > 0, got {self.weight} and {self.beta}")
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A deterministic actor climbs Q, divided by its mean size; the better of logged and modelled action holds it where one is worth more than V."""
+
+    alpha: float = 2.5  # weight of Q / mean |Q|
+    weight: float = 0.5  # weight of the squared distance, averaged over the action's entries
+    detach_target: bool = False  # True: no gradient through the behaviour model, whose action follows from the actor's own
+    aggregate: Aggregate = "first"  # which Q
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0.0 or self.weight < 0.0:
+            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
+
+
+@dataclass(frozen=True)
 class Weighted:
     """Regression on logged actions, each weighted by exp(beta A), at most `max_weight`."""
 
@@ -247,7 +286,7 @@ class Weighted:
             raise ValueError(f"actor.beta must be >= 0 and actor.max_weight > 0, got {self.beta} and {self.max_weight}")
 
 
-Actor = Ascent | Clone | Held | Supported | Weighted
+Actor = Ascent | Clone | Held | Supported | Guided | Weighted
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One minibatch update: value -> critic -> actor -> evaluation -> temperature -> targets, eagerly, or compiled as one function.
+"""One minibatch update: value -> critic -> behaviour -> actor -> evaluation -> temperature -> targets, eagerly, or compiled as one function.
 
 Each loss is differentiated for its own network alone: while the actor climbs Q, no gradient of the critics' weights is computed.
 """
@@ -15,9 +15,10 @@ from torch.func import functional_call
 from markovia.algos.compiled import Compiled
 from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.slots import JointBehaviour
 from markovia.algos.optimizer import Optimizer, Rule
 
-# The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model.
+# The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model: see `num_noises`.
 State = dict[str, list[Tensor]]  # tensors of each optimiser, as `Optimizer.tensors` lays them out
 
 
@@ -85,6 +86,10 @@ class Update:
             loss, found = nets.critic_loss(batch, y, noise[3:])
             stats |= found
             descend("critic", loss)
+        if isinstance(nets.method.behaviour, JointBehaviour):
+            loss, found = nets.behaviour_loss(batch, noise[-4:-2])
+            stats |= found
+            descend("behaviour", loss)
         if not move_actor:
             return stats
         loss, found = nets.actor_loss(batch, noise[2], lam, adv, noise[-2:])

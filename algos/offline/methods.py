@@ -15,8 +15,11 @@ from markovia.algos.off_policy.slots import (
     Diverse,
     Expectile,
     FixedTemperature,
+    Guided,
     Held,
     InSampleTarget,
+    JointBehaviour,
+    LowerValue,
     SmoothedTarget,
     SoftTarget,
     Squashed,
@@ -52,6 +55,7 @@ REBRAC = Offline(
 )
 MCEP = replace(TD3_BC, evaluation=Held(alpha=10.0))
 SPOT = replace(TD3_BC, num_env_steps=1_100_000, actor=Supported(), behaviour=Behaviour())
+A2PR = replace(TD3_BC, value=LowerValue(), actor=Guided(), behaviour=JointBehaviour())
 AWAC = Offline(
     policy=Bounded(),
     target=SoftTarget(entropy=False),
@@ -103,6 +107,10 @@ OFFLINE = table(
         Row(
             "spot", SPOT, "td3-bc", "2202.06239", "held where a model of the behaviour puts density, in place of near each logged action", _CONTROL,
             (_HELD + "support_bound", _HELD + "held_objective", _LOSSES + "smoothed_action"), "spot",
+        ),
+        Row(
+            "a2pr", A2PR, "td3-bc", "2405.19909", "held by the better of the logged action and that of a model of the data's good actions", _CONTROL,
+            (_HELD + "better_action", _HELD + "lower_target", _HELD + "support_bound", _HELD + "held_objective"), "a2pr",
         ),
         Row(
             "awac", AWAC, "bc", "2006.09359", "regression on logged actions, weighted by their advantage over the policy's own", _CONTROL,

@@ -123,6 +123,7 @@ CLAIMS: dict[str, Claim] = {
     "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
     "rebrac": Claim(_OFFLINE + "at_least", "slow", {"method": "rebrac", "other": "td3-bc", "tier": "medium", "slack": 3.0}),
     "spot": Claim(_OFFLINE_EXACT + "support", "slow"),
+    "a2pr": Claim(_OFFLINE + "guided", "slow"),
     "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
     "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),
     "awac": Claim(_OFFLINE_EXACT + "weighted_regression"),

@@ -79,6 +79,27 @@ def evaluation_policy(slack: float = 1.0, seeds: int = 2, episodes: int = 200) -
     return {"measured": measured, "bound": -slack, "holds": measured >= -slack, "acting": acting, "training": training}
 
 
+def guided(margin: float = 10.0, tier: str = "mix", seeds: int = 2) -> dict[str, Any]:
+    """A2PR on data of which a fifth is expert: score minus TD3+BC's, worst of the seeds, at least `margin`; and after training the mean advantage
+
+    Q_1 - V of its model's actions exceeds that of the logged ones.
+    """
+    own: list[float] = []
+    gains: list[float] = []
+    for seed in range(seeds):
+        driver, setup = _trained(configure("a2pr", POINT), tier, seed)
+        own.append(float(np.mean(setup.evaluate(setup.agent, 200, seed)["score_pct"])))
+        nets, generator = driver.nets, torch.Generator().manual_seed(seed)
+        rows = driver.collector.replay.sample(5000, generator)
+        with torch.no_grad():
+            found = nets.actor_loss(rows, rows.action, 0.0, None, torch.randn((2, *rows.action.shape), generator=generator))[1]
+        gains.append(float(found["decoded_adv"] - found["adv"]))
+    plain = [_score("td3-bc", tier, s) for s in range(seeds)]
+    measured = min(a - b for a, b in zip(own, plain, strict=True))
+    holds = measured >= margin and min(gains) > 0.0
+    return {"measured": measured, "bound": margin, "holds": holds, "a2pr": own, "td3-bc": plain, "advantage_of_the_model_minus_logged": gains}
+
+
 # -- pointmass: what ensembles know of actions that were not logged -------------------------------------------------------------------------
 
 

@@ -26,9 +26,12 @@ from markovia.algos.off_policy.slots import (
     Deterministic,
     Diverse,
     Expectile,
+    Guided,
     Held,
     InSampleTarget,
+    JointBehaviour,
     SmoothedTarget,
+    SoftTarget,
     Squashed,
     Supported,
     Weighted,
@@ -60,7 +63,7 @@ def tiny(method_id: str, **changes: Any) -> Offline:
             method = override(method, {slot: {"hidden": [8], "activation": "tanh"}})
     if isinstance(method.regulariser, Conservative):
         method = override(method, {"regulariser": {"num": 2}})
-    if method.behaviour is not None:
+    if isinstance(method.behaviour, Behaviour):
         method = override(method, {"behaviour": {"steps": 6}})
     if method_id.startswith("edac"):
         method = override(method, {"critic": {"num": 3}})
@@ -153,6 +156,10 @@ def test_equations_by_hand() -> None:
     # unit vectors at 0, 90 and 180 degrees: pairs 0, -1, 0, each twice, over N - 1 = 2; lengths do not matter
     grads = torch.tensor([[[2.0, 0.0]], [[0.0, 5.0]], [[-1.0, 0.0]]], dtype=F64)
     assert regularised.gradient_cosine(grads).item() == pytest.approx(-1.0)
+    # the decoded action is worth 2 >= 1, then 0 < 3; above V in both rows; a tie goes to the decoded one, and V = 5 is above both
+    chosen, gate = regularised.better_action(one(1, 2, 3)[:, None], one(7, 8, 9)[:, None], one(1, 3, 2), one(2, 0, 2), one(2, 1, 5))
+    assert chosen[:, 0].tolist() == [7.0, 2.0, 9.0] and gate.tolist() == [1.0, 1.0, 0.0]
+    assert regularised.lower_target(one(1, 4), one(2, 3)).tolist() == [1.0, 3.0]
     # mean |Q| = (2 + 4) / 2 = 3: 0.5 * 1 - 3 * 2 / 3 = -1.5 and 0.5 * 2 + 3 * 4 / 3 = 5
     assert regularised.held_objective(one(2, -4), one(1, 2), alpha=3.0, weight=0.5).tolist() == [-1.5, 5.0]
 
@@ -250,6 +257,38 @@ def support_by_hand(vae: Any, obs: torch.Tensor, action: torch.Tensor, noise: to
     return 0.5 / 4 * (-elbo - 2 * (math.log(sigma) + 0.5 * math.log(2 * math.pi)))
 
 
+def decoded_by_hand(vae: Any, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    mean, log_std = net_by_hand(vae.encode, torch.cat([obs, action], 1)).chunk(2, 1)
+    z = mean + log_std.exp() * torch.cat([noise[0], noise[1]], 1)
+    return net_by_hand(vae.decode, torch.cat([obs, z], 1)).tanh()
+
+
+def guided_by_hand(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """Row by row: which action guides, and whether it does."""
+    action, v = policy_by_hand(nets.agent, batch.obs).tanh(), net_by_hand(nets.value, batch.obs)[:, 0]
+    decoded = decoded_by_hand(nets.behaviour, batch.obs, action, noise[-2:])
+    own, logged, here = (q_by_hand(nets.critic, batch.obs, a)[0] for a in (decoded, batch.action, action))
+    total = torch.zeros((), dtype=F64)
+    for i in range(len(v)):
+        guide = decoded[i] if own[i] >= logged[i] else batch.action[i]
+        if own[i] >= v[i] or logged[i] > v[i]:
+            total = total + 0.5 * ((action[i] - guide) ** 2).mean() / len(v)
+    return total - 2.5 * here.mean() / here.abs().mean()
+
+
+def expected_value_loss(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """The value network's loss by the formula of the row's paper."""
+    v = net_by_hand(nets.value, batch.obs)[:, 0]
+    if method_id == "a2pr":
+        mean = policy_by_hand(nets.references["target"], batch.next_obs).tanh()
+        action = torch.clip(mean + torch.clip(0.2 * noise[1], -0.5, 0.5), -1, 1)
+        nexts = [torch.minimum(*q_by_hand(critic, batch.next_obs, action)) for critic in (nets.target, nets.critic)]
+        y = torch.minimum(*(batch.reward + 0.99 * batch.continuation * n for n in nexts))
+        return ((v - y) ** 2).mean()
+    u = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - v
+    return torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean()
+
+
 def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     """The actor's loss by the formula of the row's paper."""
     if method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n"):
@@ -270,6 +309,8 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
             adv = torch.minimum(*q_by_hand(nets.critic, batch.obs, batch.action)) - torch.minimum(*q_by_hand(nets.critic, batch.obs, drawn))
         return -((3.0 * adv).exp().clamp(max=100.0).detach() * logp).mean()
     q = q_by_hand(nets.critic, batch.obs, action)
+    if method_id == "a2pr":
+        return guided_by_hand(nets, batch, noise)
     if method_id == "spot":
         return 0.1 * support_by_hand(nets.behaviour, batch.obs, action, noise[-2:]).mean() - q[0].mean() / q[0].abs().mean()
     if method_id in ("td3-bc", "mcep"):
@@ -291,8 +332,7 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     adv = None
     if nets.value is not None:
         found, _, adv = nets.value_loss(batch, noise[1], LAM)
-        u = torch.minimum(*q_by_hand(nets.target, batch.obs, batch.action)) - net_by_hand(nets.value, batch.obs)[:, 0]
-        torch.testing.assert_close(found, torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean())
+        torch.testing.assert_close(found, expected_value_loss(method_id, nets, batch, noise))
     torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, adv, noise[-2:])[0], expected_actor(method_id, nets, batch, noise))
 
 
@@ -350,7 +390,7 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
         adv = torch.linspace(-1.0, 1.0, 4, dtype=F64)
     if nets.behaviour is not None:
         check_gradient(lambda: nets.behaviour_loss(batch, noise[-2:])[0], nets.behaviour)
-    if not isinstance(slot, Held | Supported):
+    if not isinstance(slot, Held | Supported | Guided):
         check_gradient(lambda: nets.actor_loss(batch, noise[2], LAM, adv, noise[-2:])[0], nets.policy)
         return
 
@@ -363,6 +403,8 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
     size = q().detach().abs().mean()
 
     def loss() -> torch.Tensor:
+        if isinstance(slot, Guided):
+            return guided_by_hand(nets, batch, noise) + slot.alpha * (q() / q().abs().mean() - q() / size).mean()
         if isinstance(slot, Supported):
             distance = nets.support(batch.obs, action(), noise[-2:])
         else:
@@ -396,6 +438,34 @@ def test_spot_with_a_gaussian_at_the_logged_action_is_td3_bc(monkeypatch: pytest
     torch.testing.assert_close(
         loss_and_gradient(nets, batch, noise), loss_and_gradient(made(tiny("td3-bc")).nets, batch, noise), rtol=1e-12, atol=1e-14
     )
+
+
+def test_a2pr_held_by_the_logged_action_alone_is_td3_bc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No decoded action is better, and every state lies below its logged action: candidates {a}, gate 1, weight 1."""
+    from markovia.algos.off_policy import actors
+
+    batch, noise = minibatch()
+    nets = made(override(tiny("a2pr"), {"actor": {"weight": 1.0}})).nets
+    real = actors.better_action
+    low = torch.full((6,), -torch.inf, dtype=F64)
+    monkeypatch.setattr(actors, "better_action", lambda logged, decoded, q_logged, q_decoded, v: real(logged, decoded, q_logged, low, low))
+    torch.testing.assert_close(
+        loss_and_gradient(nets, batch, noise), loss_and_gradient(made(tiny("td3-bc")).nets, batch, noise), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_a2pr_models_the_logged_actions_above_its_value() -> None:
+    """Reconstruction of those rows alone, KL of all; and a detached target sends no gradient through the model."""
+    nets, (batch, noise) = made(tiny("a2pr")).nets, minibatch()
+    better = q_by_hand(nets.critic, batch.obs, batch.action)[0] > net_by_hand(nets.value, batch.obs)[:, 0]
+    assert 0 < int(better.sum()) < 6
+    decoded = decoded_by_hand(nets.behaviour, batch.obs, batch.action, noise[:2])
+    mean, log_std = net_by_hand(nets.behaviour.encode, torch.cat([batch.obs, batch.action], 1)).chunk(2, 1)
+    divergence = torch.distributions.kl_divergence(torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, 1.0))
+    expected = (better * ((decoded - batch.action) ** 2).mean(1)).mean() + 0.5 * divergence.mean()
+    torch.testing.assert_close(nets.behaviour_loss(batch, noise[:2])[0], expected)
+    through, cut = (loss_and_gradient(made(override(tiny("a2pr"), {"actor": {"detach_target": d}})).nets, batch, noise) for d in (False, True))
+    assert through[0] == cut[0] and not torch.allclose(through[1], cut[1])
 
 
 def test_the_evaluation_policy_never_enters_a_target() -> None:
@@ -526,7 +596,7 @@ def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     assert torch.equal(nets.goal(batch, noise[0], LAM), y)
 
 
-@pytest.mark.parametrize("method_id", ["td3-bc", "rebrac", "mcep", "spot"])
+@pytest.mark.parametrize("method_id", ["td3-bc", "rebrac", "mcep", "spot"])  # a2pr compares Q with V, so there it does not
 def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
     """Q multiplied by 7 gives the actor the same loss."""
     batch, noise = minibatch()
@@ -593,6 +663,10 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: Behaviour(beta=0.0), "behaviour.steps must be >= 1 and behaviour.beta > 0"),
         (lambda: Supported(weight=-1.0), "actor.alpha and actor.weight must be >= 0"),
         (lambda: dataclasses.replace(tiny("spot"), behaviour=None), r"set behaviour=Behaviour\(\)"),
+        (lambda: JointBehaviour(weight=0.0), "behaviour.weight and behaviour.beta must be > 0, got 0.0 and 0.5"),
+        (lambda: Guided(alpha=-1.0), "actor.alpha and actor.weight must be >= 0, got -1.0"),
+        (lambda: dataclasses.replace(tiny("a2pr"), value=None), "need each other and serve nothing else"),
+        (lambda: dataclasses.replace(tiny("a2pr"), target=SoftTarget()), r"set target=SmoothedTarget\(\)"),
         (lambda: Weighted(beta=-1.0), "actor.beta must be >= 0"),
         (lambda: Expectile(tau=1.0), r"value.tau must lie in \(0, 1\), got 1.0"),
         (lambda: dataclasses.replace(tiny("iql"), value=None), r"set target=InSampleTarget\(\) and value=Expectile\(\)"),

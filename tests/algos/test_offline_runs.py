@@ -17,7 +17,7 @@ from markovia import cli
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
 from markovia.agents.interface import Agent
-from markovia.algos.off_policy.slots import Deterministic
+from markovia.algos.off_policy.slots import Behaviour, Deterministic
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE
 from markovia.algos.offline.setup import reference_of
@@ -39,7 +39,9 @@ def short(method_id: str, **changes: Any) -> Offline:
     """A row's settings for pointmass, with small networks and twenty updates; a behaviour model takes the first six of them."""
     method = override(configure(method_id, POINT), {"num_steps": 10, "num_env_steps": 20, "batch_size": 16, "policy": {"hidden": [8]}})
     if method.behaviour is not None:
-        method = override(method, {"behaviour": {"steps": 6, "hidden": [8]}})
+        method = override(method, {"behaviour": {"hidden": [8]}})
+    if isinstance(method.behaviour, Behaviour):
+        method = override(method, {"behaviour": {"steps": 6}})
     return override(method, changes)
 
 
