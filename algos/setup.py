@@ -23,10 +23,12 @@ from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.policies import load_policies
 from markovia.algos.preference.driver import PreferenceDriver
 from markovia.algos.preference.method import Preference
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.systems import Method
+from markovia.algos.text_metrics import pass_curve
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
@@ -44,6 +46,7 @@ class Setup:
     evaluate: Evaluate
     task: Any = None  # the sequence task, None for stepped kinds
     note: str = ""  # what became of the rows of a file, where data were read
+    references: dict[str, Agent] = field(default_factory=dict)  # policies that the method reads, by name
     files: dict[str, str] = field(default_factory=dict)  # more for the run folder: name -> content
     episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
 
@@ -58,14 +61,25 @@ def build(
     device: str = "cpu",
     data: dict[str, Any] | None = None,
     dataset: str | None = None,
+    references: dict[str, str] | None = None,
 ) -> Setup:
     """Build everything for one run; network initialisation draws from the stream (seed, "init").
 
     data  for preference methods: {"path": file, "judge": "module:function" or None, "options": fields of DataOptions}; env_id may then be None
     dataset  for offline methods: a Minari id, a D4RL file or "fixture:<name>"; env_id is then the task of the evaluation
+    references  policies that the method reads beside its own reference: name -> run folder, folder of agent.save, or Hugging Face name
     Raises ValueError with the mend for unknown ids and spaces that no agent serves.
     """
-    options = dict(agent_options or {})
+    setup = _build(env_id, method, seed, env_kwargs or {}, dict(agent_options or {}), vectorization, device, data, dataset)
+    if references:
+        setup.references = load_policies(method, references, setup.agent)
+    return setup
+
+
+def _build(
+    env_id: str | None, method: Method, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str,
+    data: dict[str, Any] | None, dataset: str | None,
+) -> Setup:  # fmt: skip
     if dataset is not None and not isinstance(method, Offline):
         raise ValueError(f"{type(method).__name__} does not learn from a dataset; choose an offline method such as td3-bc, or leave dataset out")
     if isinstance(method, Preference):
@@ -73,7 +87,7 @@ def build(
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init"))
-            return build_preference(env_id, method, env_kwargs or {}, options, data, device)
+            return build_preference(env_id, method, env_kwargs, options, data, device)
     if env_id is None or data is not None:
         raise ValueError(f"{type(method).__name__} learns from an environment, not from a file; give it an env and no data")
     kind = kind_of(env_id)
@@ -82,7 +96,7 @@ def build(
         if isinstance(method, ChainMethod):
             if kind != "denoising":
                 raise ValueError(f"{type(method).__name__} trains denoising tasks; {env_id} is a {kind} task")
-            return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
+            return _sequences(kind, env_id, method, env_kwargs, options, device)
         if isinstance(method, Offline):
             from markovia.algos.offline.setup import build_offline
 
@@ -91,12 +105,12 @@ def build(
                     f"an offline method learns control from a dataset: name one (--dataset: a Minari id, a D4RL file or fixture:NAME), "
                     f"got {dataset} for the {kind} task {env_id}"
                 )
-            return build_offline(env_id, method, dataset, env_kwargs or {}, options, device)
+            return build_offline(env_id, method, dataset, env_kwargs, options, device)
         if isinstance(method, OffPolicy):
-            return _replayed(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
+            return _replayed(kind, env_id, method, seed, env_kwargs, options, vectorization, device)
         if kind in ("control", "tabular"):
-            return _stepped(kind, env_id, method, seed, env_kwargs or {}, options, vectorization, device)
-        return _sequences(kind, env_id, method, env_kwargs or {}, options, device)
+            return _stepped(kind, env_id, method, seed, env_kwargs, options, vectorization, device)
+        return _sequences(kind, env_id, method, env_kwargs, options, device)
 
 
 def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False) -> Any:
@@ -107,8 +121,9 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         return DenoisingPreferenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, Preference):
         return PreferenceDriver(method, setup.agent, setup.collector, seed)
-    driver: Any = OffPolicyDriver if isinstance(method, OffPolicy) else OnPolicyDriver
-    return driver(method, setup.agent, setup.collector, seed, compile)
+    if isinstance(method, OffPolicy):
+        return OffPolicyDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
+    return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile, setup.references)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
@@ -204,8 +219,11 @@ def _sequences(
     else:
         from markovia.agents.language import LanguageAgent
         from markovia.envs.text.tasks import make_task as make_text_task
+        from markovia.envs.text.tasks import takes
 
-        task = make_text_task(**{**kwargs, "group_size": method.group_size})
+        # A task that any model can do has the tokenizer of the one that is trained.
+        named = {"model": options["model"]} if options.get("model") and takes(kwargs["task"], "model") else {}
+        task = make_text_task(**{**kwargs, **named, "group_size": method.group_size})
         options = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens, **options}
         base = options.pop("model", task.model)
         if base is None:
@@ -242,11 +260,12 @@ def evaluate_stepped(
     return {"returns": returns.tolist(), "lengths": lengths.tolist(), **({} if costs is None else {"costs": costs.tolist()})}
 
 
-def sample_sequences(agent: Agent, task: Any, n: int, seed: int) -> Rollout:
-    """n sequences of the stream (seed, "evaluation"); text starts from held-out prompts where the task has some."""
+def sample_sequences(agent: Agent, task: Any, n: int, seed: int, per_prompt: int = 1) -> Rollout:
+    """n sequences of the stream (seed, "evaluation"); texts start from held-out prompts where the task has some, `per_prompt` from each."""
     generator = stream(seed, "evaluation", device=agent.device)
-    if agent.kind == "language" and task.held_out:
-        starts = task.starts(n, stream(seed, "evaluation-prompts"), split="held_out", group_size=1)
+    if agent.kind == "language":
+        chance = stream(seed, "evaluation-prompts")
+        starts = task.starts(n * per_prompt, chance, split="held_out" if task.held_out else "train", group_size=per_prompt)
     else:
         starts = task.starts(n, generator)
     return agent.generate(starts, generator)
@@ -254,11 +273,21 @@ def sample_sequences(agent: Agent, task: Any, n: int, seed: int) -> Rollout:
 
 @torch.no_grad()
 def evaluate_sequences(agent: Agent, task: Any, episodes: int, seed: int) -> dict[str, Any]:
-    """Rewards of `episodes` sampled sequences; text is started from held-out prompts, denoising also scored by the judge where there is one."""
-    rollout = sample_sequences(agent, task, episodes, seed)
-    out: dict[str, Any] = {"returns": task.score(rollout).tolist(), "lengths": rollout.valid.sum(1).tolist()}
+    """Rewards of `episodes` sampled sequences; text is started from held-out prompts, denoising also scored by the judge where there is one.
+
+    A text task that can tell what is right gets several responses to each prompt: a return is then their mean, and pass@k stands beside it.
+    """
+    per_prompt = task.eval_samples if agent.kind == "language" and task.solved is not None else 1
+    rollout = sample_sequences(agent, task, episodes, seed, per_prompt)
+    returns, lengths = task.score(rollout).view(-1, per_prompt), rollout.valid.sum(1).double().view(-1, per_prompt)
+    out: dict[str, Any] = {"returns": returns.mean(1).tolist(), "lengths": lengths.mean(1).tolist()}
     if agent.kind == "language":
-        out["prompts"], out["completions"] = rollout.outcome["prompt_text"], rollout.outcome["completion_text"]
+        out["prompts"], out["completions"] = (rollout.outcome[k][::per_prompt] for k in ("prompt_text", "completion_text"))
+        told = rollout.outcome["rewards"]
+        out |= {f"reward/{name}": float(x.mean()) for name, x in told.items()} if len(told) > 1 else {}
+        if task.solved is not None:
+            curve = pass_curve(rollout.outcome["solved"].view(-1, per_prompt))
+            out |= {f"pass@{k}": curve[k - 1] for k in (1, 8) if k <= per_prompt} | {"pass_curve": curve}
     elif getattr(task, "judge", None) is not None:
         out["judge"] = task.judged(rollout.outcome["x"], rollout.outcome.get("cond")).tolist()
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from markovia.agents.records import masked_mean
@@ -36,3 +37,23 @@ def logp_per_token(logp: Tensor, mask: Tensor) -> float:
 def sequence_kl(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> float:
     """KL(pi || ref) of whole responses by the estimator k1, mean_b sum_t (logp - logp_ref), nats; unbiased, can be negative."""
     return float(((logp - logp_ref) * mask).sum(1).mean())
+
+
+def pass_at_k(correct: Tensor, samples: int, k: int) -> Tensor:
+    """1 - C(n - c, k) / C(n, k): of k responses drawn from n of which c are right, one is right; unbiased, (N,).      [arXiv 2107.03374, eq. 1]
+
+    correct (N,) counts c per prompt. As a product, 1 - prod_{i=n-c+1..n} (1 - k / i), nothing overflows.
+    Raises ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} is estimated from at least {k} responses per prompt, got {samples}")
+    i = torch.arange(1, samples + 1, dtype=torch.float64)
+    # Factors of i <= n - c count as 1; with i = k one is 0, so fewer than k wrong responses give exactly 1.
+    factor = torch.where(i > samples - correct.double()[:, None], 1.0 - k / i, 1.0)
+    return 1.0 - factor.clamp(min=0.0).prod(1)
+
+
+def pass_curve(right: Tensor) -> list[float]:
+    """pass@1, ..., pass@n as means over the prompts, of right (N, n) bool."""
+    count, n = right.sum(1), right.shape[1]
+    return [float(pass_at_k(count, n, k).mean()) for k in range(1, n + 1)]

@@ -31,6 +31,11 @@ ENVS += [
         "entry_point": "markovia.envs.exact.offline.pointmass:PointMass2D",
         "max_episode_steps": 40,
     },
+    {
+        "id": "markovia/PointObstacle-v0",
+        "entry_point": "markovia.envs.exact.offline.obstacle:PointObstacle",
+        "max_episode_steps": 60,
+    },
     {"id": "markovia/OfflineReplay-v0", "entry_point": "markovia.envs.offline.replay:OfflineReplayEnv"},
 ]
 
@@ -47,6 +52,7 @@ ENVS += [
         ("Digits", "digits", {"wanted": 3}),
         ("DigitsConditional", "digits_conditional", {"guidance": 1.0}),
         ("LinearGaussian", "linear_gaussian", {}),
+        ("Pipeline", "pipeline", {"folder": "example", "reward": "brightness"}),
     )
 ]
 
@@ -57,7 +63,13 @@ ENVS += [
         "vector_entry_point": "markovia.envs.text.env:TokenVectorEnv",
         "kwargs": {"task": task, **kwargs},
     }
-    for name, task, kwargs in (("Arithmetic", "arithmetic", {"digits": 2}), ("Sentiment", "sentiment", {}))
+    for name, task, kwargs in (
+        ("Arithmetic", "arithmetic", {"digits": 2}),
+        ("Sentiment", "sentiment", {}),
+        ("LengthControl", "length_control", {}),
+        ("GSM8K", "gsm8k", {}),
+        ("Prompts", "prompts", {}),
+    )
 ]
 
 _SAFE = "markovia.envs.safe."
@@ -88,8 +100,8 @@ KINDS: dict[str, str] = {
     "markovia/Digits-v0": "denoising",
     "markovia/DigitsConditional-v0": "denoising",
     "markovia/LinearGaussian-v0": "denoising",
-    "markovia/Arithmetic-v0": "language",
-    "markovia/Sentiment-v0": "language",
+    "markovia/Pipeline-v0": "denoising",
+    **{f"markovia/{name}-v0": "language" for name in ("Arithmetic", "Sentiment", "LengthControl", "GSM8K", "Prompts")},
 }
 
 

@@ -119,7 +119,9 @@ def eval_command(argv: list[str]) -> None:
         print(json.dumps({"runs": results, "over_runs": over}, indent=1))
         return
     for path, r in results.items():
-        print(f"{path}: mean {r['mean']:.4g}, IQM {r['iqm']:.4g}, 95 % [{r['ci95'][0]:.4g}, {r['ci95'][1]:.4g}], {len(r['returns'])} episodes")
+        passed = "".join(f", {k} {r[k]:.4g}" for k in ("pass@1", "pass@8") if k in r)
+        interval = f"95 % [{r['ci95'][0]:.4g}, {r['ci95'][1]:.4g}]"
+        print(f"{path}: mean {r['mean']:.4g}, IQM {r['iqm']:.4g}, {interval}, {len(r['returns'])} episodes{passed}")
     if len(results) > 1:
         print(f"over {len(results)} runs: mean {over['mean']:.4g}, IQM {over['iqm']:.4g}, 95 % [{over['ci95'][0]:.4g}, {over['ci95'][1]:.4g}]")
 
@@ -149,7 +151,7 @@ def plot_command(argv: list[str]) -> None:
     parser = _parser("plot", "Learning curves: a panel per environment, a line per method with the range over its seeds.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"), help="PNG to write (default curves.png)")
-    parser.add_argument("--y", default="return", help="statistic of metrics.jsonl (default return)")
+    parser.add_argument("--y", default="return", help="statistic of metrics.jsonl (default return), or pass@k of the evaluation")
     parser.add_argument("--smooth", type=int, default=1, help="running mean over so many iterations (default 1)")
     args = parser.parse_args(argv)
     from markovia.pictures import plot_runs

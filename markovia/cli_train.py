@@ -3,36 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, make_dataclass
-from pathlib import Path
+from dataclasses import make_dataclass
 from typing import Any
-
-
-@dataclass(frozen=True)
-class TrainFlags:
-    """How a run is carried out; what the method does is set by the flags after these."""
-
-    env: str | None = None  # Gymnasium id: markovia/..., or any other environment
-    data: Path | None = None  # file of preferences (.jsonl, .jsonl.gz or a saved Hugging Face dataset), for methods that learn from them
-    dataset: str | None = None  # logged data for offline methods: a Minari id, a D4RL file or fixture:NAME; env is then the task of the evaluation
-    model: str | None = None  # language model to train: smollm2, a Hugging Face name or folder; by default the env's
-    judge: str | None = None  # "module:function" that scores texts, called as (prompts, completions, **columns) -> list of numbers
-    data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
-    seed: int = 0  # of everything that is random
-    out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>
-    resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
-    env_kwargs: str = "{}"  # JSON object of the environment's arguments, e.g. '{"wanted": 8}'
-    agent_options: str = "{}"  # JSON object of the agent's options, e.g. '{"hidden": [256, 256]}'
-    vectorization: str = "auto"  # sync, async, mujoco (one batch), envpool or auto (control)
-    device: str = "cpu"  # where the networks live
-    num_checkpoints: int = 10  # at most; spread over num_env_steps, never closer than an episode of full length
-    eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out
-    eval_checkpoints: bool = False  # evaluate at every checkpoint too
-    max_seconds: float | None = None  # end after this time
-    compile: bool | None = None  # compile the updates (takes up to half a minute the first time); None: where the run is long enough to repay it
-    track: str | None = None  # wandb or trackio: log there too
-    progress: bool = True  # show progress
-
 
 _TRAIN_HELP = """usage: markovia train METHOD --env ID [flags]
        markovia train METHOD --env ID --dataset ID_OR_FILE [flags]
@@ -45,7 +17,8 @@ that its presets give it there, `markovia systems` lists the methods and `markov
   markovia train ppo --env markovia/Sentiment-v0
   markovia train td3-bc --env Pendulum-v1 --dataset markovia/pendulum/medium-v0
   markovia train dpo --data prefs.jsonl --model smollm2 --agent-options '{"lora": {"r": 16}}' --solver.lr 1e-4
-  markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3"""
+  markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3
+  markovia train rloo --env markovia/Prompts-v0 --data prompts.jsonl --reward my.rewards:polite --reward my.rewards:short --reward-weights 1 0.5"""
 
 
 def train_command(argv: list[str]) -> None:
@@ -75,6 +48,7 @@ def train_command(argv: list[str]) -> None:
     options = dict(vars(given.run))
     for name in ("env_kwargs", "agent_options", "data_options"):
         options[name] = json_object(options[name], f"--{name.replace('_', '-')}")
+    options["references"] = dict(named_folder(word) for word in options.pop("reference"))
     result = train(given.settings, method_id=method_id, **options)
     evaluation = result.done["evaluation"]
     score = f", evaluation return {evaluation['mean']:.4g} ± {evaluation['std']:.3g} over {len(evaluation['returns'])}" if evaluation else ""
@@ -90,6 +64,7 @@ def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) ->
 
     from markovia.envs.control.vector import env_spec
     from markovia.runs import resolve
+    from markovia.train_flags import TrainFlags
 
     settings = row.value
     if env is not None:
@@ -114,6 +89,14 @@ def _flag(argv: list[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
+
+
+def named_folder(word: str) -> tuple[str, str]:
+    """(name, folder) of NAME=FOLDER. Raises ValueError for another form."""
+    name, equals, folder = word.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"--reference takes NAME=FOLDER, e.g. teacher=runs/Arithmetic-v0/grpo-seed0, got {word!r}")
+    return name, folder
 
 
 def json_object(text: str, flag: str) -> dict[str, Any]:

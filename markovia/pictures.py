@@ -25,6 +25,14 @@ def curve(run: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
+def pass_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(k, pass@k) of a run's last evaluation. Raises RunError when it has none."""
+    found = (read_json(run / "done.json").get("evaluation") or {}).get("pass_curve")
+    if found is None:
+        raise RunError(f"{run} has no pass@k: its task can't tell what is right, or it was not evaluated (eval_episodes)")
+    return np.arange(1.0, len(found) + 1.0), np.asarray(found)
+
+
 def smooth(y: np.ndarray, window: int) -> np.ndarray:
     """Mean over the last `window` points (fewer at the start)."""
     total = np.concatenate([[0.0], np.cumsum(y)])
@@ -52,7 +60,11 @@ def _count_steps(ax: Any) -> None:
 
 
 def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1) -> Path:
-    """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds."""
+    """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds.
+
+    `key` is a statistic of the log, or "pass@k": the share of prompts that one of k responses solves, over k, at the end of each run.
+    """
+    read, xlabel = (pass_curve, "k") if key == "pass@k" else (lambda run: curve(run, key), "num_env_steps")
     groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         config = read_json(run / "config.json")
@@ -60,14 +72,14 @@ def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1)
     figure, axes = _axes(6.0, 4.0, len(groups))
     for ax, (env, methods) in zip(axes, groups.items(), strict=True):
         for method, members in methods.items():
-            curves = [curve(run, key) for run in members]
+            curves = [read(run) for run in members]
             end = min(x[-1] for x, _ in curves)
             grid = np.linspace(max(x[0] for x, _ in curves), end, 200) if len(curves) > 1 else curves[0][0]
             values = np.stack([np.interp(grid, x, smooth(y, window)) for x, y in curves])
             (line,) = ax.plot(grid, values.mean(0), label=f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})")
             if len(curves) > 1:
                 ax.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-        ax.set(title=env, xlabel="num_env_steps", ylabel=key)
+        ax.set(title=env, xlabel=xlabel, ylabel=key)
         _count_steps(ax)
         ax.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)

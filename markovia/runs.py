@@ -5,16 +5,18 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.envs.control.vector import env_spec
+from markovia.envs.text.rewards import RewardError
 from markovia.provenance import commit, versions
 from markovia.report import Sink, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
-from markovia.settings import differences, file_entry, from_json, to_json
+from markovia.settings import differences, file_entry, from_json, task_arguments, to_json
+from markovia.summary import summary
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
@@ -87,6 +89,9 @@ def train(
     model: str | None = None,
     judge: str | Callable[..., Any] | None = None,
     data_options: dict[str, Any] | None = None,
+    reward: Sequence[str | Callable[..., Any]] = (),
+    reward_weights: Sequence[float] | None = None,
+    references: dict[str, str] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -108,7 +113,11 @@ def train(
     """Train `method` (an id, or a settings value) on the Gymnasium id `env`, or on a file of preferences; everything is written to the folder `out`.
 
     data             file of preferences (docs/preference.md) that the language model `model` learns from; `data_options` are fields of DataOptions,
-                     `judge` (a function with TRL's reward signature, or "module:function") scores texts: those of rounds, and of the evaluation
+                     `judge` (a function with TRL's reward signature, or "module:function") scores texts: those of rounds, and of the evaluation.
+                     For methods that learn from rewards: the file of a text task that reads one (markovia/Prompts-v0, markovia/GSM8K-v0)
+    reward           reward functions of such a task, "module:function" or "run:FOLDER" of a reward model, with `reward_weights` (None: 1 each)
+    references       policies that the method reads beside its own reference, e.g. {"teacher": "runs/..."}: name -> the folder of a run or of
+                     agent.save, or a Hugging Face name
     dataset          what offline methods learn from (docs/offline-data.md): a Minari id, a D4RL file or "fixture:<name>"; env is then the task
                      that the policy is evaluated in
     num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
@@ -130,6 +139,8 @@ def train(
         env_spec(env)
     name, settings, options = resolve(method, env, method_id)
     options |= (agent_options or {}) | ({} if model is None else {"model": model})
+    env_kwargs, read = task_arguments(settings, env, env_kwargs or {}, data, reward, reward_weights)
+    data = None if read else data
     file = None if data is None else file_entry(data, judge, data_options or {})
     for flag, value, least in (("seed", seed, 0), ("num_checkpoints", num_checkpoints, 1), ("eval_episodes", eval_episodes, 0)):
         if value < least:
@@ -144,7 +155,9 @@ def train(
         "env": env,
         **({} if file is None else {"data": file}),
         **({} if logged is None else {"dataset": logged}),
-        "env_kwargs": to_json(env_kwargs or {}),
+        **({"read": read} if read else {}),
+        **({"references": dict(references)} if references else {}),
+        "env_kwargs": to_json(env_kwargs),
         "agent_options": to_json(options),
         "vectorization": vectorization,
         "seed": seed,
@@ -162,11 +175,11 @@ def train(
     try:
         judged = None if file is None else {**file, "judge": judge}
         kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
-        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged)
+        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged, references=references)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise
-        given = f"env_kwargs {sorted(env_kwargs or {})}, agent_options {sorted(options)}"
+        given = f"env_kwargs {sorted(env_kwargs)}, agent_options {sorted(options)}"
         raise ValueError(f"{env} or its agent does not know one of the arguments that were given ({given}): {e}") from e
     if prepare is not None:
         prepare(setup)
@@ -301,7 +314,10 @@ class _Loop:
         driver, why = self.driver, "budget"
         while not driver.finished:
             part, before, clock, compiled = self._part(), driver.num_env_steps, time.monotonic(), driver.compile_seconds
-            stats: dict[str, Any] = dict(driver.step())
+            try:
+                stats: dict[str, Any] = dict(driver.step())
+            except RewardError as e:
+                raise RewardError(f"{e}. Nothing is lost: mend it, then the run goes on from its last checkpoint with --resume") from e
             now = time.monotonic()
             stats |= {
                 "iteration": int(driver.iteration),
@@ -314,7 +330,8 @@ class _Loop:
                 verdict = "seconds"
             due = driver.finished or verdict is not None or self._part() > part
             if due and self.eval_episodes:
-                stats["eval_return"] = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))["mean"]
+                found = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))
+                stats |= {"eval_return": found["mean"]} | {f"eval_{k}": found[k] for k in ("pass@1", "pass@8") if k in found}
             self.metrics.append(stats)
             for sink in self.sinks:
                 sink.write(stats)
@@ -330,29 +347,6 @@ class _Loop:
         info = RunInfo(self.run, stats["iteration"], stats["num_env_steps"], stats["seconds"], stats, self.setup.agent)
         answers = [callback(info) for callback in self.callbacks]
         return "callback" if any(a is False for a in answers) else None
-
-
-def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Raw returns with mean, interquartile mean and a 95 % bootstrap interval of the mean; other entries of the evaluation stay if they are JSON."""
-    import numpy as np
-    from scipy import stats
-
-    returns = np.asarray(evaluation["returns"], dtype=float)
-    draws = np.random.default_rng(0).choice(returns, size=(2000, len(returns))).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    rest = {k: v for k, v in evaluation.items() if k != "returns" and _is_json(v)}
-    return {
-        "mean": float(returns.mean()),
-        "iqm": float(stats.trim_mean(returns, 0.25)),
-        "ci95": [float(low), float(high)],
-        "std": float(returns.std()),
-        "returns": [float(r) for r in returns],
-        **rest,
-    }
-
-
-def _is_json(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and all(isinstance(v, (str, int, float, bool)) for v in value))
 
 
 @dataclass(frozen=True)

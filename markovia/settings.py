@@ -8,6 +8,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,45 @@ def file_entry(data: str | Path, judge: Any, options: dict[str, Any]) -> dict[st
     for name in options:
         if name not in known:
             raise ValueError(f"unknown data option {name!r}{nearest(name, known)}")
+    return {"path": str(data), "sha256": content_hash(data), "judge": to_json(judge), "options": to_json(options)}
+
+
+def content_hash(data: str | Path) -> str:
+    """sha256 of a file, or of all files of a folder. Raises FileNotFoundError."""
     path = Path(data)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}; --data takes a .jsonl or .jsonl.gz file, or a folder written by datasets' save_to_disk")
     digest = hashlib.sha256()
     for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(part.read_bytes())
-    return {"path": str(path), "sha256": digest.hexdigest(), "judge": to_json(judge), "options": to_json(options)}
+    return digest.hexdigest()
+
+
+def task_arguments(
+    method: Any, env: str | None, env_kwargs: dict[str, Any], data: Any, reward: Sequence[Any], weights: Sequence[float] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(env_kwargs with the file and the reward functions of a text task, the files it reads by content's hash), for methods that learn from rewards.
+
+    For methods of preferences `data` is theirs, and env_kwargs come back as they are. Raises ValueError for an env that takes no such argument.
+    """
+    from markovia.algos.preference.method import Preference
+
+    own = {"rewards": list(reward) or None, "weights": list(weights) if weights else None}
+    own |= {} if isinstance(method, Preference) or data is None else {"data": str(data)}
+    given = {k: v for k, v in own.items() if v is not None}
+    if not given:
+        return env_kwargs, {}
+    import gymnasium as gym
+
+    from markovia.envs.registry import kind_of
+
+    task = None if env is None or kind_of(env) != "language" else gym.spec(env.rpartition(":")[2]).kwargs["task"]
+    for name, flag in (("data", "data"), ("rewards", "reward"), ("weights", "reward-weights")):
+        if name in given:
+            from markovia.envs.text.tasks import takes
+
+            if task is None or not takes(task, name):
+                raise ValueError(f"{env or 'no environment'} takes no --{flag}; a text task that does is markovia/Prompts-v0")
+            if env_kwargs.get(name) is not None:
+                raise ValueError(f"{name} was given twice, as --{flag} and in env_kwargs; give it once")
+    return {**env_kwargs, **given}, {given["data"]: content_hash(given["data"])} if "data" in given else {}

@@ -23,7 +23,7 @@ from markovia.algos.on_policy.loss import critic_loss, policy_loss
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
 from markovia.algos.on_policy.prepare import fill
-from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, lerp, put
+from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, mix, put
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
 from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
@@ -122,8 +122,7 @@ class OnPolicyDriver(Budget):
                 "use full weights or Fixed()"
             )
         if isinstance(refresh, Soup):
-            net = self.references["ref"].net
-            put(net, lerp(list(net.parameters()), list(self._given["other"].net.parameters()), eta=1.0 - refresh.share))
+            mix(self.references["ref"], self._given["other"], share=refresh.share)
 
     @property
     def compile_seconds(self) -> float:
@@ -324,7 +323,8 @@ class OnPolicyDriver(Budget):
             out["explained_variance"] = float(1.0 - masked_mean(error.square(), rollout.mask) / variance) if variance > 1e-12 else math.nan
         if rollout.per_row:
             out["length"] = float(rollout.mask.sum(1).float().mean())
-        return out
+        told = rollout.outcome.get("rewards", {})  # of several reward functions each one's mean, before weights
+        return out | ({f"reward/{name}": float(x.mean()) for name, x in told.items()} if len(told) > 1 else {})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from markovia.agents.interface import Agent
+
 Weights = Sequence[Tensor]
 
 
@@ -35,6 +37,21 @@ def slerp(start: Weights, first: Weights, second: Weights, *, fraction: float = 
         else:
             out.append(a + (torch.sin((1.0 - fraction) * angle) * d1 + torch.sin(fraction * angle) * d2) / torch.sin(angle))
     return out
+
+
+def policy_weights(agent: Agent) -> list[nn.Parameter]:
+    """The weights of an agent's policy, trained or not; a value network's are left out."""
+    return [p for name in agent.policy_names if name in agent.net for p in agent.net[name].parameters()]
+
+
+@torch.no_grad()
+def mix(agent: Agent, other: Agent, *, share: float) -> None:
+    """agent <- share agent + (1 - share) other, in place. Raises ValueError for policies of two architectures."""
+    own, theirs = policy_weights(agent), policy_weights(other)
+    if [p.shape for p in own] != [p.shape for p in theirs]:
+        raise ValueError(f"a soup needs two policies of one architecture, got {len(own)} and {len(theirs)} tensors of different shapes")
+    for p, w in zip(own, lerp(own, theirs, eta=1.0 - share), strict=True):
+        p.copy_(w)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ class SoftOverlong:
 
 @dataclass(frozen=True)
 class LengthBudget:
-    """LCPO: the reward counts as correctness, the task's column `budget` as the number of tokens that was asked for."""
+    """LCPO: what the task tells to be `solved`, else a reward above a half, is correct; its column `budget` is the number of tokens asked for."""
 
     mode: str = "exact"  # "exact" or "max"
     rate: float = 3e-4  # reward per token off the budget
@@ -136,7 +136,8 @@ class LengthBudget:
         told = rollout.outcome.get("columns", {}).get("budget")
         if told is None:
             raise ValueError("LengthBudget reads the task's column 'budget' (tokens asked for per prompt), and this task has none")
-        correct = ((reward * rollout.valid).sum(1) > 0.5).to(reward.dtype)
+        solved = rollout.outcome.get("solved")
+        correct = ((reward * rollout.valid).sum(1) > 0.5 if solved is None else solved.to(reward.device)).to(reward.dtype)
         length = rollout.mask.sum(1).to(reward.dtype)
         budget = torch.as_tensor(told, dtype=reward.dtype, device=reward.device)
         if self.mode == "exact":

@@ -12,11 +12,16 @@ _HOME = {
     "make_task": "tasks",
     "sentiment": "tasks",
     "arithmetic": "tasks",
+    "prompts": "files",
+    "gsm8k": "files",
+    "length_control": "lengths",
+    "with_budgets": "lengths",
     "CharTokenizer": "tokens",
     "HFTokenizer": "tokens",
     "call_reward": "rewards",
     "vader_compound": "rewards",
     "exact_answer": "rewards",
+    "RewardError": "rewards",
 }
 __all__ = sorted(_HOME)
 

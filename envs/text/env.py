@@ -78,9 +78,10 @@ class _Rows:
         """(len(rows),) float64 reward of finished texts, all in one call of the reward functions."""
         if len(rows) == 0:
             return np.zeros(0, dtype=np.float64)
-        texts = [self.task.tokenizer.decode(self.response(i)) for i in rows]
+        ids = [self.response(i).tolist() for i in rows]
+        texts = [self.task.tokenizer.decode(i) for i in ids]
         columns = {k: [self.columns[i][k] for i in rows] for k in self.task.columns}
-        return self.task.reward([self.prompt[i] for i in rows], texts, columns)
+        return self.task.weighted(self.task.rewards_apart([self.prompt[i] for i in rows], texts, columns, ids))
 
     def obs(self, i: int | slice) -> dict[str, np.ndarray]:
         return {"ids": self.ids[i].copy(), "mask": self.mask[i].copy()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from markovia.envs.text.rewards import RewardFn, call_reward, exact_answer, resolve, vader_compound
+from markovia.envs.text.rewards import RewardFn, call_rewards, check_weights, exact_answer, names_of, resolve, vader_compound
 from markovia.envs.text.tokens import Tokenizer, as_tokenizer, left_pad
 
 AllowedFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -24,7 +25,10 @@ class TextTask:
 
     `rewards` follow TRL's signature `(prompts, completions, **columns) -> list[float]`; each column has one entry per prompt.
     `allowed(prompt_ids, response_ids) -> (V,) bool` may forbid next tokens. `model` and `temperature` say what the task was made for.
-    Raises ValueError for no prompts, columns of another length, an empty encoded prompt, a response length or group size below 1.
+    `solved` names the reward function whose value above 0.5 says that a response is right: evaluations then draw `eval_samples` responses to each
+    prompt and tell pass@k. `reward_timeout` (seconds) bounds each reward function's time for a batch.
+    Raises ValueError for no prompts, columns of another length, an empty encoded prompt, a response length or group size below 1, and for
+    another number of weights than of reward functions.
     """
 
     prompts: Sequence[str]
@@ -39,6 +43,9 @@ class TextTask:
     allowed: AllowedFn | str | None = None
     model: str | None = None
     temperature: float = 1.0
+    solved: str | None = None
+    eval_samples: int = 16
+    reward_timeout: float | None = None
 
     def __post_init__(self) -> None:
         self.tokenizer: Tokenizer = as_tokenizer(self.tokenizer)
@@ -47,8 +54,12 @@ class TextTask:
         self.allowed = None if self.allowed is None else resolve(self.allowed)
         if len(self.prompts) == 0 or len(self.rewards) == 0:
             raise ValueError(f"a text task needs prompts and reward functions, got {len(self.prompts)} and {len(self.rewards)}")
-        if self.max_new_tokens < 1 or self.group_size < 1:
-            raise ValueError(f"max_new_tokens and group_size must be >= 1, got {self.max_new_tokens} and {self.group_size}")
+        if min(self.max_new_tokens, self.group_size, self.eval_samples) < 1:
+            given = f"{self.max_new_tokens}, {self.group_size} and {self.eval_samples}"
+            raise ValueError(f"max_new_tokens, group_size and eval_samples must be >= 1, got {given}")
+        check_weights(self.rewards, self.weights)
+        if self.solved is not None and self.solved not in self.reward_names:
+            raise ValueError(f"solved names the reward function {self.solved!r}, the task has {', '.join(self.reward_names)}")
         for split, prompts, columns in (("train", self.prompts, self.columns), ("held_out", self.held_out, self.held_out_columns)):
             for name, values in columns.items():
                 if len(values) != len(prompts):
@@ -81,6 +92,11 @@ class TextTask:
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the reward functions, as the log has them."""
+        return names_of(self.rewards)  # type: ignore[arg-type]
 
     def prompt(self, index: int, split: Split = "train") -> tuple[str, list[int], dict[str, Any]]:
         """Text, ids and columns of one prompt. Raises ValueError for an index outside the split."""
@@ -125,21 +141,35 @@ class TextTask:
         index = range(len(self._split(split)[0]))
         return self.batch([i for i in index for _ in range(group_size)], [i for i in index for _ in range(group_size)], split)
 
-    def reward(self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """(n,) float64, the weighted sum of the task's reward functions."""
-        return call_reward(self.rewards, prompts, completions, self.weights, **columns)  # type: ignore[arg-type]
+    def rewards_apart(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]], ids: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """(n, k) float64, what each reward function says; `ids` are the completions as token ids, for functions that take `completion_ids`."""
+        timeout = self.reward_timeout
+        return call_rewards(self.rewards, prompts, completions, timeout, **{"completion_ids": ids, **columns})  # type: ignore[arg-type]
+
+    def weighted(self, apart: np.ndarray) -> np.ndarray:
+        """(n,) float64, the weighted sum of the reward functions (n, k)."""
+        return np.asarray(apart @ check_weights(self.rewards, self.weights))  # type: ignore[arg-type]
 
     def score(self, rollout: Any) -> Tensor:
-        """(n,) float32 reward of each row from `rollout.outcome` (prompt_text, completion_text, columns)."""
+        """(n,) float32 reward of each row from `rollout.outcome` (prompt_text, completion_text, columns).
+
+        Writes into the outcome what each function said (`rewards`, by name) and, where the task can tell, which responses are right (`solved`).
+        """
         out = rollout.outcome
-        values = self.reward(out["prompt_text"], out["completion_text"], out.get("columns", {}))
-        return torch.from_numpy(values).to(torch.float32)
+        ids = [a[v].tolist() for a, v in zip(rollout.action, rollout.valid, strict=True)]
+        apart = self.rewards_apart(out["prompt_text"], out["completion_text"], out.get("columns", {}), ids)
+        out["rewards"] = {name: torch.from_numpy(apart[:, k].copy()) for k, name in enumerate(self.reward_names)}
+        if self.solved is not None:
+            out["solved"] = out["rewards"][self.solved] > 0.5
+        return torch.from_numpy(self.weighted(apart)).to(torch.float32)
 
 
-def sentiment(max_new_tokens: int = 24, group_size: int = 1, temperature: float = 0.7) -> TextTask:
+def sentiment(max_new_tokens: int = 24, group_size: int = 1, temperature: float = 0.7, model: str = "smollm2") -> TextTask:
     """Continue the opening of a film review; reward is VADER's compound score of the continuation alone, in [-1, 1].
 
-    Made for the model "smollm2"; needs its tokenizer only. At temperature 0.7 the start reads well.
+    Made for the model "smollm2"; needs the model's tokenizer only. At temperature 0.7 the start reads well.
     """
     from markovia.envs.text.openings import HELD_OUT, TRAIN
     from markovia.envs.text.pretrained import load_tokenizer
@@ -147,27 +177,30 @@ def sentiment(max_new_tokens: int = 24, group_size: int = 1, temperature: float 
     return TextTask(
         prompts=TRAIN,
         held_out=HELD_OUT,
-        tokenizer=load_tokenizer("smollm2"),
+        tokenizer=load_tokenizer(model),
         rewards=[vader_compound],
         max_new_tokens=max_new_tokens,
         group_size=group_size,
-        model="smollm2",
+        model=model,
         temperature=temperature,
     )
 
 
-def arithmetic(digits: int = 2, group_size: int = 1) -> TextTask:
+def arithmetic(digits: int = 2, group_size: int = 1, carries: int | None = None, eval_samples: int = 16) -> TextTask:
     """Sums a+b of numbers below 10^digits, character by character: "12+7=" is to be continued by "19" and EOS; reward 1 or 0.
 
+    `carries` keeps the sums in which so many places carry over (0: easiest, up to `digits`), None all of them.
     A tenth of the pairs is held out. The shipped model "arithmetic" was trained on up to two digits.
-    Raises ValueError unless 1 <= digits <= 2.
+    Raises ValueError unless 1 <= digits <= 2 and 0 <= carries <= digits.
     """
     from markovia.envs.text.pretrained import load_tokenizer
 
     if digits not in (1, 2):
         raise ValueError(f"arithmetic has 1 or 2 digits, got {digits}")
+    if carries is not None and not 0 <= carries <= digits:
+        raise ValueError(f"sums of {digits} digits have 0 to {digits} carries, got carries={carries}")
     base = 10**digits
-    pairs = [(a, b) for a in range(base) for b in range(base)]
+    pairs = [(a, b) for a in range(base) for b in range(base) if carries is None or count_carries(a, b) == carries]
     kept = [(a, b) for a, b in pairs if not is_held_out(a, b)]
     rest = [(a, b) for a, b in pairs if is_held_out(a, b)]
     return TextTask(
@@ -180,7 +213,18 @@ def arithmetic(digits: int = 2, group_size: int = 1) -> TextTask:
         max_new_tokens=digits + 2,
         group_size=group_size,
         model="arithmetic",
+        solved="exact_answer",
+        eval_samples=eval_samples,
     )
+
+
+def count_carries(a: int, b: int) -> int:
+    """How many places of the sum a+b carry over."""
+    carry = count = 0
+    while a or b:
+        carry = int(a % 10 + b % 10 + carry > 9)
+        count, a, b = count + carry, a // 10, b // 10
+    return count
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -188,7 +232,29 @@ def is_held_out(a: int, b: int) -> bool:
     return (31 * a + 17 * b) % 10 == 3
 
 
-TASKS: dict[str, Callable[..., TextTask]] = {"sentiment": sentiment, "arithmetic": arithmetic}
+_FILES = "markovia.envs.text.files:"
+TASKS: dict[str, Callable[..., TextTask] | str] = {
+    "sentiment": sentiment,
+    "arithmetic": arithmetic,
+    "prompts": _FILES + "prompts",
+    "gsm8k": _FILES + "gsm8k",
+    "length_control": "markovia.envs.text.lengths:length_control",
+}
+
+
+def task_function(task: str | Callable[..., TextTask]) -> Callable[..., TextTask]:
+    """What makes a task: a ready one's name or "module:function". Raises ValueError for an unknown name, with the nearest one."""
+    if isinstance(task, str) and task not in TASKS and ":" not in task:
+        import difflib
+
+        near = difflib.get_close_matches(task, TASKS, 1)
+        raise ValueError(f"unknown text task {task!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(TASKS)}"))
+    return resolve(TASKS.get(task, task) if isinstance(task, str) else task)
+
+
+def takes(task: Any, name: str) -> bool:
+    """Whether what makes this task has an argument of that name; a finished task has none."""
+    return not isinstance(task, TextTask) and name in inspect.signature(task_function(task)).parameters
 
 
 def make_task(task: TextTask | str | Callable[..., TextTask], **kwargs: Any) -> TextTask:
@@ -200,12 +266,7 @@ def make_task(task: TextTask | str | Callable[..., TextTask], **kwargs: Any) -> 
         if kwargs:
             raise ValueError(f"keywords {sorted(kwargs)} came with a finished TextTask; set them where it is built")
         return task
-    if isinstance(task, str) and task not in TASKS and ":" not in task:
-        import difflib
-
-        near = difflib.get_close_matches(task, TASKS, 1)
-        raise ValueError(f"unknown text task {task!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(TASKS)}"))
-    made = TASKS[task](**kwargs) if isinstance(task, str) and task in TASKS else resolve(task)(**kwargs)
+    made = task_function(task)(**kwargs)
     if not isinstance(made, TextTask):
         raise ValueError(f"{task!r} returned a {type(made).__name__}, expected a TextTask")
     return made

@@ -18,7 +18,7 @@ from markovia.envs.registry import ENVS
 pytest.importorskip("stable_baselines3")
 torch.set_num_threads(1)
 
-SLOW = ("markovia/Sentiment-v0",)  # a vocabulary of 49,152
+SLOW = tuple(f"markovia/{name}-v0" for name in ("Sentiment", "LengthControl", "GSM8K", "Prompts"))  # a vocabulary of 49,152
 IDS = [pytest.param(e["id"], marks=pytest.mark.slow if e["id"] in SLOW else ()) for e in ENVS]
 BATCHED = [p for p, e in zip(IDS, ENVS, strict=True) if "vector_entry_point" in e]
 
