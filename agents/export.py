@@ -40,7 +40,8 @@ def export(agent: LanguageAgent, folder: str | Path, merge: bool = True) -> Path
     The generation settings say how the agent samples (temperature, top_p, no top-k), so that `generate` draws from the trained policy.
     Raises ValueError for a folder that holds something, and for merge=False where there are no adapters.
     """
-    folder, policy = Path(folder), agent.net["policy"]
+    policy: Any = agent.net["policy"]
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists and is not empty; export to a new folder")
     if agent.options.lora is None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from markovia.agents.checkpointing import checkpointed, layers_of
 from markovia.agents.distributions import Categorical
 from markovia.agents.export import export
 from markovia.agents.interface import Agent, Evaluation, check_want
@@ -55,6 +56,8 @@ class LanguageAgent(Agent):
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model embeds {rows}; pass the tokenizer of this model"
             )
+        if self.options.gradient_checkpointing:
+            layers_of(model)  # a model without any is told here, not in the first update
         modules: dict[str, nn.Module] = {"policy": with_lora(model, self.options.lora) if self.options.lora is not None else model}
         if self.options.value_head:
             head = nn.Linear(width, 1 + self.options.num_costs)
@@ -88,6 +91,8 @@ class LanguageAgent(Agent):
             if self._adapters_off:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self._lm.disable_adapter())
+            if self.options.gradient_checkpointing and torch.is_grad_enabled():
+                stack.enter_context(checkpointed(self._lm))
             yield
 
     def forward(self, **inputs: Any) -> Any:

@@ -31,7 +31,9 @@ class LanguageOptions:
     temperature > 0 and 0 < top_p <= 1 shape the policy itself; `max_new_tokens` holds where the starts name no length.
     `lora` (e.g. {"r": 16, "alpha": 32, "target_modules": [...]}) trains adapters only. `value_head` adds a linear head on the last
     hidden state with 1 + num_costs columns. `bf16` runs the network under autocast. `packed` evaluates rows in succession that share a
-    prompt with the prompt read once and without padding (agents.packing), where the model allows it. Raises ValueError outside of these ranges.
+    prompt with the prompt read once and without padding (agents.packing), where the model allows it. `gradient_checkpointing` keeps only the
+    inputs of the model's layers for the backward pass and computes each layer again there: the same gradients for less memory and about a third
+    more time. Raises ValueError outside of these ranges.
     """
 
     temperature: float = 1.0
@@ -42,6 +44,7 @@ class LanguageOptions:
     num_costs: int = 0
     bf16: bool = False
     packed: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
