@@ -27,6 +27,7 @@ META_KEY = "markovia"
 # The only classes that a checkpoint can name; a file never chooses what is imported.
 CLASSES: dict[str, str] = {
     "ControlAgent": "markovia.agents.control:ControlAgent",
+    "ImprovedAgent": "markovia.agents.improved:ImprovedAgent",
     "TabularAgent": "markovia.agents.tabular:TabularAgent",
     "LanguageAgent": "markovia.agents.language:LanguageAgent",
     "DenoisingAgent": "markovia.agents.denoising:DenoisingAgent",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from markovia.agents.behaviour import ConditionalVAE
 from markovia.agents.control import ControlAgent
 from markovia.agents.critics import QEnsemble
-from markovia.agents.distributions import Gaussian
+from markovia.agents.distributions import Distribution, Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
 from markovia.algos.off_policy.actors import guided_loss, held_loss, logged_loss, supported_loss
@@ -24,6 +24,7 @@ from markovia.algos.off_policy.losses import (
     log_q,
     mirror_objective,
     parameter_penalty,
+    quantile_error,
     smoothed_action,
     soft_value,
     td_error,
@@ -40,9 +41,12 @@ from markovia.algos.off_policy.slots import (
     Expectile,
     FixedTemperature,
     Guided,
+    Held,
     InSampleTarget,
     JointBehaviour,
+    LoggedTarget,
     LowerValue,
+    QuantileCritics,
     SmoothedTarget,
     Supported,
     TunedTemperature,
@@ -63,26 +67,37 @@ def log_density(dist: Gaussian, action: Tensor, temperature: FixedTemperature | 
     return log_q(dist.log_prob(action), q=temperature.q)
 
 
+def quantile_levels(noise: Tensor) -> Tensor:
+    """Levels in (0, 1), (k, b), of normal variates (k, b, d); the first entry of each serves."""
+    return torch.special.ndtr(noise[..., 0])
+
+
 class ActorCritic(nn.Module):
     """The agent's policy, critics, value network, the targets that follow them, and frozen policies of earlier steps.
 
     critic  Q_1 .. Q_N          target      follows `critic`, or `value` where targets bootstrap from it
     value   V, or absent        references  "target": policy of smoothed targets; "old": pi_k of mirror descent
     evaluation  the policy that acts after training, where that is not the one of the targets
-    Imitation alone has neither critic nor target. Critics start from the stream (seed, "init-critic").
+    Quantile critics belong to the agent, which acts by them. Imitation alone has neither critic nor target.
+    Critics start from the stream (seed, "init-critic").
     """
 
     def __init__(self, method: OffPolicy, agent: ControlAgent, seed: int) -> None:
         super().__init__()
         # Where a second actor is the one that acts later, that one is the caller's agent, and the one that enters targets a copy of it.
         self.method, self.deployed = method, agent
-        self.agent = agent if method.evaluation is None else copy.deepcopy(agent)
+        second = isinstance(method.evaluation, Held)
+        self.agent = copy.deepcopy(agent) if second else agent
         self.policy: nn.Module = self.agent.net["policy"]
-        self.evaluation = None if method.evaluation is None else agent.net["policy"]
+        self.evaluation = agent.net["policy"] if second else None
         c, v, space = method.critic, method.value, agent.observation_space
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init-critic"))
-            self.critic = None if c is None else QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
+            self.critic: nn.Module | None = None
+            if isinstance(c, QuantileCritics):  # the agent acts by them
+                self.critic = agent.net["q"]
+            elif c is not None:
+                self.critic = QEnsemble(space, agent.action_size, c.num, c.hidden, c.activation, c.layer_norm)
             b = method.behaviour
             self.behaviour = None if b is None else ConditionalVAE(space, agent.action_size, b.hidden, b.activation)
             self.value = None if v is None else ValueNet(Trunk(space, v.hidden, v.activation))
@@ -122,11 +137,15 @@ class ActorCritic(nn.Module):
             values: Tensor = net(obs)
         return values[..., 0].to(dtype)
 
-    def dist(self, agent: ControlAgent, obs: Obs, dtype: torch.dtype) -> Gaussian:
+    def any_dist(self, agent: ControlAgent, obs: Obs, dtype: torch.dtype) -> Distribution:
         """An agent's action distribution, its parameters computed in the method's precision."""
         with self._cast():
             params = agent.net["policy"](obs)[0]
-        dist = agent.distribution(params.to(dtype))
+        return agent.distribution(params.to(dtype))
+
+    def dist(self, agent: ControlAgent, obs: Obs, dtype: torch.dtype) -> Gaussian:
+        """The same where it is a Gaussian, squashed or not."""
+        dist = self.any_dist(agent, obs, dtype)
         assert isinstance(dist, Gaussian)
         return dist
 
@@ -164,23 +183,48 @@ class ActorCritic(nn.Module):
         return penalised_value(value, action, batch.extra["next_action"], penalty=t.penalty) if t.penalty else value
 
     @torch.no_grad()
-    def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float) -> Tensor:
-        """y (b,) of the slot `target`."""
+    def logged_value(self, t: LoggedTarget, batch: Batch, levels: Tensor | None) -> Tensor:
+        """agg_j Qbar_j(s', a') of the next logged action, (b,); of quantile critics their quantiles, (k, b), at levels drawn by normal noise."""
+        action = batch.extra["next_action"]
+        if not isinstance(self.method.critic, QuantileCritics):
+            return self.one_q(self.target, batch.next_obs, action, t.aggregate)
+        assert levels is not None
+        return aggregate(self.quantiles(self.target, batch.next_obs, action, quantile_levels(levels[: self.method.critic.quantiles])), t.aggregate)
+
+    def quantiles(self, critic: nn.Module | None, obs: Obs, action: Tensor, tau: Tensor) -> Tensor:
+        """Quantiles of an ensemble, (N, k, b), at levels tau (k, b)."""
+        assert critic is not None
+        with self._cast():
+            values: Tensor = critic(obs, action, tau=tau)
+        return values.to(action.dtype)
+
+    @torch.no_grad()
+    def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float, levels: Tensor | None = None) -> Tensor:
+        """y (b,) of the slot `target`; (k, b) where critics give quantiles, whose levels come of `levels` (2 k, b, d)."""
         t, obs = self.method.target, batch.next_obs
         assert t is not None
         if isinstance(t, ValueTarget | InSampleTarget):
             value = self.v(self.target if isinstance(t, ValueTarget) else self.value, obs, noise.dtype)
         elif isinstance(t, SmoothedTarget):
             value = self.smoothed_value(self.target, t, batch, noise)
+        elif isinstance(t, LoggedTarget):
+            value = self.logged_value(t, batch, levels)
         else:
             value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
 
     def critic_loss(self, batch: Batch, y: Tensor, noise: Tensor | None = None) -> Loss:
-        """coef mean sum_j (Q_j(s, a) - y)^2, and what the slot `regulariser` adds; `noise` (k, b, d) is what that one wants."""
+        """coef mean sum_j (Q_j(s, a) - y)^2 and what the slot `regulariser` adds, or the mean `quantile_error`; `noise` (k, b, d) is for these."""
+        c = self.method.critic
+        assert c is not None
+        if isinstance(c, QuantileCritics):
+            assert noise is not None
+            tau = quantile_levels(noise[c.quantiles : 2 * c.quantiles])
+            z = self.quantiles(self.critic, batch.obs, batch.action, tau)
+            loss = quantile_error(z, y, tau).mean()
+            return loss, {"critic_loss": loss.detach(), "q": z.detach().mean()}
         q = self.q(self.critic, batch.obs, batch.action)
-        assert self.method.critic is not None
-        loss = self.method.critic.coef * td_error(q, y).mean()
+        loss = c.coef * td_error(q, y).mean()
         stats = {"critic_loss": loss.detach(), "q": q.detach().mean()}
         slot = self.method.regulariser
         if slot is None:
@@ -290,7 +334,8 @@ class ActorCritic(nn.Module):
 
     def _own(self, name: str) -> bool:
         """Is this no tensor of the policy that belongs to the caller's agent?"""
-        return not name.startswith("policy." if self.evaluation is None else "evaluation.")
+        theirs = "policy." if self.evaluation is None else "evaluation."
+        return not name.startswith((theirs, "critic.") if "q" in self.agent.net else theirs)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor but those of the policy that belongs to the agent."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
-from markovia.agents.distributions import Gaussian
+from markovia.agents.distributions import Distribution
 from markovia.algos.off_policy.regularised import advantage_weight, better_action, held_objective, squared_distance
 from markovia.algos.off_policy.slots import Clone, Deterministic, Guided, Held, Supported, Weighted
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EDGE = 1e-5  # a squashed density is infinite at the border of the Box
 
 
-def log_prob(nets: ActorCritic, dist: Gaussian, action: Tensor) -> Tensor:
+def log_prob(nets: ActorCritic, dist: Distribution, action: Tensor) -> Tensor:
     """log pi(a|s) of logged actions (b, d) in [-1, 1], (b,) nats; those at the border count as 1e-5 inside it where the policy is squashed.
 
     A deterministic policy is scored as a Gaussian of variance 1/2 around its action: -|pi(s) - a|^2, the constant left out.
@@ -33,7 +33,7 @@ def log_prob(nets: ActorCritic, dist: Gaussian, action: Tensor) -> Tensor:
 
 def clone_loss(nets: ActorCritic, batch: Batch) -> Loss:
     """Mean of |pi(s) - a|^2, over entries too, for a deterministic policy, and of -log pi(a|s) for a stochastic one."""
-    dist = nets.dist(nets.agent, batch.obs, batch.action.dtype)
+    dist = nets.any_dist(nets.agent, batch.obs, batch.action.dtype)
     if isinstance(nets.method.policy, Deterministic):
         loss = squared_distance(nets.agent.unit_action(dist.mode()), batch.action, reduce="mean").mean()
     else:

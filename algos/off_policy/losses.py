@@ -47,6 +47,16 @@ def td_error(q: Tensor, y: Tensor) -> Tensor:
     return (q - y).square().sum(0)
 
 
+def quantile_error(z: Tensor, y: Tensor, tau: Tensor) -> Tensor:
+    """sum_i mean_j |tau_i - 1[y_j < z_i]| h(y_j - z_i), (b,), summed over the ensemble too; h is Huber's loss with threshold 1.
+
+    z (N, k, b) predicted quantiles at levels tau (k, b), y (l, b) quantiles of the target, no gradient.            [Dabney 2018, arXiv 1806.06923]
+    """
+    gap = y[None, None] - z[:, :, None]
+    huber = torch.where(gap.abs() <= 1.0, 0.5 * gap.square(), gap.abs() - 0.5)
+    return ((tau[None, :, None] - (gap < 0.0).to(gap.dtype)).abs() * huber).mean(2).sum((0, 1))
+
+
 def mirror_objective(
     value: Tensor, log_density: Tensor | float, log_density_old: Tensor | float, *, lam: Tensor | float, inverse_step: Tensor | float, q: float
 ) -> Tensor:

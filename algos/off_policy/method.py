@@ -10,6 +10,7 @@ from markovia.algos.off_policy.slots import (
     Ascent,
     Behaviour,
     Clone,
+    ClosedForm,
     Conservative,
     Critics,
     Deterministic,
@@ -20,8 +21,11 @@ from markovia.algos.off_policy.slots import (
     Held,
     InSampleTarget,
     JointBehaviour,
+    LoggedTarget,
     LowerValue,
+    Mixture,
     Policy,
+    QuantileCritics,
     Regulariser,
     SmoothedTarget,
     SoftTarget,
@@ -54,11 +58,11 @@ class OffPolicy:
     policy: Policy = field(default_factory=Squashed)
     target: Target | None = field(default_factory=SoftTarget)
     value: Value | None = None
-    critic: Critics | None = field(default_factory=Critics)
+    critic: Critics | QuantileCritics | None = field(default_factory=Critics)
     regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
     behaviour: Behaviour | JointBehaviour | None = None  # model of the policy that wrote the data, for actor=Supported() and actor=Guided()
-    evaluation: Held | None = None  # a second actor with this objective is the one that acts after training; it never enters a target
+    evaluation: Held | ClosedForm | None = None  # what acts after training and never enters a target: an actor with its own objective, or a formula
     temperature: Temperature = field(default_factory=TunedTemperature)
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ class OffPolicy:
             raise ValueError("a value network serves ValueTarget alone, and ValueTarget needs one: set target=ValueTarget() and value=SoftValue()")
         if isinstance(self.target, InSampleTarget) != isinstance(self.value, Expectile):
             raise ValueError("an expectile value serves InSampleTarget alone, which needs one: set target=InSampleTarget() and value=Expectile()")
-        if len({self.critic is None, self.target is None, isinstance(self.actor, Clone)}) > 1:
+        if len({self.critic is None, self.target is None, isinstance(self.actor, Clone) and not isinstance(self.evaluation, ClosedForm)}) > 1:
             raise ValueError("imitation alone (actor=Clone()) has no critic: set critic=None and target=None; every other actor needs both")
         if self.regulariser is not None and self.critic is None:
             raise ValueError("a regulariser of critics needs critics; set regulariser=None")
@@ -85,7 +89,17 @@ class OffPolicy:
             raise ValueError("regulariser=Diverse() compares critics with each other, so critic.num must be >= 2, got 1")
         if isinstance(self.regulariser, Conservative) and isinstance(self.policy, Deterministic):
             raise ValueError("regulariser=Conservative() weighs sampled actions by their density, which a deterministic policy does not have")
-        if self.evaluation is not None and not isinstance(self.actor, Held):
+        if isinstance(self.policy, Mixture) != isinstance(self.evaluation, ClosedForm):
+            raise ValueError("policy=Mixture() acts by evaluation=ClosedForm(), which improves nothing else: set both or neither")
+        if isinstance(self.evaluation, ClosedForm) and not isinstance(self.actor, Clone):
+            raise ValueError(f"policy=Mixture() models logged actions: it needs actor=Clone(), got {type(self.actor).__name__}")
+        if isinstance(self.critic, QuantileCritics) != isinstance(self.evaluation, ClosedForm):
+            raise ValueError("critic=QuantileCritics() and evaluation=ClosedForm() need each other: set both or neither")
+        if isinstance(self.critic, QuantileCritics) and not isinstance(self.target, LoggedTarget):
+            raise ValueError(f"critic=QuantileCritics() follows logged actions: set target=LoggedTarget(), got {type(self.target).__name__}")
+        if isinstance(self.critic, QuantileCritics) and self.regulariser is not None:
+            raise ValueError("quantile critics take no regulariser; set regulariser=None")
+        if isinstance(self.evaluation, Held) and not isinstance(self.actor, Held):
             raise ValueError(f"the slot evaluation belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
         if isinstance(self.actor, Held | Supported | Guided) and not isinstance(self.policy, Deterministic):
             raise ValueError(f"actor={type(self.actor).__name__}() judges the one action of a state, so it needs policy=Deterministic()")
@@ -108,12 +122,14 @@ class OffPolicy:
 
     @property
     def num_noises(self) -> int:
-        """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser, the behaviour's latents.
+        """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser or quantile levels
+        (those of the target and of the prediction), the behaviour's latents.
 
         These are 2 of the actor's action and, where the model is fitted along with the rest, 2 of the logged one before them.
         """
         latents = {Behaviour: 2, JointBehaviour: 4}.get(type(self.behaviour), 0)
-        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + latents
+        levels = 2 * self.critic.quantiles if isinstance(self.critic, QuantileCritics) else 0
+        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + levels + latents
 
     @property
     def mirrors(self) -> bool:

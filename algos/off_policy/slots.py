@@ -49,7 +49,23 @@ class Bounded:
         return {"hidden": self.hidden, "activation": self.activation, "tanh_mean": True, "std": "shared", "log_std_init": self.log_std_init}
 
 
-Policy = Squashed | Deterministic | Bounded
+@dataclass(frozen=True)
+class Mixture:
+    """tanh of a mixture of `num` Gaussians: a model of logged actions; what acts is found from it and the critics (slot `evaluation`)."""
+
+    num: int = 4
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of the policy network
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"policy.num must be >= 1, got {self.num}; 1 is a single Gaussian")
+
+    def agent_options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "activation": self.activation}
+
+
+Policy = Squashed | Deterministic | Bounded | Mixture
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,14 @@ class InSampleTarget:
     """V(s') of the value network as it is now, which never sees an action that was not logged; needs the slot `value` to be an `Expectile`."""
 
 
-Target = SoftTarget | SmoothedTarget | ValueTarget | InSampleTarget
+@dataclass(frozen=True)
+class LoggedTarget:
+    """V(s') = agg_j Qbar_j(s', a') of the next logged action: the value of the policy that wrote the data (SARSA)."""
+
+    aggregate: Aggregate = "min"
+
+
+Target = SoftTarget | SmoothedTarget | ValueTarget | InSampleTarget | LoggedTarget
 
 
 @dataclass(frozen=True)
@@ -133,6 +156,18 @@ class Critics:
     def __post_init__(self) -> None:
         if self.num < 1:
             raise ValueError(f"critic.num must be >= 1, got {self.num}")
+
+
+@dataclass(frozen=True)
+class QuantileCritics:
+    """An ensemble of implicit quantile networks and its loss, the quantile Huber loss summed over the members."""
+
+    num: int = 2
+    quantiles: int = 8  # levels drawn per transition, and for the target; even levels when the value is asked for
+    embedding: int = 64  # cosines of a level
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic; a level enters before the last
+    activation: str = "relu"
+    lr: float = 3e-4
 
 
 @dataclass(frozen=True)
@@ -284,6 +319,20 @@ class Weighted:
     def __post_init__(self) -> None:
         if self.beta < 0.0 or not self.max_weight > 0.0:
             raise ValueError(f"actor.beta must be >= 0 and actor.max_weight > 0, got {self.beta} and {self.max_weight}")
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Acts by the best of the closed-form improvements of a mixture's modes; nothing is learnt for it."""
+
+    log_tau: float = 0.5  # nats by which an action's bounded log density may fall below the best mode's
+    pessimism: float = 1.0  # standard deviations of the ensemble below its mean
+    min_weight: float = 0.05  # of modes that count
+
+    def __post_init__(self) -> None:
+        if self.log_tau < 0.0 or self.pessimism < 0.0 or not 0.0 <= self.min_weight <= 1.0:
+            given = f"{self.log_tau}, {self.pessimism} and {self.min_weight}"
+            raise ValueError(f"evaluation needs log_tau >= 0, pessimism >= 0 and min_weight in [0, 1], got {given}")
 
 
 Actor = Ascent | Clone | Held | Supported | Guided | Weighted

@@ -78,7 +78,7 @@ class Update:
 
         lam, adv = nets.lam(), None
         if nets.critic is not None:
-            y = nets.goal(batch, noise[0], lam)
+            y = nets.goal(batch, noise[0], lam, noise[3:])
             if nets.value is not None:
                 loss, found, adv = nets.value_loss(batch, noise[1], lam)
                 stats |= found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from markovia.algos.off_policy.method import OffPolicy
-from markovia.algos.off_policy.slots import Conservative, SmoothedTarget
+from markovia.algos.off_policy.slots import Conservative, LoggedTarget, SmoothedTarget
 from markovia.algos.table import nearest
 from markovia.envs.offline.transforms import REWARD_TRANSFORMS
 
@@ -45,6 +45,8 @@ class Offline(OffPolicy):
                 raise ValueError(f"{name} means nothing for a fixed dataset, so it must stay {wanted}, got {getattr(self, name)}")
         if isinstance(self.target, SmoothedTarget) and self.target.penalty and not self.data.next_action:
             raise ValueError("target.penalty compares with the next logged action; set data.next_action=True")
+        if isinstance(self.target, LoggedTarget) and not self.data.next_action:
+            raise ValueError("target=LoggedTarget() reads the next logged action; set data.next_action=True")
         if isinstance(self.regulariser, Conservative) and self.regulariser.calibrated and self.data.returns_to_go is None:
             raise ValueError("regulariser.calibrated compares with Monte Carlo returns; set data.returns_to_go to 'zero' or 'repeat_last'")
 

@@ -9,6 +9,7 @@ from markovia.algos.off_policy.slots import (
     Behaviour,
     Bounded,
     Clone,
+    ClosedForm,
     Conservative,
     Critics,
     Deterministic,
@@ -19,7 +20,10 @@ from markovia.algos.off_policy.slots import (
     Held,
     InSampleTarget,
     JointBehaviour,
+    LoggedTarget,
     LowerValue,
+    Mixture,
+    QuantileCritics,
     SmoothedTarget,
     SoftTarget,
     Squashed,
@@ -80,7 +84,18 @@ CQL = Offline(
 CAL_QL = replace(CQL, regulariser=Conservative(calibrated=True), data=Logged(returns_to_go="repeat_last"))
 SAC_N = Offline(policy=Squashed(hidden=_DEEP), critic=Critics(num=10, hidden=_DEEP, coef=1.0), data=Logged(normalize_obs=False))
 EDAC = replace(SAC_N, regulariser=Diverse())
+CFPI = Offline(
+    num_env_steps=500_000,
+    policy=Mixture(),
+    target=LoggedTarget(),
+    critic=QuantileCritics(),
+    actor=Clone(lr=1e-4),
+    evaluation=ClosedForm(),
+    temperature=FixedTemperature(0.0),
+    data=Logged(normalize_obs=False, next_action=True),
+)
 _CONTROL = ("control",)
+_IMPROVED = "markovia.agents.improved:"
 
 OFFLINE = table(
     [
@@ -127,6 +142,15 @@ OFFLINE = table(
         Row(
             "cql/cal-ql", CAL_QL, "cql", "2303.05479", "values are not pushed below the logged Monte Carlo return", _CONTROL,
             (_HELD + "calibrated", _HELD + "conservative_gap"), "cql/cal-ql",
+        ),
+        Row(
+            "cfpi", CFPI, "bc", "2211.15956", "acts by what a mixture of logged actions and the critics of its policy allow in closed form", _CONTROL,
+            (_IMPROVED + "improve", _IMPROVED + "mode_budgets", _IMPROVED + "jensen_ellipsoid", _IMPROVED + "ellipsoid_step",
+             _LOSSES + "quantile_error"), "cfpi",
+        ),
+        Row(
+            "cfpi/sg", replace(CFPI, policy=Mixture(num=1)), "cfpi", "2211.15956", "the same with a single Gaussian, whose step is exact", _CONTROL,
+            (_IMPROVED + "ellipsoid_step", _IMPROVED + "lower_bound", _LOSSES + "quantile_error"), "cfpi/sg",
         ),
         Row(
             "edac", EDAC, "edac/sac-n", "2110.01548", "critics whose gradients in the action are turned away from each other", _CONTROL,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from markovia.agents.control import ControlAgent
+from markovia.agents.improved import ImprovedAgent
 from markovia.algos.off_policy.driver import check_action_box
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.slots import ClosedForm, Mixture, QuantileCritics
 from markovia.algos.offline.method import Offline
 from markovia.algos.offline.source import make_source
 from markovia.algos.setup import Setup, evaluate_stepped
@@ -25,8 +29,7 @@ def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[s
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
     check_action_box(action_space)
-    options = {**method.policy.agent_options(), "normalize_obs": method.data.normalize_obs, **options}
-    agent = ControlAgent.from_spaces(observation_space, action_space, critic=False, device=device, **options)
+    agent = make_agent(method, observation_space, action_space, device=device, normalize_obs=method.data.normalize_obs, **options)
     source = make_source(data, method.data, agent, method.gamma)
     scale = reference_of(data, env_id, spec.max_episode_steps if spec is not None else None)
 
@@ -36,6 +39,16 @@ def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[s
 
     note = describe(data, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
+
+
+def make_agent(method: OffPolicy, observation_space: Any, action_space: Any, **options: Any) -> ControlAgent:
+    """The agent of a method's policy, with critics to act by where its evaluation wants them."""
+    options = {**method.policy.agent_options(), **options}
+    if not isinstance(method.evaluation, ClosedForm):
+        return ControlAgent.from_spaces(observation_space, action_space, critic=False, **options)
+    assert isinstance(method.policy, Mixture) and isinstance(method.critic, QuantileCritics)
+    q = {k: v for k, v in asdict(method.critic).items() if k != "lr"}
+    return ImprovedAgent.improved(observation_space, action_space, {"modes": method.policy.num, **asdict(method.evaluation)}, q, **options)
 
 
 def reference_of(data: Transitions, env_id: str, horizon: int | None) -> Reference | None:

@@ -123,6 +123,8 @@ CLAIMS: dict[str, Claim] = {
     "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
     "rebrac": Claim(_OFFLINE + "at_least", "slow", {"method": "rebrac", "other": "td3-bc", "tier": "medium", "slack": 3.0}),
     "spot": Claim(_OFFLINE_EXACT + "support", "slow"),
+    "cfpi": Claim(_OFFLINE_EXACT + "improved_actions"),
+    "cfpi/sg": Claim("markovia.claims.improvement:operators"),
     "a2pr": Claim(_OFFLINE + "guided", "slow"),
     "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
     "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),

@@ -14,13 +14,14 @@ import torch
 from gymnasium import spaces
 
 from markovia.agents.control import ControlAgent
-from markovia.algos.off_policy import regularised
+from markovia.algos.off_policy import losses, regularised
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.slots import (
     Behaviour,
     Clone,
+    ClosedForm,
     Conservative,
     Critics,
     Deterministic,
@@ -30,6 +31,7 @@ from markovia.algos.off_policy.slots import (
     Held,
     InSampleTarget,
     JointBehaviour,
+    Mixture,
     SmoothedTarget,
     SoftTarget,
     Squashed,
@@ -39,6 +41,7 @@ from markovia.algos.off_policy.slots import (
 from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE
+from markovia.algos.offline.setup import make_agent
 from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build
@@ -58,6 +61,9 @@ ACTIVE = [m for m, row in OFFLINE.items() if row.value.critic is not None]
 def tiny(method_id: str, **changes: Any) -> Offline:
     """A row with small smooth networks."""
     method = override(OFFLINE[method_id].value, {"policy": {"hidden": [8], "activation": "tanh"}})
+    if method_id.startswith("cfpi"):
+        method = override(method, {"critic": {"hidden": [8, 8], "activation": "tanh", "quantiles": 2, "embedding": 3}})
+        return dataclasses.replace(override(method, {"policy": {"num": min(method.policy.num, 2)}}), **changes)
     for slot in ("critic", "value", "behaviour"):
         if getattr(method, slot) is not None:
             method = override(method, {slot: {"hidden": [8], "activation": "tanh"}})
@@ -80,7 +86,7 @@ def shake(net: torch.nn.Module, seed: int, size: float = 0.3) -> None:
 def made(method: OffPolicy, compile: bool = False) -> Update:
     """Networks in float64, no two of them alike."""
     torch.manual_seed(0)
-    agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
+    agent = make_agent(method, OBS, BOX, normalize_obs=False)
     agent.net.double()
     shake(agent.net, 4)
     nets = ActorCritic(method, agent, 0)
@@ -123,7 +129,8 @@ def test_row_is_whole(method_id: str) -> None:
     for where in row.functions:
         module, _, name = where.partition(":")
         assert re.search(r"\d{4}\.\d{5}", getattr(importlib.import_module(module), name).__doc__)
-    assert row.value.fixed_data and row.value.num_optimizer_steps == (1_100_000 if method_id == "spot" else 1_000_000)
+    updates = {"spot": 1_100_000, "cfpi": 500_000, "cfpi/sg": 500_000}
+    assert row.value.fixed_data and row.value.num_optimizer_steps == updates.get(method_id, 1_000_000)
     assert configure(method_id, POINT).num_env_steps == 3000
 
 
@@ -156,6 +163,9 @@ def test_equations_by_hand() -> None:
     # unit vectors at 0, 90 and 180 degrees: pairs 0, -1, 0, each twice, over N - 1 = 2; lengths do not matter
     grads = torch.tensor([[[2.0, 0.0]], [[0.0, 5.0]], [[-1.0, 0.0]]], dtype=F64)
     assert regularised.gradient_cosine(grads).item() == pytest.approx(-1.0)
+    # level 1/4: y = 2 lies 3 above z = -1, Huber 3 - 1/2; y = -1.5 lies 1/2 below, Huber 1/8: (1/4 * 2.5 + 3/4 / 8) / 2
+    found = losses.quantile_error(one(-1)[None, None], one(2, -1.5)[:, None], one(0.25)[:, None])
+    assert found.item() == pytest.approx((0.25 * 2.5 + 0.75 / 8) / 2)
     # the decoded action is worth 2 >= 1, then 0 < 3; above V in both rows; a tie goes to the decoded one, and V = 5 is above both
     chosen, gate = regularised.better_action(one(1, 2, 3)[:, None], one(7, 8, 9)[:, None], one(1, 3, 2), one(2, 0, 2), one(2, 1, 5))
     assert chosen[:, 0].tolist() == [7.0, 2.0, 9.0] and gate.tolist() == [1.0, 1.0, 0.0]
@@ -188,6 +198,40 @@ def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torc
 
 def net_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
     return forward([(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)], obs)
+
+
+def quantiles_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor, tau: torch.Tensor) -> list[torch.Tensor]:
+    """Each member and level by itself, (k, b)."""
+    out = []
+    for j in range(critic.num):
+        dense = lambda x, layer, j=j: x @ layer.weight[j] + layer.bias[j, 0]  # noqa: E731
+        x = dense(torch.cat([obs, action], 1), critic.hidden[0]).tanh()
+        rows = []
+        for level in tau:
+            cosines = torch.stack([torch.cos(math.pi * i * level) for i in range(critic.embedding)], 1)
+            rows.append(dense(dense(x * dense(cosines, critic.levels).tanh(), critic.merge).tanh(), critic.head)[:, 0])
+        out.append(torch.stack(rows))
+    return out
+
+
+def quantile_loss_by_hand(nets: ActorCritic, batch: Batch, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Huber's loss of every pair of a predicted and a target quantile, weighted by tau or 1 - tau."""
+    tau, total = torch.distributions.Normal(0.0, 1.0).cdf(noise[5:7, :, 0]), torch.zeros((), dtype=F64)
+    for z in quantiles_by_hand(nets.critic, batch.obs, batch.action, tau):
+        for i in range(2):
+            for target in y:
+                weight = torch.where(target < z[i], 1 - tau[i], tau[i])
+                total = total + (weight * torch.nn.functional.huber_loss(z[i], target, reduction="none")).mean() / 2
+    return total
+
+
+def mixture_by_hand(nets: ActorCritic, batch: Batch) -> torch.Tensor:
+    """-log of the mixture's density of atanh(a), over the slope 1 - a^2, from torch's own mixture."""
+    m, params = nets.agent.modes, policy_by_hand(nets.agent, batch.obs)  # type: ignore[attr-defined]
+    logits, mean, log_std = params[:, :m], params[:, m : 3 * m].reshape(-1, m, 2), params[:, 3 * m :].reshape(-1, m, 2)
+    parts = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=logits), parts).log_prob(torch.atanh(batch.action))
+    return -(density - torch.log(1 - batch.action**2).sum(1)).mean()
 
 
 def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
@@ -228,6 +272,10 @@ def expected_regulariser(method_id: str, nets: ActorCritic, batch: Batch, noise:
 
 def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     """y by the formula of the row's paper."""
+    if method_id.startswith("cfpi"):
+        tau = torch.distributions.Normal(0.0, 1.0).cdf(noise[3:5, :, 0])
+        z = torch.minimum(*quantiles_by_hand(nets.target, batch.next_obs, batch.extra["next_action"], tau))
+        return batch.reward + 0.99 * batch.continuation * z
     if method_id == "iql":
         value = net_by_hand(nets.value, batch.next_obs)[:, 0]
     elif method_id == "awac":
@@ -294,6 +342,8 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
     if method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n"):
         action, logp = squashed_by_hand(nets.agent, batch.obs, noise[2])
         return (LAM * logp - torch.stack(q_by_hand(nets.critic, batch.obs, action)).amin(0)).mean()
+    if method_id.startswith("cfpi"):
+        return mixture_by_hand(nets, batch)
     params = policy_by_hand(nets.agent, batch.obs)
     action = params.tanh()
     if method_id in ("bc", "filtered-bc"):
@@ -325,7 +375,10 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     nets, (batch, noise) = made(method).nets, minibatch()
     if nets.critic is not None:
         y = expected_goal(method_id, nets, batch, noise)
-        torch.testing.assert_close(nets.goal(batch, noise[0], LAM), y)
+        torch.testing.assert_close(nets.goal(batch, noise[0], LAM, noise[3:]), y)
+    if method_id.startswith("cfpi"):
+        torch.testing.assert_close(nets.critic_loss(batch, y, noise[3:])[0], quantile_loss_by_hand(nets, batch, y, noise))
+    elif nets.critic is not None:
         errors = [(q - y).square().mean() for q in q_by_hand(nets.critic, batch.obs, batch.action)]
         expected = sum(errors) * (0.5 if method_id == "iql" else 1.0) + expected_regulariser(method_id, nets, batch, noise)
         torch.testing.assert_close(nets.critic_loss(batch, y, noise[3:])[0], expected)
@@ -380,7 +433,7 @@ def test_gradients_match_finite_differences(method_id: str) -> None:
     nets, (batch, noise) = made(method).nets, minibatch(4)
     slot = method.actor
     if nets.critic is not None:
-        y = nets.goal(batch, noise[0], LAM)
+        y = nets.goal(batch, noise[0], LAM, noise[3:])
         check_gradient(lambda: nets.critic_loss(batch, y, noise[3:])[0], nets.critic)
     adv = None
     if nets.value is not None:
@@ -588,12 +641,12 @@ def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> Non
 @pytest.mark.parametrize("method_id", ACTIVE)
 def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     nets, (batch, noise) = made(tiny(method_id)).nets, minibatch()
-    y = nets.goal(batch, noise[0], LAM)
-    ended = batch.continuation == 0
-    torch.testing.assert_close(y[ended], batch.reward[ended])
-    assert bool((y[~ended] != batch.reward[~ended]).all())
+    y = nets.goal(batch, noise[0], LAM, noise[3:])
+    ended, reward = batch.continuation == 0, batch.reward.expand_as(y)
+    torch.testing.assert_close(y[..., ended], reward[..., ended])
+    assert bool((y[..., ~ended] != reward[..., ~ended]).all())
     batch.truncated = ~batch.truncated
-    assert torch.equal(nets.goal(batch, noise[0], LAM), y)
+    assert torch.equal(nets.goal(batch, noise[0], LAM, noise[3:]), y)
 
 
 @pytest.mark.parametrize("method_id", ["td3-bc", "rebrac", "mcep", "spot"])  # a2pr compares Q with V, so there it does not
@@ -665,6 +718,13 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: dataclasses.replace(tiny("spot"), behaviour=None), r"set behaviour=Behaviour\(\)"),
         (lambda: JointBehaviour(weight=0.0), "behaviour.weight and behaviour.beta must be > 0, got 0.0 and 0.5"),
         (lambda: Guided(alpha=-1.0), "actor.alpha and actor.weight must be >= 0, got -1.0"),
+        (lambda: Mixture(num=0), "policy.num must be >= 1, got 0"),
+        (lambda: ClosedForm(log_tau=-1.0), "log_tau >= 0"),
+        (lambda: dataclasses.replace(tiny("cfpi"), evaluation=None), r"policy=Mixture\(\) acts by evaluation=ClosedForm\(\)|imitation alone"),
+        (lambda: dataclasses.replace(tiny("cfpi"), critic=Critics()), "need each other: set both or neither"),
+        (lambda: dataclasses.replace(tiny("cfpi"), regulariser=Diverse()), "quantile critics take no regulariser"),
+        (lambda: dataclasses.replace(tiny("cfpi"), target=SoftTarget()), r"set target=LoggedTarget\(\), got SoftTarget"),
+        (lambda: dataclasses.replace(tiny("cfpi"), data=Logged()), "reads the next logged action; set data.next_action=True"),
         (lambda: dataclasses.replace(tiny("a2pr"), value=None), "need each other and serve nothing else"),
         (lambda: dataclasses.replace(tiny("a2pr"), target=SoftTarget()), r"set target=SmoothedTarget\(\)"),
         (lambda: Weighted(beta=-1.0), "actor.beta must be >= 0"),

@@ -17,7 +17,7 @@ from markovia import cli
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
 from markovia.agents.interface import Agent
-from markovia.algos.off_policy.slots import Behaviour, Deterministic
+from markovia.algos.off_policy.slots import Behaviour, Deterministic, QuantileCritics
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE
 from markovia.algos.offline.setup import reference_of
@@ -38,6 +38,8 @@ DATASET = "fixture:pointmass2d/blend"
 def short(method_id: str, **changes: Any) -> Offline:
     """A row's settings for pointmass, with small networks and twenty updates; a behaviour model takes the first six of them."""
     method = override(configure(method_id, POINT), {"num_steps": 10, "num_env_steps": 20, "batch_size": 16, "policy": {"hidden": [8]}})
+    if isinstance(method.critic, QuantileCritics):
+        method = override(method, {"critic": {"hidden": [8, 8], "quantiles": 2, "embedding": 4}})
     if method.behaviour is not None:
         method = override(method, {"behaviour": {"hidden": [8]}})
     if isinstance(method.behaviour, Behaviour):
