@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from markovia.agents.adapters import adapters_off, inject, plain_state
 from markovia.agents.distributions import FixedStdGaussian
 from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.records import Obs, Rollout
 from markovia.envs.denoising.kernel import GaussianKernel
-from markovia.envs.denoising.networks import NETWORKS, build_network, network_config
+from markovia.envs.denoising.networks import build_network, is_known, network_config
 
 
 class ChainCritic(nn.Module):
@@ -41,6 +44,9 @@ class DenoisingAgent(Agent):
 
     network  (x (N, *shape), timestep (N,), cond (N, C) or None) -> model output (N, *shape); eps, x0, v or flow as the kernel was told
     reduce   "sum": exact log-probs; "mean": divided by the number of entries D (published image settings)
+    lora     peft's settings, e.g. {"r": 8, "alpha": 16, "target_modules": ["to_q", "to_v"]}: only adapters are trained, and the reference is the
+             same network with the adapters off
+    batch    largest number of samples in one call of the network where no gradient is wanted; None: all at once
     """
 
     kind = "denoising"
@@ -54,11 +60,20 @@ class DenoisingAgent(Agent):
         critic_hidden: int | None = 128,
         reduce: Literal["sum", "mean"] = "sum",
         num_costs: int = 0,
+        lora: dict[str, Any] | None = None,
+        batch: int | None = None,
     ) -> None:
         if reduce not in ("sum", "mean"):
             raise ValueError(f"reduce must be 'sum' or 'mean', got {reduce!r}")
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch must be >= 1 sample, or None for all at once, got {batch}")
         self.kernel, self.sample_shape, self.cond_dim = kernel, tuple(int(n) for n in sample_shape), cond_dim
-        self.critic_hidden, self.reduce, self.num_costs = critic_hidden, reduce, num_costs
+        self.critic_hidden, self.reduce, self.num_costs, self.lora, self.batch = critic_hidden, reduce, num_costs, lora, batch
+        self._adapters_off = False
+        # A checkpoint needs no weights that lie in a pipeline's folder and are not trained.
+        self.own_base = lora is not None and any(getattr(m, "folder", None) for m in network.modules())
+        if lora is not None:
+            inject(network, lora)
         self.net = nn.ModuleDict({"policy": network})
         size = math.prod(self.sample_shape)
         self.scale = 1.0 if reduce == "sum" else 1.0 / size
@@ -75,6 +90,10 @@ class DenoisingAgent(Agent):
             )
         task.kernel.require_density(f"training on task {task.name!r}")
         cond_dim = 0 if task.conditions is None else int(task.conditions.shape[1])
+        if options.get("lora") is not None:
+            # Frozen weights can be shared; only the modules around them must be the agent's own.
+            shared = {id(p): p for p in task.network.parameters()}
+            return cls(copy.deepcopy(task.network, shared), task.kernel, task.sample_shape, cond_dim, **options)
         network = copy.deepcopy(task.network).float()
         for p in network.parameters():
             p.requires_grad_(True)
@@ -85,9 +104,18 @@ class DenoisingAgent(Agent):
         """Scale of the classifier-free guidance inside the policy's network; 1 without."""
         return float(getattr(self.net["policy"], "guidance", 1.0))
 
+    def network(self, x: Tensor, timestep: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Model output (N, *shape) of the policy's network, or of the reference's: adapters on or off."""
+        with adapters_off(self.net["policy"]) if self._adapters_off else nullcontext():
+            if self.batch is None or len(x) <= self.batch or torch.is_grad_enabled():
+                output: Tensor = self.net["policy"](x, timestep, cond)
+                return output
+            parts = zip(x.split(self.batch), timestep.split(self.batch), [None] * len(x) if cond is None else cond.split(self.batch), strict=False)
+            return torch.cat([self.net["policy"](*part) for part in parts])
+
     def _dist(self, x: Tensor, step: Tensor, cond: Tensor | None) -> FixedStdGaussian:
         """Distribution of the next sample for a flat batch (N, *shape)."""
-        output = self.net["policy"](x, self.kernel.timestep(step), cond)
+        output = self.network(x, self.kernel.timestep(step), cond)
         mean, std = self.kernel.mean_std(output, x, step)
         return FixedStdGaussian(mean, std.reshape(len(x)), self.scale)
 
@@ -168,16 +196,69 @@ class DenoisingAgent(Agent):
         action, _ = self.act(obs, deterministic)
         return action.reshape(sample.shape).cpu().numpy(), state
 
+    # -- reference and checkpoints --------------------------------------------------------------------------------------------------------
+
+    def reference(self) -> Agent:
+        """The policy before training: the same weights with the adapters off (LoRA, no copy), else a frozen copy."""
+        if self.lora is None:
+            return self.frozen()
+        ref = copy.copy(self)
+        ref._adapters_off = True
+        return ref
+
+    def frozen(self) -> Agent:
+        """A frozen copy with weights of its own, adapters included: what a method needs whose anchor moves."""
+        return super().reference()
+
+    def parameters(self, which: Literal["policy", "value"]) -> list[nn.Parameter]:
+        """Trainable parameters of one role; none for a reference, which shares its weights with the agent."""
+        return [] if self._adapters_off else super().parameters(which)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight; adapters and critic alone where the rest lies in a pipeline's folder."""
+        return {k: v for k, v in self.net.state_dict().items() if not self.own_base or k in self._trained()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put `state()` back. Missing or unknown names, or another shape, raise ValueError."""
+        kept = {k: v for k, v in self.net.state_dict().items() if self.own_base and k not in self._trained()}
+        super().load_state(kept | state)
+
+    def _trained(self) -> set[str]:
+        return {n for n, p in self.net.named_parameters() if "lora_" in n or n.startswith("critic.")}
+
+    def export(self, folder: str | Path, adapters: bool = False) -> Path:
+        """The trained pipeline as a diffusers folder, adapters merged into its weights; `adapters`: these alone, by diffusers' own
+        `save_lora_adapter` (read with `pipe.unet.load_lora_adapter(folder, prefix=None)`).
+
+        Raises ValueError when the network does not belong to a pipeline on disk, or has no adapters of diffusers.
+        """
+        from markovia.envs.denoising.pipeline import write_pipeline
+        from markovia.envs.denoising.pipeline_network import PipelineDenoiser
+
+        found = next((m for m in self.net["policy"].modules() if isinstance(m, PipelineDenoiser)), None)
+        if found is None or found.folder is None:
+            raise ValueError("only a pipeline that was read from a folder can be written back; this network has none. save(folder) keeps the agent")
+        if not adapters:
+            return write_pipeline(found.folder, plain_state(found.model), folder)
+        if self.lora is None or not hasattr(found.model, "save_lora_adapter"):
+            raise ValueError(
+                f"{type(found.model).__name__} has no adapters that diffusers could write (lora={self.lora}); write the whole pipeline instead"
+            )
+        found.model.save_lora_adapter(str(folder))  # type: ignore[operator]
+        return Path(folder)
+
     def config(self) -> dict[str, Any]:
         network = self.net["policy"]
         return {
-            "network": network_config(network) if type(network).__name__ in NETWORKS else {"network": "custom"},
+            "network": network_config(network) if is_known(network) else {"network": "custom"},
             "kernel": self.kernel.to_config(),
             "sample_shape": list(self.sample_shape),
             "cond_dim": self.cond_dim,
             "critic_hidden": self.critic_hidden,
             "reduce": self.reduce,
             "num_costs": self.num_costs,
+            "lora": self.lora,
+            "batch": self.batch,
         }
 
     @classmethod

@@ -132,6 +132,7 @@ class FixedStdGaussian:
     """N(mean, std^2 I) with std given by a sampler (denoising): mean (B, T, *shape), std (B, T). Only the mean is learned.
 
     scale = 1 sums over the D entries (exact); scale = 1/D averages (the convention of the published DDPO code).
+    A step with std = 0 is deterministic and has no density: its log-prob, entropy, KL and metric are 0, and it belongs outside of the mask.
     """
 
     mean: Tensor
@@ -154,15 +155,27 @@ class FixedStdGaussian:
     def _sum(self, x: Tensor) -> Tensor:
         return self.scale * x.flatten(self.std.dim()).sum(-1)
 
+    def _inverse(self) -> Tensor:
+        """1/std where std > 0, else 0."""
+        s = self._std()
+        return torch.where(s > 0, 1.0 / torch.where(s > 0, s, 1.0), 0.0)
+
     def log_prob(self, action: Tensor) -> Tensor:
-        s = self._std().clamp(min=1e-12)
-        return self._sum(-0.5 * (((action - self.mean) / s).square() + LOG_2PI) - s.log())
+        inverse = self._inverse()
+        # Rounding moves a deterministic step's action off its mean; divided by any small std that would be everything.
+        return self._sum(torch.where(inverse > 0, -0.5 * (((action - self.mean) * inverse).square() + LOG_2PI) + _log(inverse), 0.0))
 
     def entropy(self) -> Tensor:
-        return self._sum((self._std().clamp(min=1e-12).log() + 0.5 * (1.0 + LOG_2PI)).expand_as(self.mean))
+        inverse = self._inverse()
+        return self._sum(torch.where(inverse > 0, 0.5 * (1.0 + LOG_2PI) - _log(inverse), 0.0).expand_as(self.mean))
 
     def fisher(self, tangent: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"mean": self.scale * tangent["mean"] / self._std().clamp(min=1e-12).square(), "std": torch.zeros_like(self.std)}
+        return {"mean": self.scale * tangent["mean"] * self._inverse().square(), "std": torch.zeros_like(self.std)}
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, and 0 where x is 0."""
+    return torch.where(x > 0, x, 1.0).log()
 
 
 Distribution = Gaussian | Categorical | MultiCategorical | FixedStdGaussian
@@ -191,7 +204,7 @@ def kl(p: Distribution, q: Distribution) -> Tensor:
         z = ((p.mean - q.mean) * torch.exp(-q.log_std)).square()
         return (q.log_std - p.log_std + 0.5 * (var_ratio + z - 1.0)).sum(-1)
     if isinstance(p, FixedStdGaussian) and isinstance(q, FixedStdGaussian):
-        return p._sum(0.5 * ((p.mean - q.mean) / q._std().clamp(min=1e-12)).square())
+        return p._sum(0.5 * ((p.mean - q.mean) * q._inverse()).square())
     if isinstance(p, MultiCategorical) and isinstance(q, MultiCategorical):
         return torch.stack([kl(a, b) for a, b in zip(p.parts(), q.parts(), strict=True)], -1).sum(-1)
     assert isinstance(p, Categorical) and isinstance(q, Categorical)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from markovia.agents.adapters import lora_config
 from markovia.envs.text.tokens import CharTokenizer
 
 
@@ -60,22 +59,13 @@ def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
 
     Raises ValueError for a setting that peft's LoraConfig lacks, ImportError without peft.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as e:
-        raise ImportError("LoRA needs peft: pip install markovia[text]") from e
-    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **lora}
-    if "alpha" in settings:
-        settings["lora_alpha"] = settings.pop("alpha")
-    known = inspect.signature(LoraConfig).parameters
-    if unknown := sorted(settings.keys() - known.keys()):
-        near = difflib.get_close_matches(unknown[0], known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "e.g. {'r': 16, 'alpha': 32, 'target_modules': 'all-linear'}"
-        raise ValueError(f"lora has no setting {unknown[0]!r}; {hint}")
+    config = lora_config({"target_modules": "all-linear", **lora}, task_type="CAUSAL_LM")
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         # peft reads an attribute that transformers renamed; nothing that a user could mend.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        return get_peft_model(model, config)
 
 
 def plain_model(policy: Any) -> Any:

@@ -52,7 +52,7 @@ class AdjointDriver(ChainTrainer):
     def prepare(self, rollout: Rollout) -> None:
         """Put the adjoint that each step is matched with into columns["adjoint"], and leave the drawn steps in the mask."""
         kernel, cond = self.agent.kernel, rollout.outcome["cond"]
-        predict = predictor(kernel, self.reference.net["policy"], cond)
+        predict = predictor(kernel, self.reference.network, cond)
         gradient = reward_gradient(self.task, rollout.outcome["x"], cond)
         adjoint = lean_adjoint(lambda x, k: kernel.mean_std(predict(x, k), x, k)[0], chain_of(rollout), gradient, self.method.lam)
         rollout.columns["adjoint"] = adjoint[:, 1:] if self.method.index == "next" else adjoint[:, :-1]

@@ -36,9 +36,15 @@ class ChainTrainer(Trainer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs, as tensors and JSON."""
         tensors, meta = super().state()
-        return tensors | {f"reference.{k}": v for k, v in self.reference.net.state_dict().items()}, meta
+        return tensors | ({} if self._shared else {f"reference.{k}": v for k, v in self.reference.net.state_dict().items()}), meta
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, task and seed."""
         super().load_state(tensors, meta)
-        self.reference.net.load_state_dict(part(tensors, "reference."))
+        if not self._shared:
+            self.reference.net.load_state_dict(part(tensors, "reference."))
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the reference is the agent's own network with its adapters off."""
+        return self.reference.net is self.agent.net

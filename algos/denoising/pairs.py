@@ -49,7 +49,7 @@ def noise_error(agent: DenoisingAgent, record: Rollout) -> Tensor:
     B, T = record.shape
     x, step = record.obs["x"].flatten(0, 1), record.obs["step"].flatten()
     cond = record.obs["cond"].flatten(0, 1) if "cond" in record.obs else None
-    output = agent.net["policy"](x, agent.kernel.timestep(step), cond)
+    output = agent.network(x, agent.kernel.timestep(step), cond)
     wrong = agent.kernel.eps_from(output, x, step) - record.columns["noise"].flatten(0, 1)
     return reduce_entries(wrong.square(), agent.reduce).reshape(B, T)
 

@@ -83,6 +83,8 @@ class DenoisingPreferenceDriver(ChainTrainer):
         data: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(method, agent, collector, seed)
+        if isinstance(method.source, SemiPolicy) or isinstance(method.reference, EachRound):
+            self.reference = agent.frozen()  # type: ignore[assignment]  # an anchor that moves needs weights of its own, adapters or not
         self.score = score or clean_estimate_score(self.task, self.reference)
         self.data: dict[str, Any] = {}
         self.pool: list[dict[str, Tensor]] = []
@@ -140,7 +142,7 @@ class DenoisingPreferenceDriver(ChainTrainer):
         won, c = x[pick], None if cond is None else cond[pick]
         start = self.task.starts(count, generator)["x"]
         kernel = self.reference.kernel
-        own = denoise(kernel, predictor(kernel, self.reference.net["policy"], c), start.to(won), generator)
+        own = denoise(kernel, predictor(kernel, self.reference.network, c), start.to(won), generator)
         return torch.stack([won, own], 1).flatten(0, 1), None if c is None else c.repeat_interleave(2, 0)
 
     def _remember(self) -> None:

@@ -33,7 +33,7 @@ def clean_estimate_score(task: Any, agent: DenoisingAgent) -> StepScore:
     def score(x: Tensor, k: int, cond: Tensor | None) -> Tensor:
         if k == agent.kernel.num_steps:
             return task.rewards(x, cond)
-        predict = predictor(agent.kernel, agent.net["policy"], cond)
+        predict = predictor(agent.kernel, agent.network, cond)
         return task.rewards(agent.kernel.x0_from(predict(x, k), x, k), cond)
 
     return score
@@ -77,7 +77,7 @@ class Candidates:
     def collect(self, agent: DenoisingAgent, task: Any, n: int, generator: torch.Generator, score: StepScore) -> Items:
         kernel, starts = agent.kernel, task.starts(n, generator)
         x, cond = starts["x"], starts["cond"]
-        predict, row = predictor(kernel, agent.net["policy"], cond), torch.arange(n, device=x.device)
+        predict, row = predictor(kernel, agent.network, cond), torch.arange(n, device=x.device)
         parts: list[Rollout] = []
         scores: list[Tensor] = []
         for k in range(kernel.num_steps):
@@ -136,7 +136,7 @@ class NoisedData:
         x, cond = starts["x"], starts["cond"]
         if cond is not None:
             cond = cond[::2].repeat_interleave(2, 0)
-        x = denoise(reference.kernel, predictor(reference.kernel, reference.net["policy"], cond), x, generator)
+        x = denoise(reference.kernel, predictor(reference.kernel, reference.network, cond), x, generator)
         order = ranked(task.rewards(x, cond), keep_ties=True).flatten()
         return {"x": x[order], "cond": None if cond is None else cond[order]}
 

@@ -34,6 +34,8 @@ class DenoisingTask:
     reward       (x_clean (B, *sample_shape), cond) -> (B,) finite numbers (tensor, array or list)
     conditions   (N, C) floats, one of which is drawn for each sample; None for an unconditional task
     judge        optional second reward that training never sees, to tell improvement from fooling the first
+    decode       optional: clean samples to images (B, c, h, w) in [0, 1], for latents and images with channels
+    data         optional: () -> real samples (N, *sample_shape), which tell whether samples still lie near the data
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class DenoisingTask:
         conditions: Any = None,
         name: str = "denoising",
         judge: Callable[..., Any] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        data: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.network, self.kernel, self.reward, self.judge = network, kernel, reward, judge
+        self.network, self.kernel, self.reward, self.judge, self.decode, self.data = network, kernel, reward, judge, decode, data
         self.sample_shape = tuple(int(n) for n in sample_shape)
         self.name = name
         self.conditions = None if conditions is None else torch.as_tensor(conditions, dtype=torch.float32)
@@ -184,16 +188,21 @@ class _Chains:
         """The observation of chain i."""
         return {name: value[i] if name == "step" else value[i].copy() for name, value in obs.items()}
 
+    @torch.no_grad()
     def frames(self) -> tuple[np.ndarray, ...]:
         """Every chain's current sample as a picture; none before the first reset."""
-        return tuple(picture(x) for x in self.x.numpy())
+        if not len(self.x) or self.task.decode is None:
+            return tuple(picture(x) for x in self.x.numpy())
+        return tuple(picture(2 * image - 1) for image in self.task.decode(self.x).numpy())
 
 
 def picture(x: np.ndarray) -> np.ndarray:
-    """A sample as (H, W, 3) uint8: an image (h, w) in [-1, 1] in grey, each pixel 16 wide, or a point (2,) in the square [-2, 2]^2."""
-    if x.ndim == 2:
-        grey = (np.clip((x + 1) / 2, 0, 1) * 255).astype(np.uint8)
-        return np.repeat(np.kron(grey, np.ones((16, 16), np.uint8))[..., None], 3, -1)
+    """A sample as (H, W, 3) uint8: an image (h, w), (1, h, w) or (3, h, w) in [-1, 1], small ones enlarged to 128 or more, or a point (2,) in the
+    square [-2, 2]^2."""
+    if x.ndim >= 2:
+        planes = (np.clip((x.reshape(-1, *x.shape[-2:]) + 1) / 2, 0, 1) * 255).astype(np.uint8)
+        block = np.ones((1, *[max(1, -(-128 // max(x.shape[-2:])))] * 2), np.uint8)
+        return np.repeat(np.kron(planes, block).transpose(1, 2, 0), 3 // len(planes), -1)
     frame = np.full((128, 128, 3), 255, np.uint8)
     col, row = np.clip(((x * [1, -1] + 2) * 32).astype(int), 2, 125)
     frame[row - 2 : row + 3, col - 2 : col + 3] = (200, 30, 30)
@@ -203,7 +212,7 @@ def picture(x: np.ndarray) -> np.ndarray:
 def _check_render(task: DenoisingTask, render_mode: str | None) -> None:
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode={render_mode!r}; expected None or 'rgb_array'.")
-    if render_mode and not (len(task.sample_shape) == 2 or task.sample_shape == (2,)):
+    if render_mode and task.decode is None and not (len(task.sample_shape) == 2 or task.sample_shape == (2,)):
         raise ValueError(f"samples of shape {task.sample_shape} can't be drawn; expected (height, width) or (2,).")
 
 

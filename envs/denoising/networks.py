@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from markovia.envs.denoising.pipeline_network import PipelineDenoiser
+from markovia.envs.denoising.unet import UNetDenoiser
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -151,17 +154,24 @@ class MLPClassifier(nn.Module):
         return self.layers(x.flatten(x.ndim - len(self.sample_shape)))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (MLPDenoiser, LinearDenoiser, GuidedDenoiser, MLPClassifier)}
+NETWORKS: dict[str, type[nn.Module]] = {
+    c.__name__: c for c in (MLPDenoiser, UNetDenoiser, PipelineDenoiser, LinearDenoiser, GuidedDenoiser, MLPClassifier)
+}
+
+
+def is_known(network: nn.Module) -> bool:
+    """Whether a network can be rebuilt from JSON."""
+    return is_known(network.inner) if isinstance(network, GuidedDenoiser) else isinstance(network, tuple(NETWORKS.values()))
 
 
 def network_config(network: nn.Module) -> dict[str, Any]:
     """{"network": class name, **constructor arguments}: what `build_network` takes; ValueError for a foreign module."""
-    if not isinstance(network, MLPDenoiser | LinearDenoiser | GuidedDenoiser | MLPClassifier):
+    if not is_known(network):
         raise ValueError(
             f"{type(network).__name__} has no JSON config; expected one of {', '.join(NETWORKS)}. "
             "Save its parameters yourself and pass the module when loading."
         )
-    return {"network": type(network).__name__, **network.config()}
+    return {"network": type(network).__name__, **network.config()}  # type: ignore[operator]
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:
@@ -170,6 +180,8 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     name = arguments.pop("network", None)
     if name not in NETWORKS:
         raise ValueError(f"network={name!r} is unknown; expected one of {', '.join(NETWORKS)}.")
+    if name == "PipelineDenoiser":
+        return PipelineDenoiser.from_folder(**arguments)
     return NETWORKS[name](**arguments)
 
 
@@ -184,7 +196,7 @@ def save_network(path: Path, network: nn.Module) -> None:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """A shipped network in float32 and eval mode: mixture2d, digits, digits_conditional, digits_classifier or digits_judge.
+    """A shipped network in float32 and eval mode: mixture2d, digits, digits_unet, digits_conditional, digits_classifier or digits_judge.
 
     Raises ValueError for a name that is not shipped.
     """

@@ -19,6 +19,8 @@ _KIND_OF_SCHEDULER = {
     "FlowMatchEulerDiscreteScheduler": "flow_sde",
 }
 
+SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}  # those that any diffusion schedule can be sampled with
+
 
 @dataclass(frozen=True)
 class Level:

@@ -4,6 +4,7 @@ mixture2d            a ring of eight Gaussian blobs in the plane; reward: closen
 digits               the 8x8 digits of scikit-learn; reward: a classifier's probability of a wanted class
 digits_conditional   the same, a class is asked for in every chain and guides the network; reward: the probability of that class
 linear_gaussian      the fixture of LinearGaussianDenoising, whose optimum is known
+pipeline             any diffusers pipeline on disk, with a reward of its images
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def mixture2d(
         reward=ClosenessReward(mixture().means[wanted], width),
         sample_shape=(2,),
         name="mixture2d",
+        data=lambda: mixture().sample(1000, torch.Generator().manual_seed(0)).float(),
     )
 
 
@@ -104,6 +106,7 @@ def digits(wanted: int = 3, num_steps: int = 20, eta: float = 1.0, final: str = 
         sample_shape=(8, 8),
         name="digits",
         judge=ClassProbabilityReward(wanted, "digits_judge"),
+        data=lambda: digit_images()[0],
     )
 
 
@@ -120,7 +123,15 @@ def digits_conditional(guidance: float = 1.0, num_steps: int = 20, eta: float = 
         conditions=torch.eye(10),
         name="digits_conditional",
         judge=ClassProbabilityReward(None, "digits_judge"),
+        data=lambda: digit_images()[0],
     )
+
+
+def pipeline(**kwargs: Any) -> DenoisingTask:
+    """A diffusers pipeline on disk; see `pipeline.pipeline` for the arguments."""
+    from markovia.envs.denoising.pipeline import pipeline as made
+
+    return made(**kwargs)
 
 
 def linear_gaussian(**kwargs: Any) -> DenoisingTask:
@@ -140,6 +151,7 @@ TASKS: dict[str, Callable[..., DenoisingTask]] = {
     "digits": digits,
     "digits_conditional": digits_conditional,
     "linear_gaussian": linear_gaussian,
+    "pipeline": pipeline,
 }
 
 _ENV_ARGUMENTS = ("action_mode", "bound", "flatten", "render_mode")

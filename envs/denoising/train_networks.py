@@ -6,7 +6,6 @@ Writes weights/*.safetensors and weights/training.json (losses and accuracies as
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -16,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from markovia.envs.denoising.average import WeightAverage
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import WEIGHTS, GuidedDenoiser, MLPClassifier, MLPDenoiser, load_pretrained, save_network
 from markovia.envs.denoising.tasks import digit_images, mixture, scheduler
+from markovia.envs.denoising.unet import UNetDenoiser
 
 
 def denoiser(
-    network: MLPDenoiser, data: Tensor, steps: int, lr: float, seed: int, conditions: Tensor | None = None, drop: float = 0.15
+    network: nn.Module, data: Tensor, steps: int, lr: float, seed: int, conditions: Tensor | None = None, drop: float = 0.15, batch: int = 512
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Fit eps by least squares over uniform timesteps (Ho 2020, 2006.11239, eq. 14); returns an average of the last weights.
 
@@ -31,17 +32,17 @@ def denoiser(
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     abar = scheduler().alphas_cumprod
-    average = copy.deepcopy(network)
+    average = WeightAverage(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-4)
     losses = []
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        pick = torch.randint(len(data), (512,), generator=generator)
+        pick = torch.randint(len(data), (batch,), generator=generator)
         x0, cond = data[pick], None
         if conditions is not None:
-            cond = conditions[pick] * (torch.rand(512, 1, generator=generator) >= drop)
-        t = torch.randint(len(abar), (512,), generator=generator)
+            cond = conditions[pick] * (torch.rand(batch, 1, generator=generator) >= drop)
+        t = torch.randint(len(abar), (batch,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         a = abar[t].reshape(-1, *[1] * (x0.ndim - 1))
         loss = F.mse_loss(network(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, cond), eps)
@@ -50,12 +51,9 @@ def denoiser(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         losses.append(loss.detach())
-        decay = min(0.999, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for p_avg, p in zip(average.parameters(), network.parameters(), strict=True):
-                p_avg.lerp_(p, 1 - decay)
+        average.update(network)
     tail = float(torch.stack(losses[-500:]).mean())
-    return average.eval(), {
+    return average.network, {
         "updates": steps,
         "final_loss": round(tail, 4),
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -103,7 +101,7 @@ def read_samples(network: nn.Module, num_steps: int, cond: Tensor | None = None,
     return digit
 
 
-NAMES = ("digits_classifier", "digits_judge", "mixture2d", "digits", "digits_conditional")
+NAMES = ("digits_classifier", "digits_judge", "mixture2d", "digits", "digits_conditional", "digits_unet")
 
 
 def train(name: str, scale: float) -> tuple[nn.Module, dict[str, Any]]:
@@ -131,7 +129,10 @@ def train(name: str, scale: float) -> tuple[nn.Module, dict[str, Any]]:
             right = read_samples(GuidedDenoiser(network, guidance), 20, torch.eye(10)[asked]) == asked
             log[f"asked_digit_by_the_judge_at_guidance_{guidance:g}"] = round(float(right.float().mean()), 3)
         return network, log
-    network, log = denoiser(MLPDenoiser((8, 8), hidden=320, depth=4), images, count(12_000), 1.5e-3, seed=4)
+    if name == "digits_unet":
+        network, log = denoiser(UNetDenoiser((8, 8)), images, count(1000), 2e-3, seed=6, batch=128)
+    else:
+        network, log = denoiser(MLPDenoiser((8, 8), hidden=320, depth=4), images, count(12_000), 1.5e-3, seed=4)
     counts = torch.bincount(read_samples(network, num_steps=20), minlength=10)
     log["class_shares_by_the_judge"] = [round(c / 2000, 3) for c in counts.tolist()]
     return network, log

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from markovia.agents.denoising import DenoisingAgent
+from markovia.agents.distributions import FixedStdGaussian, kl
 from markovia.agents.interface import Agent
 from markovia.envs.denoising.tasks import make_env, make_task
 from markovia.envs.exact.denoisers import LinearGaussianDenoising
@@ -66,3 +67,16 @@ def test_what_it_cannot_give_is_taught():
         agent.evaluate(record, ["logp", "hidden"])
     with pytest.raises(ValueError, match="'sum' or 'mean'"):
         made(reduce="max")
+
+
+def test_a_deterministic_step_weighs_nothing():
+    # Two steps, the last with std 0 whose action was moved by rounding: only the first counts, -(1/0.5)^2/2 - log(0.5) - log(2 pi)/2 for each entry
+    mean, std = torch.zeros(1, 2, 3), torch.tensor([[0.5, 0.0]])
+    dist, moved = FixedStdGaussian(mean, std), FixedStdGaussian(mean + 1e-6, std)
+    action = torch.stack([torch.ones(3), torch.full((3,), 1e-6)])[None].requires_grad_(True)
+    logp = dist.log_prob(action)
+    torch.testing.assert_close(logp, torch.tensor([[3 * (-2.0 - math.log(0.5) - 0.5 * math.log(2 * math.pi)), 0.0]]))
+    assert float(kl(moved, dist)[0, 1]) == float(dist.entropy()[0, 1]) == 0.0
+    assert float(dist.fisher({"mean": torch.ones(1, 2, 3), "std": std})["mean"][0, 1].sum()) == 0.0
+    (gradient,) = torch.autograd.grad(logp.sum(), action)
+    assert bool(gradient.isfinite().all()) and float(gradient[0, 1].abs().sum()) == 0.0

@@ -1,0 +1,210 @@
+"""The denoiser of a diffusers pipeline, with what the pipeline tells it beside sample and time, recorded by running the pipeline itself.
+
+A pipeline's `__call__` encodes prompts or labels, and gives its UNet or transformer a sample, a timestep and the encoded conditions. A hook on the
+network stops that call at its first use, so the conditions are those of the pipeline to the bit, whatever encoders it has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from markovia.envs.denoising.unet import chosen_row
+
+Prompts = Sequence[str] | Sequence[int]
+EXAMPLE = "example"
+
+
+class _Reached(Exception):
+    """The pipeline's call came to its denoiser."""
+
+
+def example_pipeline() -> Any:
+    """A DDIM pipeline of 8x8 digits around the shipped UNet, made in memory."""
+    from diffusers import DDIMPipeline
+
+    from markovia.envs.denoising.networks import load_pretrained
+    from markovia.envs.denoising.tasks import scheduler
+
+    network: Any = load_pretrained("digits_unet")
+    pipe: Any = DDIMPipeline(network.model, scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(folder: str | Path) -> Any:
+    """A diffusers pipeline from a folder on disk (or a name, where a hub is reachable), without safety checker and progress bars;
+    "example" is one of 8x8 digits.
+
+    Raises ImportError without diffusers, ValueError for a folder that holds no pipeline.
+    """
+    if folder == EXAMPLE:
+        return example_pipeline()
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise ImportError("a pipeline needs diffusers: pip install markovia[diffusion]") from error
+    if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds no diffusers pipeline (model_index.json is missing); give the folder that pipeline.save_pretrained wrote.")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder))
+    except OSError as error:
+        raise ValueError(f"{folder} can't be read as a diffusers pipeline: {error}") from error
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it blackens images, which no reward could explain
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """(name, network) of the pipeline's denoiser. Raises ValueError when it has none or several."""
+    found = [(name, getattr(pipe, name)) for name in ("unet", "transformer") if isinstance(getattr(pipe, name, None), nn.Module)]
+    if len(found) != 1:
+        raise ValueError(f"{type(pipe).__name__} has {len(found)} denoisers named unet or transformer; expected exactly one.")
+    return found[0]
+
+
+def condition_argument(pipe: Any) -> str | None:
+    """The name under which the pipeline takes its conditions: "prompt", "class_labels", or None for an unconditional one."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return next((name for name in ("prompt", "class_labels") if name in known), None)
+
+
+def call_arguments(pipe: Any, prompts: Prompts | None, guidance: float | None = None, **call: Any) -> dict[str, Any]:
+    """Arguments of the pipeline's own call for one image of each prompt; those that it does not take are left out."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    name = condition_argument(pipe)
+    conditions = {"batch_size": 1} if name is None else {name: list(prompts or ())}
+    wanted = {**conditions, "guidance_scale": guidance, **call}
+    if unknown := sorted(k for k in call if k not in known):
+        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(k for k in known if k != 'self')}.")
+    return {k: v for k, v in wanted.items() if k in known and v is not None}
+
+
+def recorded_call(pipe: Any, prompts: Prompts | None, guidance: float | None = None, **call: Any) -> dict[str, Any]:
+    """What the pipeline gives its denoiser at the first step, by the names of the network's own signature ("sample" for the first of them)."""
+    network = denoiser_of(pipe)[1]
+    seen: dict[str, Any] = {}
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        _, sample = list(bound)[:2]
+        seen.update({("sample" if k == sample else k): v for k, v in bound.items() if k not in ("self", "return_dict")})
+        raise _Reached
+
+    handle = network.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        pipe(**call_arguments(pipe, prompts, guidance, num_inference_steps=2, **call))
+    except _Reached:
+        return seen
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(pipe).__name__} never called its {denoiser_of(pipe)[0]}.")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        at = out
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return out
+
+
+class PipelineDenoiser(nn.Module):
+    """network(x, timestep, cond) around a pipeline's UNet or transformer; cond (n, P) marks one of P prompts, a row of zeros none of them.
+
+    rows    name -> (P + 1, ...): what the network is told beside sample and time, "none" first (the empty prompt or label, where there is one)
+    fixed   name -> value: arguments that depend on no prompt
+    A network that predicts its variance too (twice the channels) gives the first half: the std is the kernel's.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: dict[str, Tensor], fixed: dict[str, Any], time_scale: float, guided: bool, source: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.model, self.fixed, self.time_scale, self.guided, self.source = model.eval(), fixed, time_scale, guided, source
+        self.names = tuple(rows)
+        for i, value in enumerate(rows.values()):
+            self.register_buffer(f"row{i}", value, persistent=False)
+
+    @property
+    def folder(self) -> str | None:
+        """Where the pipeline lies; None for one that was made in memory."""
+        found: str | None = self.source.get("folder")
+        return found
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, prompts: Prompts | None, folder: str | None = None, **call: Any) -> tuple[PipelineDenoiser, tuple[int, ...]]:
+        """(the denoiser, shape of its sample). Raises ValueError where prompts are missing, or were given to an unconditional pipeline."""
+        name = condition_argument(pipe)
+        if (name is None) != (not prompts):
+            raise ValueError(
+                f"{type(pipe).__name__} is unconditional; leave prompts out."
+                if name is None
+                else f"{type(pipe).__name__} draws what it is asked for: give prompts, a list of {'texts' if name == 'prompt' else 'class numbers'}."
+            )
+        alone = recorded_call(pipe, prompts, guidance=1.0, **call)
+        sample, time = alone.pop("sample"), alone.pop("timestep")
+        n = 0 if prompts is None else len(prompts)
+        tensors = {k: v for k, v in flat(alone).items() if isinstance(v, Tensor) and v.ndim > 0 and len(v) == max(n, 1)}
+        fixed = {k: v for k, v in flat(alone).items() if k not in tensors and v is not None}
+        none = cls._none(pipe, prompts, tensors, **call) if n else {}
+        rows = {k: torch.cat([none[k] if none else torch.zeros_like(v[:1]), v]).detach() for k, v in tensors.items()}
+        first = float(torch.as_tensor(pipe.scheduler.timesteps[0]))
+        scale = float(torch.as_tensor(time).flatten()[0]) / first
+        source = {"folder": folder, "prompts": None if prompts is None else list(prompts), "call": call}
+        return cls(denoiser_of(pipe)[1], rows, fixed, scale, bool(none), source), tuple(sample.shape[1:])
+
+    @staticmethod
+    def _none(pipe: Any, prompts: Any, tensors: dict[str, Tensor], **call: Any) -> dict[str, Tensor]:
+        """The pipeline's own unconditional inputs: the other half of a guided call; empty where it does not double its batch.
+
+        Which half that is differs between pipelines; it is the one that does not hold what the unguided call held.
+        """
+        both = flat(recorded_call(pipe, prompts, guidance=2.0, **call))
+        n = len(prompts)
+        if len(both["sample"]) != 2 * n:
+            return {}
+        halves = [{k: both[k][part] for k in tensors} for part in (slice(0, n), slice(n, None))]
+        same = [all(torch.equal(half[k], v) for k, v in tensors.items()) for half in halves]
+        return {k: v[:1] for k, v in halves[same.index(True) ^ 1].items()} if any(same) else {}
+
+    @classmethod
+    def from_folder(cls, folder: str, prompts: Prompts | None, call: dict[str, Any]) -> PipelineDenoiser:
+        """Rebuild from `config()`: the folder is read again."""
+        if folder is None:
+            raise ValueError("this network belonged to a pipeline that was made in memory; pass it: DenoisingAgent.load(folder, network=...)")
+        return cls.from_pipeline(load_pipeline(folder), prompts, folder, **call)[0]
+
+    def config(self) -> dict[str, Any]:
+        """What `from_folder` takes, as JSON values."""
+        return dict(self.source)
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Model output, shaped as x (n, *sample_shape)."""
+        rows: dict[str, Any] = {}
+        if self.names:
+            if cond is None:
+                raise ValueError(f"cond is missing: the pipeline was recorded with {len(self.source['prompts'])} prompts: give (n, prompts), one-hot")
+            index = chosen_row(cond)
+            rows = {name: getattr(self, f"row{i}")[index] for i, name in enumerate(self.names)}
+        time = timestep if self.time_scale == 1.0 else timestep * self.time_scale
+        out: Tensor = self.model(x, timestep=time, **nested({**self.fixed, **rows}), return_dict=False)[0]
+        return out[:, : x.shape[1]] if out.shape[1] == 2 * x.shape[1] else out
