@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from markovia.agents.actor import ArrayActor, array_actor
 from markovia.agents.distributions import Categorical, Distribution, Gaussian, MultiCategorical, SquashedGaussian
 from markovia.agents.interface import Agent, Evaluation, Kind, check_want
 from markovia.agents.networks import PolicyNet, Trunk, ValueNet, check_layers, is_image, network_name
@@ -100,6 +101,10 @@ class StepAgent(Agent):
     def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor:
         """Actions (n, ...) as `act` draws them, without their log-probabilities, which a collector computes for a whole record at once."""
         return self.act(obs, generator=generator)[0]
+
+    def actor(self) -> StepAgent | ArrayActor:
+        """What steps for this agent until its weights are replaced: `observe`, `sample` and `env_action`, on tensors or on arrays."""
+        return self
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -277,6 +282,10 @@ class ControlAgent(StepAgent):
     def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor:
         return self.policy(obs).sample(generator)
 
+    def actor(self) -> StepAgent | ArrayActor:
+        # A subclass may sample in its own way.
+        return (array_actor(self) if type(self) is ControlAgent else None) or self
+
     @torch.no_grad()
     def act(
         self, obs: Obs, deterministic: bool = False, generator: torch.Generator | None = None
@@ -303,9 +312,12 @@ class ControlAgent(StepAgent):
         return out
 
     def env_action(self, action: Tensor) -> np.ndarray:
+        return self.to_env(action.detach().cpu().numpy())
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
         """Clipped, or unsquashed and rescaled, to the Box; shifted to the discrete space's start; (n, *action shape)."""
         space = self.action_space
-        raw = action.detach().cpu().numpy().reshape(-1, *(space.shape or ()))
+        raw = action.reshape(-1, *(space.shape or ()))
         if isinstance(space, spaces.Box):
             if self.squash or self.tanh_mean:
                 return self.from_unit(np.tanh(raw) if self.squash else raw)

@@ -38,7 +38,7 @@ class RunningNorm(nn.Module):
         if n == 0:
             return
         if self.mean.is_cpu:
-            self._update_array(x.numpy().astype(np.float64))
+            self.update_array(x.numpy().astype(np.float64))
             return
         x = x.to(torch.float64)
         mean, total = x.mean(0), self.count + n
@@ -55,8 +55,8 @@ class RunningNorm(nn.Module):
         self.var.copy_(std.square() - EPS)
         self.count.fill_(count)
 
-    def _update_array(self, x: np.ndarray) -> None:
-        """The same merge on the buffers' own memory: for a few rows an operation's overhead is all there is, and numpy's is a fraction of torch's."""
+    def update_array(self, x: np.ndarray) -> None:
+        """The same merge of float64 rows on the buffers' own memory: for a few rows an operation's overhead is all there is, and numpy's is a fraction of torch's."""
         mean, var, count = self.mean.numpy(), self.var.numpy(), self.count.numpy()
         n = len(x)
         before, total = float(count), float(count) + n
@@ -68,13 +68,16 @@ class RunningNorm(nn.Module):
         mean += delta * (n / total)
         count[...] = total
 
+    def standardise(self, x: np.ndarray) -> np.ndarray:
+        """float64 x (..., *shape) standardised in its own memory, then as float32; buffers on the CPU."""
+        x -= self.mean.numpy()
+        x *= 1.0 / np.sqrt(self.var.numpy() + EPS)
+        return np.minimum(np.maximum(x, -self.clip), self.clip).astype(np.float32)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., *shape) standardised, float32."""
         if self.mean.is_cpu and not x.requires_grad:
-            array = x.numpy().astype(np.float64)
-            array -= self.mean.numpy()
-            array *= 1.0 / np.sqrt(self.var.numpy() + EPS)
-            return torch.from_numpy(np.minimum(np.maximum(array, -self.clip), self.clip).astype(np.float32))
+            return torch.from_numpy(self.standardise(x.numpy().astype(np.float64)))
         z = (x.to(torch.float64) - self.mean) * torch.rsqrt(self.var + EPS)
         return z.clamp(-self.clip, self.clip).to(torch.float32)
 

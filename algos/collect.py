@@ -17,13 +17,6 @@ from markovia.agents.records import Obs, Rollout, map_obs
 from markovia.algos.reward_scale import RewardScale
 
 
-class StepAgent(Protocol):
-    """What `StepCollector` needs beyond `Agent`: raw observations in, what the network sees out."""
-
-    def observe(self, observation: Any, update: bool | np.ndarray = False) -> Obs: ...
-    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> Tensor: ...
-
-
 class StepCollector:
     """Rows of `num_steps` decisions from each of `num_envs` environments; a row goes on where the last one of its environment was cut.
 
@@ -97,15 +90,16 @@ class StepCollector:
         valid = np.zeros((B, T), dtype=bool)
         cost: np.ndarray | None = None  # until the environment tells one
         finals: list[tuple[np.ndarray, int, Any]] = []  # environments, step, their raw final observations
+        actor = agent.actor()  # type: ignore[attr-defined]
         for t in range(T):
             live = ~self._starting
-            obs = agent.observe(self._raw, update=live)  # type: ignore[attr-defined]
-            action = agent.sample(obs, generator)  # type: ignore[attr-defined]
+            obs = actor.observe(self._raw, update=live)
+            action = actor.sample(obs, generator)
             if t == 0:
                 store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T)}
             _put(store["obs"], obs, t)
             store["action"][:, t] = action
-            r, term, trunc, infos = self._advance(agent.env_action(action), live)
+            r, term, trunc, infos = self._advance(actor.env_action(action), live)
             done = term | trunc
             valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
             step_cost = cost_of(infos, done & (not self.next_step), B)
@@ -149,8 +143,8 @@ class StepCollector:
         dtype = next(agent.net.parameters()).dtype
         as_float = lambda x: torch.from_numpy(x).to(device=device, dtype=dtype)  # noqa: E731
         rollout = Rollout(
-            obs=store["obs"],
-            action=store["action"],
+            obs=map_obs(store["obs"], torch.as_tensor),
+            action=torch.as_tensor(store["action"]),
             logp_old=as_float(np.zeros_like(reward)),
             reward=as_float(reward),
             valid=mask,
@@ -191,9 +185,10 @@ class StepCollector:
         self._return[done], self._length[done], self._cost[done] = 0.0, 0, 0.0
 
 
-def _room(x: Tensor, T: int) -> Tensor:
-    """Uninitialised (n, T, ...) for T tensors like x (n, ...)."""
-    return torch.empty((x.shape[0], T, *x.shape[1:]), dtype=x.dtype, device=x.device)
+def _room(x: Any, T: int) -> Any:
+    """Uninitialised (n, T, ...) for T tensors or arrays like x (n, ...)."""
+    shape = (x.shape[0], T, *x.shape[1:])
+    return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _put(store: Obs, obs: Obs, t: int) -> None:

@@ -134,7 +134,7 @@ def test_first_pass_ratio_is_exactly_one(squash):
 
 
 def test_logp_is_that_of_the_sampled_action():
-    agent = agent_for()
+    agent = agent_for(activation="gelu")  # one that samples by tensors
     seen = []
 
     def sample(obs, generator):
@@ -143,7 +143,9 @@ def test_logp_is_that_of_the_sampled_action():
         return action
 
     state = torch.Generator().manual_seed(1)
-    plain = StepCollector(venv(AutoresetMode.SAME_STEP), agent_for(), 6).collect(agent_for(), torch.Generator().manual_seed(1))
+    plain = StepCollector(venv(AutoresetMode.SAME_STEP), agent_for(), 6).collect(
+        agent_for(activation="gelu"), torch.Generator().manual_seed(1)
+    )
     agent.sample = sample
     r = StepCollector(venv(AutoresetMode.SAME_STEP), agent, 6).collect(agent, state)
     assert torch.equal(r.action, torch.stack([a for a, _ in seen], 1)) and torch.equal(r.action, plain.action)
