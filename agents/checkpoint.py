@@ -31,6 +31,7 @@ CLASSES: dict[str, str] = {
     "TabularAgent": "markovia.agents.tabular:TabularAgent",
     "LanguageAgent": "markovia.agents.language:LanguageAgent",
     "DenoisingAgent": "markovia.agents.denoising:DenoisingAgent",
+    "DiffusionPolicyAgent": "markovia.agents.diffusion_policy:DiffusionPolicyAgent",
 }
 
 

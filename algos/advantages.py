@@ -89,6 +89,39 @@ class GAE:
         return gae(reward, rollout.value[..., 0], rollout.continuation, rollout.truncated, boot, gamma=gamma, lam=self.lam)
 
 
+@dataclass(frozen=True)
+class ChainGAE:
+    """GAE of chunks in the two-layer MDP of a denoising policy: each denoising step has its chunk's advantage, noisy steps count less.
+
+    A_i = gamma_d^(K'-1-i) A_GAE(s_e, a_e), i = 0 (noisiest) .. K'-1                              [Ren 2024, arXiv 2409.00588, section 4.3]
+    gamma and lam work between chunks. The factor is the column `weight`, because advantages are standardised before it is applied; rewards within
+    a chain (penalties) are added up. Reads the column `left` (B, T): K'-1-i.
+    """
+
+    gamma: float = 0.99  # discount per chunk
+    lam: float = 0.95  # exponential average over chunks
+    denoising_discount: float = 0.99  # gamma_d
+    needs_critic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam", "denoising_discount"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        assert rollout.value is not None
+        left = rollout.columns["left"]
+        steps = int(left[0, 0]) + 1
+        last = slice(steps - 1, None, steps)
+        boot = None if rollout.boot_value is None else rollout.boot_value[:, last, 0]
+        total = reward.unflatten(1, (-1, steps)).sum(2)
+        adv, ret = gae(
+            total, rollout.value[:, ::steps, 0], rollout.continuation[:, last], rollout.truncated[:, last], boot, gamma=self.gamma, lam=self.lam
+        )
+        rollout.columns["weight"] = self.denoising_discount**left
+        return adv.repeat_interleave(steps, 1), ret.repeat_interleave(steps, 1)
+
+
 def _row_returns(reward: Tensor, rollout: Rollout) -> Tensor:
     """(B,) sums, checked: each row must hold exactly one episode."""
     last = rollout.valid & ~torch.cat([rollout.valid[:, 1:], torch.zeros_like(rollout.valid[:, :1])], dim=1)
@@ -301,4 +334,4 @@ class Consistency:
         return local[:, None].expand_as(reward), returns[:, None].expand_as(reward)
 
 
-Advantage = GAE | LeaveOneOut | MovingBaseline | BatchReturn | GroupNormalised | Greedy | FrozenQ | ConflictAware | Consistency
+Advantage = GAE | ChainGAE | LeaveOneOut | MovingBaseline | BatchReturn | GroupNormalised | Greedy | FrozenQ | ConflictAware | Consistency

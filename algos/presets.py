@@ -11,6 +11,7 @@ from typing import Any
 from markovia.algos import advantages
 from markovia.algos.denoising import adjoint, sources
 from markovia.algos.denoising import preference as denoising_preference
+from markovia.algos.diffusion_policy import method as diffusion_policy
 from markovia.algos.off_policy import method as off_policy
 from markovia.algos.off_policy import slots as off_policy_slots
 from markovia.algos.offline import method as offline
@@ -24,7 +25,8 @@ from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
 _ON_POLICY = (advantages, divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens)
-_MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, adjoint, denoising_preference, sources, constraint, dual, termination)
+_CHAINS = (adjoint, denoising_preference, diffusion_policy, sources)
+_MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, *_CHAINS, constraint, dual, termination)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }

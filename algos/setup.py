@@ -18,6 +18,7 @@ from markovia.algos.denoising.adjoint import AdjointMatching
 from markovia.algos.denoising.driver import AdjointDriver
 from markovia.algos.denoising.methods import ChainMethod
 from markovia.algos.denoising.preference import DenoisingPreference, DenoisingPreferenceDriver
+from markovia.algos.diffusion_policy.method import Imitation, TwoLayer
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
@@ -80,7 +81,7 @@ def _build(
     env_id: str | None, method: Method, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str,
     data: dict[str, Any] | None, dataset: str | None,
 ) -> Setup:  # fmt: skip
-    if dataset is not None and not isinstance(method, Offline):
+    if dataset is not None and not isinstance(method, Offline | Imitation):
         raise ValueError(f"{type(method).__name__} does not learn from a dataset; choose an offline method such as td3-bc, or leave dataset out")
     if isinstance(method, Preference):
         from markovia.algos.preference.setup import build_preference
@@ -97,7 +98,12 @@ def _build(
             if kind != "denoising":
                 raise ValueError(f"{type(method).__name__} trains denoising tasks; {env_id} is a {kind} task")
             return _sequences(kind, env_id, method, env_kwargs, options, device)
-        if isinstance(method, Offline):
+        if isinstance(method, TwoLayer):
+            from markovia.algos.diffusion_policy.setup import build_two_layer
+
+            return build_two_layer(env_id, method, seed, env_kwargs, options, device)
+        if isinstance(method, Offline | Imitation):
+            from markovia.algos.diffusion_policy.setup import build_imitation
             from markovia.algos.offline.setup import build_offline
 
             if kind != "control" or dataset is None:
@@ -105,6 +111,8 @@ def _build(
                     f"an offline method learns control from a dataset: name one (--dataset: a Minari id, a D4RL file or fixture:NAME), "
                     f"got {dataset} for the {kind} task {env_id}"
                 )
+            if isinstance(method, Imitation):
+                return build_imitation(env_id, method, dataset, env_kwargs, options, device)
             return build_offline(env_id, method, dataset, env_kwargs, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs, options, vectorization, device)
@@ -121,6 +129,10 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         return DenoisingPreferenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, Preference):
         return PreferenceDriver(method, setup.agent, setup.collector, seed)
+    if isinstance(method, Imitation):
+        from markovia.algos.diffusion_policy.driver import ImitationDriver
+
+        return ImitationDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, OffPolicy):
         return OffPolicyDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
     return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile, setup.references)
@@ -128,7 +140,7 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, ChainMethod | Preference) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, ChainMethod | Preference | Imitation) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 
@@ -246,16 +258,18 @@ def evaluate_stepped(
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
     obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
+    state, starting = None, np.ones(episodes, dtype=bool)
     costs: np.ndarray | None = None
     while running.any():
-        actions, _ = agent.predict(obs, deterministic=deterministic)
+        actions, state = agent.predict(obs, state, starting, deterministic)
         obs, reward, terminated, truncated, infos = venv.step(actions)
         returns += reward * running
         step_cost = cost_of(infos, terminated | truncated, episodes)
         if step_cost is not None:
             costs = (0.0 if costs is None else costs) + step_cost.sum(1) * running
         lengths += running
-        running &= ~(terminated | truncated)
+        starting = terminated | truncated
+        running &= ~starting
     venv.close()
     return {"returns": returns.tolist(), "lengths": lengths.tolist(), **({} if costs is None else {"costs": costs.tolist()})}
 

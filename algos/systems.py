@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from markovia.algos.denoising.methods import DENOISING, ChainMethod
+from markovia.algos.diffusion_policy.method import Imitation
+from markovia.algos.diffusion_policy.methods import DIFFUSION_POLICY
 from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
@@ -17,12 +19,12 @@ from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference  # what a driver can be built for, one settings class per family
+Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference | Imitation  # what a driver can be built for, one settings class per family
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, DENOISING, PREFERENCE, SAFE, MEASURES)
+    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, DENOISING, DIFFUSION_POLICY, PREFERENCE, SAFE, MEASURES)
     return table([row for family in families for row in family.values()])
 
 

@@ -161,7 +161,9 @@ class OnPolicyDriver(Budget):
         return rollout, self._cost(rollout)
 
     def _cost(self, rollout: Rollout) -> int:
-        """A sequence is one decision of the outer problem; a step task counts its valid steps."""
+        """A sequence is one decision of the outer problem; a step task counts its valid steps, unless the record says how many (`env_steps`)."""
+        if "env_steps" in rollout.outcome:
+            return int(rollout.outcome["env_steps"].sum())
         return rollout.shape[0] if self.counts_rows(rollout) else int(rollout.valid.sum())
 
     def counts_rows(self, rollout: Rollout) -> bool:

@@ -12,7 +12,7 @@ from markovia.agents.interface import Agent, Evaluation
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.on_policy.divergence import KL, Divergence, k3
 from markovia.algos.on_policy.method import OnPolicy
-from markovia.algos.on_policy.surrogates import KLDrift, tsallis_bregman
+from markovia.algos.on_policy.surrogates import ChainClip, KLDrift, tsallis_bregman
 from markovia.algos.table import nearest
 
 
@@ -112,7 +112,8 @@ def objective(method: OnPolicy, part: Rollout, logp: Tensor, kl_value: Tensor | 
     log_ratio = torch.where(part.mask, logp - anchor, 0.0)
     log_ratio = levelled(method, log_ratio, part.mask)
     columns = part.columns
-    out = method.surrogate(log_ratio, columns["adv"], kl_value, coef)
+    staged = {"stage": columns["stage"]} if "stage" in columns and isinstance(method.surrogate, ChainClip) else {}
+    out = method.surrogate(log_ratio, columns["adv"], kl_value, coef, **staged)
     if "adv_other" in columns:
         out = columns["mix"] * out + (1.0 - columns["mix"]) * method.surrogate(log_ratio, columns["adv_other"], kl_value, coef)
     return columns["weight"] * out if "weight" in columns else out

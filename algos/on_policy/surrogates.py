@@ -9,6 +9,7 @@ arXiv 2201.02373); therefore one full-batch step is the same for every smooth dr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,14 +19,14 @@ from torch import Tensor
 NeedsKL = Literal["none", "new_old", "old_new", "tsallis"]
 
 
-def clip_drift(log_ratio: Tensor, adv: Tensor, *, low: float, high: float) -> Tensor:
+def clip_drift(log_ratio: Tensor, adv: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
     """PPO's clipping as a drift: rho A - D = min(rho A, clip(rho, 1 - low, 1 + high) A).
 
     D = ReLU((rho - clip(rho, 1 - low, 1 + high)) A)                                   [Schulman 2017, eq. 7; arXiv 1707.06347]
     The gradient is zero for A > 0, rho > 1 + high and for A < 0, rho < 1 - low.
     """
     rho = log_ratio.exp()
-    return torch.relu((rho - rho.clamp(1.0 - low, 1.0 + high)) * adv)
+    return torch.relu((rho - torch.clamp(rho, 1.0 - low, 1.0 + high)) * adv)  # type: ignore[arg-type]
 
 
 def discovered_drift(log_ratio: Tensor, adv: Tensor, *, alpha: float, beta: float) -> Tensor:
@@ -56,6 +57,15 @@ def learnt_drift(log_ratio: Tensor, adv: Tensor, *, w1: Tensor, w2: Tensor, clip
     """
     net = (torch.tanh(drift_features(log_ratio, adv) @ w1.T) @ w2.T).squeeze(-1)
     return torch.relu(clip_drift(log_ratio, adv, low=clip, high=clip) + net - dead_zone)
+
+
+def chain_clip(stage: Tensor, *, clip: float, base: float, rate: float) -> Tensor:
+    """PPO's range for each denoising step: small where the sample is noisy, `clip` at the last step.
+
+    e_i = base + (clip - base) (exp(rate u_i) - 1)/(exp(rate) - 1),  u_i = i/(K'-1), u = 1 for K' = 1        [Ren 2024, arXiv 2409.00588, code]
+    stage (b, t) holds u; base = clip is no schedule.
+    """
+    return base + (clip - base) * torch.expm1(rate * stage) / math.expm1(rate)
 
 
 def ratio_objective(log_ratio: Tensor, adv: Tensor) -> Tensor:
@@ -113,6 +123,26 @@ class Clip:
     def clipped(self, log_ratio: Tensor, adv: Tensor) -> Tensor:
         """(b, t) bool: the clipped term is the smaller one, so the decision has no gradient."""
         return clip_drift(log_ratio, adv, low=self.clip, high=self.high) > 0
+
+
+@dataclass(frozen=True)
+class ChainClip:
+    """Clipped ratio with a range that grows over the denoising steps (`chain_clip`); for records with the column `stage`."""
+
+    clip: float = 0.01  # at the last step
+    base: float = 0.01  # at the noisiest one
+    rate: float = 3.0  # how late it grows
+    needs_kl: ClassVar[NeedsKL] = "none"
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.base <= self.clip and self.rate > 0.0):
+            raise ValueError(f"a clipping schedule needs 0 < base <= clip and rate > 0, got base={self.base}, clip={self.clip}, rate={self.rate}")
+
+    def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor, stage: Tensor | None = None) -> Tensor:
+        if stage is None:
+            raise ValueError("ChainClip is a schedule over denoising steps, but this record has no column `stage`; use Clip")
+        e = chain_clip(stage, clip=self.clip, base=self.base, rate=self.rate)
+        return ratio_objective(log_ratio, adv) - clip_drift(log_ratio, adv, low=e, high=e)
 
 
 @dataclass(frozen=True)
@@ -188,4 +218,4 @@ def tsallis_bregman(logits: Tensor, logits_old: Tensor, *, q: float) -> Tensor:
     return (lp.exp() * (log_q(lp) - q * log_q(lo)) + (q - 1.0) * lo.exp() * log_q(lo)).sum(-1)
 
 
-Surrogate = PolicyGradient | Clip | Regress | KLDrift | Discovered | Learnt
+Surrogate = PolicyGradient | Clip | ChainClip | Regress | KLDrift | Discovered | Learnt

@@ -1,0 +1,525 @@
+"""Cloning chunk-denoising policies, and their fine-tuning in the two-layer MDP: values by hand, exact minimisers, limits, resume, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
+
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.agents.control import ControlAgent
+from markovia.agents.diffusion_policy import DiffusionPolicyAgent
+from markovia.agents.records import Rollout
+from markovia.algos.advantages import ChainGAE
+from markovia.algos.diffusion_policy.collect import ChainCollector
+from markovia.algos.diffusion_policy.data import ChunkData, chunk_data
+from markovia.algos.diffusion_policy.loss import denoising_error, diffused, flowed, noise_level
+from markovia.algos.diffusion_policy.method import Average, Chain, DiffusionNoise, FlowNoise, Imitation, TwoLayer
+from markovia.algos.diffusion_policy.methods import DIFFUSION_POLICY, DPPO
+from markovia.algos.offline.method import Logged
+from markovia.algos.on_policy.loss import policy_loss
+from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
+from markovia.algos.on_policy.surrogates import ChainClip, Clip, chain_clip
+from markovia.algos.presets import configure, override
+from markovia.algos.setup import build, evaluate_stepped, make_driver
+from markovia.envs.control.chunks import ChunkEnv, make_chunk_vec
+from markovia.envs.denoising.kernel import GaussianKernel
+from markovia.envs.exact.linear_control import LinearControl, best_gains, linear_return
+from markovia.envs.exact.offline import obstacle_data, pointmass_data
+from markovia.runs import train
+
+torch.set_num_threads(1)
+F64 = torch.float64
+POINT = "markovia/PointMass2D-v0"
+DATASET = "fixture:pointmass2d/expert"
+BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
+def tiny(method_id: str, **changes: Any) -> Any:
+    """A cloning row with a small network and twenty updates."""
+    small = {"num_env_steps": 20, "num_steps": 10, "batch_size": 16, "horizon": 4, "act_steps": 2, "network": {"hidden": 8, "depth": 1}}
+    return override(configure(method_id, POINT), {**small, "noise": {"sample_steps": 4}, **changes})
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_and_windows_stay_within_their_episode():
+    # two episodes: rows 0 1 2 and 3 4
+    rows = torch.arange(5.0)[:, None]
+    data = ChunkData(rows, 10 * rows, torch.tensor([0, 0, 0, 3, 3]), torch.tensor([2, 2, 2, 4, 4]))
+    at = torch.tensor([0, 2, 3])
+    assert data.chunks(at, 4)[..., 0].tolist() == [[0, 10, 20, 20], [20, 20, 20, 20], [30, 40, 40, 40]]
+    assert data.windows(at, 3)[..., 0].tolist() == [[0, 0, 0], [0, 1, 2], [3, 3, 3]]
+
+
+def test_dataset_becomes_chunks_in_units_of_the_box():
+    data = pointmass_data("expert", episodes=3)
+    setup = build(POINT, tiny("diffusion-policy"), 0, dataset=DATASET)
+    agent = setup.agent
+    found = chunk_data(data, Logged(), agent)
+    assert len(found) == len(data) and found.last.tolist()[:2] == [39, 39] and found.first[40] == 40
+    assert torch.allclose(found.action, torch.from_numpy(data.action).clamp(-1, 1), atol=1e-6)
+    norm = agent.observe(found.windows(torch.arange(len(found)), 1).numpy())
+    assert torch.allclose(norm.mean(0), torch.zeros(2), atol=1e-4) and torch.allclose(norm.std(0), torch.ones(2), atol=0.02)
+    best = chunk_data(data, Logged(fraction=0.3), agent)
+    assert len(best) == 40
+
+
+# -- what is fitted -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_target_gives_back_chunk_and_noise(prediction):
+    kernel = DiffusionNoise(train_steps=30, sample_steps=5, prediction=prediction).levels()
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 6, 4, 2, generator=g, dtype=F64)
+    step = torch.randint(1, 30, (6,), generator=g)
+    x, timestep, target = diffused(kernel, x0, eps, step)
+    assert torch.allclose(kernel.x0_from(target, x, step), x0, atol=1e-9) and torch.allclose(kernel.eps_from(target, x, step), eps, atol=1e-9)
+    assert timestep.tolist() == [29 - int(k) for k in step]
+    # the squared-cosine levels themselves: cos^2((t/T + .008)/1.008 pi/2), products of betas capped at .999
+    bar = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    t = int(timestep[0])
+    abar = math.prod(1 - min(1 - bar((i + 1) / 30) / bar(i / 30), 0.999) for i in range(t + 1))
+    assert torch.allclose(x[0], math.sqrt(abar) * x0[0] + math.sqrt(1 - abar) * eps[0], atol=1e-5)
+
+
+def test_flow_values_by_hand():
+    # sigma = .25: x = .75 * 2 + .25 * (-1) = 1.25, velocity -1 - 2 = -3, time 250
+    x, t, target = flowed(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -1.0), torch.tensor([0.25]), time_scale=1000.0)
+    assert (float(x), float(t), float(target)) == (1.25, 250.0, -3.0)
+    # quantile .8413447 of the normal is 1, whose logistic is .7310586
+    assert float(noise_level(torch.tensor([0.8413447]), times="logit-normal")) == pytest.approx(0.7310586, abs=1e-5)
+    assert noise_level(torch.tensor([0.3]), times="uniform").tolist() == pytest.approx([0.3])
+
+
+def test_weighted_error_by_hand():
+    # entries 1 and 3 off: means (1 + 9)/2 = 5 and (4 + 0)/2 = 2; weights 2 and 0.5: (10 + 1)/2 = 5.5
+    output, target = torch.tensor([[[1.0, 3.0]], [[2.0, 0.0]]]), torch.zeros(2, 1, 2)
+    assert float(denoising_error(output, target)) == 3.5
+    assert float(denoising_error(output, target, torch.tensor([2.0, 0.5]))) == 5.5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
+def test_exact_minimiser_on_linear_gaussian_data(kind):
+    """a|s ~ N(m s, v): the best linear network is E[target|x, s]; its gradient vanishes on Gauss-Hermite nodes, exact for quadratics."""
+    m, v = 0.7, 0.25
+    nodes, weights = np.polynomial.hermite_e.hermegauss(4)
+    grid = np.stack(np.meshgrid(nodes, nodes, nodes, indexing="ij"), -1).reshape(-1, 3)
+    weight = torch.from_numpy(np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * 3, indexing="ij"), -1).reshape(-1, 3), -1))
+    s, z, eps = torch.from_numpy(grid).T
+    a = m * s + math.sqrt(v) * z
+    if kind == "flow":
+        signal, noise = 0.6, 0.4
+        x, _, target = flowed(a[:, None, None], eps[:, None, None], torch.full_like(s, noise), time_scale=1000.0)
+    else:
+        kernel = DiffusionNoise(train_steps=30, sample_steps=5, prediction=kind).levels()
+        signal, noise = kernel.tables.signal[12], kernel.tables.noise[12]
+        x, _, target = diffused(kernel, a[:, None, None], eps[:, None, None], torch.full(s.shape, 12))
+    # E[a|x, s] = m s + signal v / V (x - signal m s), V = signal^2 v + noise^2; E[eps|x, s] = noise / V (x - signal m s)
+    V = signal**2 * v + noise**2
+    of_a = (signal * v / V, m - signal**2 * v * m / V)
+    of_eps = (noise / V, -noise * signal * m / V)
+    combine = {"epsilon": (0, 1), "sample": (1, 0), "v_prediction": (-noise, signal), "flow": (-1, 1)}[kind]
+    best = torch.tensor([combine[0] * p + combine[1] * q for p, q in zip(of_a, of_eps, strict=True)], dtype=F64, requires_grad=True)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return denoising_error(w[0] * x + w[1] * s[:, None, None], target, weight * len(weight))
+
+    (grad,) = torch.autograd.grad(loss(best), best)
+    assert grad.abs().max() < 1e-12
+    assert float(loss(best + 0.1)) > float(loss(best)) + 1e-3
+    assert torch.autograd.gradcheck(loss, (best.detach() + 0.3).requires_grad_())
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_chain_of_the_exact_denoiser(eta):
+    """The exact network of N(m s, v) is linear, so its chain stays Gaussian: mean m s, variance by the sampler's recursion, which tends to v.
+
+    x0 = m s + a v / V (x - a m s),  eps = b / V (x - a m s),  x' = a' x0 + sqrt(b'^2 - d^2) eps + d z  [a signal, b noise, V = a^2 v + b^2]
+    """
+    m, v, s = 0.5, 0.04, 0.8
+    noise = DiffusionNoise(sample_steps=50, clip_x0=None, eta=eta)
+    kernel, greedy = noise.kernels()
+    levels = noise.levels()
+    signal, sigma = (torch.tensor(getattr(levels.tables, k), dtype=torch.float32) for k in ("signal", "noise"))
+
+    class Exact(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+            a, b = (c[99 - timestep][:, None, None] for c in (signal, sigma))
+            return self.one * b / (a**2 * v + b**2) * (x - a * m * window[:, None])
+
+    variance = 1.0
+    ends = [*zip(kernel.tables.signal, kernel.tables.noise, strict=True), (1.0, 0.0)]
+    for (a, b), (a1, b1) in itertools.pairwise(ends):
+        V, d2 = a * a * v + b * b, eta**2 * (b1 / b) ** 2 * (1 - (a / a1) ** 2)
+        variance = (a1 * a * v / V + math.sqrt(b1**2 - d2) * b / V) ** 2 * variance + d2
+    assert variance == pytest.approx(v, rel=0.25)  # 50 steps are somewhat too narrow
+    obs = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    agent = DiffusionPolicyAgent.from_spaces(obs, BOX, Exact(), kernel, greedy, horizon=1, act_steps=1, obs_steps=1, normalize_obs=False)
+    x = agent.chain(torch.full((8000, 1), s), eta == 0.0, torch.Generator().manual_seed(0))[:, -1]
+    assert float(x.mean()) == pytest.approx(m * s, abs=0.01) and float(x.var()) == pytest.approx(variance, rel=0.06)
+
+
+# -- cloning --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_act_are_the_growing_average():
+    method = tiny("diffusion-policy", average={"power": 0.75, "limit": 0.5})
+    driver = make_driver(method, build(POINT, method, 1, dataset=DATASET), seed=1)
+    start = torch.cat([p.detach().flatten().clone() for p in driver.network.parameters()])
+    generator, mean = torch.Generator().manual_seed(0), start
+    for n in (1, 2, 3):
+        driver.num_env_steps = n
+        driver.update(generator)
+        now = torch.cat([p.detach().flatten() for p in driver.network.parameters()])
+        decay = min(0.5, 1 - (1 + n) ** -0.75)
+        mean = decay * mean + (1 - decay) * now
+    acting = torch.cat([p.detach().flatten() for p in driver.agent.net["policy"].parameters()])
+    assert torch.allclose(acting, mean, atol=1e-6) and not torch.allclose(acting, now, atol=1e-6)
+    assert Average(limit=0.0).decay(5) == 0.0 and Average().decay(1) == pytest.approx(1 - 2**-0.75)
+
+
+@pytest.mark.parametrize("method_id", ["diffusion-policy", "flow-policy"])
+def test_half_and_half_equals_a_whole_when_cloning(method_id, tmp_path):
+    method = tiny(method_id)
+    make = lambda: make_driver(method, build(POINT, method, 5, dataset=DATASET), seed=5)  # noqa: E731
+    straight = make()
+    straight.step()
+    straight.boundary()
+    save_tensors(tmp_path / "state.safetensors", *straight.state())
+    stats = straight.step()
+    resumed = make()
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    assert resumed.step() == stats and straight.finished and math.isfinite(stats["loss"])
+    a, b = straight.state()[0], resumed.state()[0]
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match="dataset has changed"):
+        other = make_driver(method, build(POINT, method, 5, dataset="fixture:pointmass2d/random"), seed=5)
+        other.load_state(*load_tensors(tmp_path / "state.safetensors"))
+
+
+def test_a_run_clones_and_another_fine_tunes_it(tmp_path):
+    """The whole way of the command line: dataset to run folder, run folder to fine-tuned policy."""
+    cloned = train(tiny("flow-policy"), POINT, dataset=DATASET, out=tmp_path / "clone", eval_episodes=2, progress=False)
+    assert len(cloned.done["evaluation"]["returns"]) == 2 and "score_pct" in cloned.done["evaluation"]
+    method = two_layer(start=str(tmp_path / "clone"), tuned_steps=3, min_std=0.05)
+    tuned = train(dataclasses.replace(method, num_env_steps=80), POINT, out=tmp_path / "tuned", eval_episodes=2, progress=False)
+    assert tuned.agent.tuned_steps == 3 and float(tuned.agent.kernel.std.min()) >= 0.05 and tuned.agent.kernel.kind == "flow_sde"
+    base, start = tuned.agent.net["base"].state_dict(), cloned.agent.net["policy"].state_dict()
+    assert all(torch.equal(base[k], start[k]) for k in start)
+    assert not all(torch.equal(v, start[k]) for k, v in tuned.agent.net["policy"].state_dict().items())
+    assert torch.equal(tuned.agent.net["normalizer"].norms[0].mean, cloned.agent.net["normalizer"].norms[0].mean)
+
+
+# -- chunks of an environment -----------------------------------------------------------------------------------------------------------------
+
+
+class Counter(gym.Env):
+    """Observes the number of steps so far; pays that number, and costs 1; terminates after `length` steps."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = BOX
+
+    def __init__(self, length: int) -> None:
+        self.length, self.actions = length, []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        self.actions.append(float(action[0]))
+        return np.full(1, self.t, np.float32), float(self.t), self.t == self.length, False, {"cost": 1.0}
+
+
+def test_chunk_env_adds_up_rewards_and_stops_at_the_end():
+    env = ChunkEnv(Counter(5), act_steps=3, obs_steps=2)
+    obs, _ = env.reset(seed=0)
+    assert obs.tolist() == [[0.0], [0.0]] and env.action_space.shape == (3, 1) and env.observation_space.shape == (2, 1)
+    obs, reward, terminated, _, info = env.step(np.array([[0.1], [0.2], [0.3]], np.float32))
+    assert (obs.tolist(), reward, terminated, info["cost"]) == ([[2.0], [3.0]], 6.0, False, 3.0)
+    obs, reward, terminated, _, info = env.step(np.array([[0.4], [0.5], [0.6]], np.float32))
+    assert (obs.tolist(), reward, terminated, info["cost"], env.num_env_steps) == ([[4.0], [5.0]], 9.0, True, 2.0, 5)
+    assert env.env.actions == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    with pytest.raises(ValueError, match="continuous actions"):
+        ChunkEnv(gym.make("CartPole-v1"), 2)
+
+
+class Linear(torch.nn.Module):
+    """m = G_k x + W_k window for chunks of one action."""
+
+    def __init__(self, steps: int, size: int, value: float = 0.0) -> None:
+        super().__init__()
+        self.G = torch.nn.Parameter(torch.full((steps,), value))
+        self.W = torch.nn.Parameter(torch.zeros(steps, size))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        return self.G[timestep][:, None, None] * x + (self.W[timestep] * window).sum(-1)[:, None, None]
+
+
+def linear_agent(steps: int, size: int, std: list[float], scale: float = 1.0, **options: Any) -> DiffusionPolicyAgent:
+    """A linear policy of chunks of one action, which reaches to +- scale."""
+    obs, box = spaces.Box(-np.inf, np.inf, (size,), np.float32), spaces.Box(-scale, scale, (1,), np.float32)
+    options = {"horizon": 1, "act_steps": 1, "obs_steps": 1, "normalize_obs": False, "critic_hidden": (16,), **options}
+    return DiffusionPolicyAgent.from_spaces(obs, box, Linear(steps, size, 0.5), GaussianKernel.direct(std), **options)
+
+
+def two_layer(**chain: Any) -> TwoLayer:
+    """Small settings of dppo."""
+    descent = Descent(lr=1e-2, anneal=False, epochs=2, minibatch=16, max_grad_norm=1.0)
+    settings = {"tuned_steps": 2, "critic_hidden": (8,), **chain}
+    value = ValueLoss(coef=1.0, separate=descent)
+    return dataclasses.replace(DPPO, num_env_steps=40, num_envs=2, num_steps=4, value=value, solver=descent, chain=Chain(**settings))
+
+
+def counted(n: int = 2, steps: int = 4, length: int = 3, **options: Any) -> tuple[ChainCollector, DiffusionPolicyAgent]:
+    venv = SyncVectorEnv([lambda: ChunkEnv(Counter(length), 1)] * n, autoreset_mode="SameStep")
+    torch.manual_seed(0)
+    agent = linear_agent(2, 1, [0.3, 0.2], **options)
+    return ChainCollector(venv, agent, steps, scale_reward=False), agent
+
+
+def test_chunks_become_denoising_steps():
+    collector, agent = counted()
+    rollout = collector.collect(agent, torch.Generator().manual_seed(0))
+    assert rollout.shape == (2, 8) and rollout.outcome["env_steps"].tolist() == [4, 4]
+    # episodes of three steps that pay 1, 2, 3; rewards and ends stand at the second denoising step
+    assert rollout.reward[0].tolist() == [0, 1, 0, 2, 0, 3, 0, 1]
+    assert rollout.continuation[0].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+    assert rollout.truncated[0].tolist() == [False] * 7 + [True] and float(rollout.boot_value[0, 7, 0]) != 0.0
+    assert rollout.columns["left"][0].tolist() == [1, 0] * 4 and rollout.columns["stage"][0].tolist() == [0, 1] * 4
+    assert rollout.obs["step"][0].tolist() == [0, 1] * 4
+    assert rollout.obs["obs"][0, :, 0].tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert torch.equal(rollout.action[:, ::2], rollout.obs["x"][:, 1::2])  # the chain goes on where it stood
+    again = agent.evaluate(rollout, ("logp",)).logp
+    assert torch.equal(again, rollout.logp_old) and collector.episodes == [6.0, 6.0]
+
+
+def test_two_layer_advantage_by_hand():
+    """Two chunks of two denoising steps, rewards 1 and 2, values 0.5 and 1, the episode ends: gamma .9, lam .5, gamma_d .8.
+
+    d_2 = 2 - 1 = 1;  d_1 = 1 + .9 * 1 - .5 = 1.4;  A_2 = 1,  A_1 = 1.4 + .45 * 1 = 1.85; returns 2.35 and 2
+    """
+    t = lambda *x: torch.tensor([x])  # noqa: E731
+    true = torch.ones(1, 4, dtype=torch.bool)
+    rollout = Rollout(
+        obs=t(0.0, 0.0, 0.0, 0.0), action=t(0.0, 0.0, 0.0, 0.0), logp_old=t(0.0, 0.0, 0.0, 0.0), reward=t(0.0, 1.0, 0.0, 2.0), valid=true, mask=true,
+        continuation=t(1.0, 1.0, 1.0, 0.0), truncated=~true, value=t(0.5, 0.5, 1.0, 1.0)[..., None], columns={"left": t(1.0, 0.0, 1.0, 0.0)},
+    )  # fmt: skip
+    adv, ret = ChainGAE(gamma=0.9, lam=0.5, denoising_discount=0.8)(rollout.reward, rollout, {})
+    assert adv[0].tolist() == pytest.approx([1.85, 1.85, 1.0, 1.0]) and ret[0].tolist() == pytest.approx([2.35, 2.35, 2.0, 2.0])
+    assert rollout.columns["weight"][0].tolist() == pytest.approx([0.8, 1.0, 0.8, 1.0])
+    # a penalty at a denoising step belongs to its chunk: -0.1 at the first step lowers A_1 by 0.1
+    adv, _ = ChainGAE(gamma=0.9, lam=0.5)(rollout.reward - t(0.1, 0.0, 0.0, 0.0), rollout, {})
+    assert adv[0].tolist() == pytest.approx([1.75, 1.75, 1.0, 1.0])
+
+
+def test_clipping_schedule_by_hand():
+    # e^3 = 20.0855: at the middle (e^1.5 - 1)/(e^3 - 1) = 3.4817/19.0855 = .18243; .001 + .009 * .18243 = .0026419
+    e = chain_clip(torch.tensor([0.0, 0.5, 1.0], dtype=F64), clip=0.01, base=0.001, rate=3.0)
+    assert e.tolist() == pytest.approx([0.001, 0.0026418, 0.01], abs=1e-7)
+    lr, adv, none = torch.tensor([[0.3, -0.3, 0.01]], dtype=F64), torch.tensor([[1.0, -1.0, 2.0]], dtype=F64), torch.zeros(())
+    flat = ChainClip(clip=0.2, base=0.2)(lr, adv, None, none, torch.tensor([[0.0, 0.5, 1.0]], dtype=F64))
+    assert torch.allclose(flat, Clip(0.2)(lr, adv, None, none))
+    # at the noisiest step the range is 0.1: min(e^.3, 1.1) = 1.1
+    assert float(ChainClip(clip=0.2, base=0.1)(lr, adv, None, none, torch.zeros(1, 3, dtype=F64))[0, 0]) == pytest.approx(1.1)
+    point = torch.tensor([[0.02, -0.03, 0.01]], dtype=F64, requires_grad=True)
+    stage = torch.tensor([[0.0, 0.5, 1.0]], dtype=F64)
+    assert torch.autograd.gradcheck(lambda x: ChainClip(clip=0.2, base=0.05)(x, adv, None, none, stage), (point,))
+
+
+def test_one_denoising_step_is_plain_ppo():
+    """K = 1 with a network that does not look at its noise: loss and gradient of dppo are those of ppo with a Gaussian of the same std."""
+    torch.manual_seed(0)
+    obs = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    plain = ControlAgent.from_spaces(obs, BOX, hidden=(8,), std="fixed", log_std_init=math.log(0.3), normalize_obs=False)
+    mean = plain.net["policy"]
+
+    class Blind(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mean
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+            return self.inner(window)[0][:, None]
+
+    agent = DiffusionPolicyAgent.from_spaces(
+        obs, BOX, Blind(), GaussianKernel.direct([0.3]), horizon=1, act_steps=1, obs_steps=1, normalize_obs=False, critic_hidden=(8,)
+    )
+    g = torch.Generator().manual_seed(1)
+    seen, action, adv = torch.randn(6, 1, 3, generator=g), torch.randn(6, 1, 1, generator=g), torch.randn(6, 1, generator=g)
+    true = torch.ones(6, 1, dtype=torch.bool)
+
+    def part(inner: bool) -> Rollout:
+        where = {"obs": seen, "x": torch.randn(6, 1, 1, 1), "step": torch.zeros(6, 1, dtype=torch.long)} if inner else seen
+        columns = {"adv": adv, **({"stage": torch.ones(6, 1), "weight": torch.ones(6, 1)} if inner else {})}
+        old = plain.evaluate(Rollout(seen, action, adv, adv, true, true, adv, ~true), ("logp",)).logp.detach() - 0.1 * adv
+        return Rollout(where, action[..., None] if inner else action, old, adv, true, true, adv, ~true, columns=columns)
+
+    losses, grads = [], []
+    omega, coef = torch.full((6, 1), 1 / 6), torch.tensor(1.0)
+    chain_ppo = dataclasses.replace(DPPO, surrogate=ChainClip(clip=0.2, base=0.01))
+    for method, who, inner in ((OnPolicy(), plain, False), (chain_ppo, agent, True)):
+        loss, _ = policy_loss(method, who, part(inner), omega, coef, False)
+        losses.append(float(loss.detach()))
+        grads.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(mean.parameters()))]))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and torch.allclose(grads[1], grads[0], atol=1e-6) and grads[0].abs().max() > 0
+
+
+def exact_return(agent: DiffusionPolicyAgent, cost: float, horizon: int) -> float:
+    """E[return] of a linear chain of two steps: a = G1 (G0 x + W0 o + s0 z0) + W1 o + s1 z1."""
+    G, W = (p.detach().double() for p in (agent.net["policy"].G, agent.net["policy"].W))
+    s = agent.kernel.std
+    gains = -(G[1] * W[0] + W[1])
+    return linear_return(gains.tolist(), float((G[1] * G[0]) ** 2 + (G[1] * s[0]) ** 2 + s[1] ** 2), cost)
+
+
+def test_oracle_of_linear_control():
+    """Riccati's gains are the maximum of `linear_return`, and that is the mean return of episodes."""
+    gains = best_gains(2, 0.5)
+    assert gains == pytest.approx([8 / 11, 2 / 3])  # p_1 = .5 * 2/3 = 1/3; k_0 = (4/3)/(4/3 + 1/2)
+    best = linear_return(gains, 0.01, 0.5)
+    assert all(best > linear_return([gains[0] + d, gains[1] + e], 0.01, 0.5) for d, e in ((0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05)))
+    env, rng, total = LinearControl(2, 0.5), np.random.default_rng(0), []
+    env.reset(seed=0)
+    for _ in range(3000):
+        obs, _ = env.reset()
+        done, ret = False, 0.0
+        while not done:
+            obs, r, done, _, _ = env.step([-0.5 * obs.sum() + 0.3 * rng.standard_normal()])
+            ret += r
+        total.append(ret)
+    assert np.mean(total) == pytest.approx(linear_return([0.5, 0.5], 0.09, 0.5), abs=0.06)
+
+
+def test_dppo_finds_the_optimum_of_linear_control():
+    """Two denoising steps of std 0.3 and 0.1; the best chain forgets its noise before the last step: gap under 5 % of what was to be gained."""
+    cost, horizon = 0.5, 2
+    venv = SyncVectorEnv([lambda: ChunkEnv(LinearControl(horizon, cost), 1)] * 32, autoreset_mode="SameStep")
+    torch.manual_seed(0)
+    agent = linear_agent(2, horizon, [0.3, 0.1], scale=1.0)
+    agent.env_action = lambda chain: chain[:, -1].numpy()  # type: ignore[method-assign]  # the Box does not bind
+    solver = Descent(lr=0.03, anneal=True, epochs=4, minibatch=128, max_grad_norm=1.0, eps=1e-8)
+    method = dataclasses.replace(
+        DPPO, num_env_steps=10_240, num_envs=32, num_steps=8, scale_reward=False, advantage=ChainGAE(gamma=1.0, lam=1.0, denoising_discount=1.0),
+        surrogate=ChainClip(clip=0.2, base=0.2), value=ValueLoss(coef=1.0, separate=dataclasses.replace(solver, lr=0.01)),
+        solver=solver, chain=Chain(tuned_steps=2, reduce="sum", entry_range=None),
+    )  # fmt: skip
+    from markovia.algos.on_policy.driver import OnPolicyDriver
+
+    driver = OnPolicyDriver(method, agent, ChainCollector(venv, agent, 8, scale_reward=False), seed=0)
+    start, best = exact_return(agent, cost, horizon), linear_return(best_gains(horizon, cost), 0.01, cost)
+    while not driver.finished:
+        driver.step()
+    assert driver.iteration == 40
+    assert (best - exact_return(agent, cost, horizon)) / (best - start) < 0.05
+
+
+# -- fine-tuning as a run -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """An untrained clone for the point mass."""
+    return str(build(POINT, tiny("diffusion-policy"), 3, dataset=DATASET).agent.save(tmp_path_factory.mktemp("clone") / "agent"))
+
+
+def test_half_and_half_equals_a_whole_when_fine_tuning(clone, tmp_path):
+    method = two_layer(start=clone)
+    make = lambda: make_driver(method, build(POINT, method, 5), seed=5)  # noqa: E731
+    straight = make()
+    straight.step()
+    straight.boundary()
+    save_tensors(tmp_path / "state.safetensors", *straight.state())
+    stats = straight.step()
+    resumed = make()
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    resumed.boundary()
+    assert resumed.step() == stats and straight.num_env_steps == 2 * 2 * 4 * 2  # chunks of two actions
+    a, b = straight.state()[0], resumed.state()[0]
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_evaluation_follows_chunks(clone):
+    method = two_layer(start=clone)
+    agent = build(POINT, method, 0).agent
+    calls: list[int] = []
+    chain = agent.chain
+    agent.chain = lambda window, *rest: calls.append(len(window)) or chain(window, *rest)  # type: ignore[method-assign]
+    found = evaluate_stepped(agent, POINT, 3, 0)
+    assert found["lengths"] == [40] * 3 and calls == [3] * 20  # a chunk lasts two steps
+    assert evaluate_stepped(agent, POINT, 3, 0)["returns"] == found["returns"]
+
+
+def test_bad_input_is_explained(clone, tmp_path):
+    ControlAgent.from_spaces(BOX, BOX).save(tmp_path / "gaussian")
+    for method, env, message in (
+        (DPPO, POINT, "name its run"),
+        (two_layer(start=str(tmp_path / "nothing")), POINT, "no agent in"),
+        (two_layer(start=str(tmp_path / "gaussian")), POINT, "what diffusion-policy or flow-policy has cloned"),
+        (two_layer(start=clone), "Pendulum-v1", "name the environment of its data"),
+        (two_layer(start=clone, tuned_steps=9), POINT, "the last of 4 denoising steps"),
+        (tiny("diffusion-policy"), POINT, "name one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(env, method, 0)
+    with pytest.raises(ValueError, match="observations"):
+        build("Pendulum-v1", tiny("diffusion-policy"), 0, dataset=DATASET)
+    with pytest.raises(ValueError, match="needs Boxes"):
+        build("CartPole-v1", tiny("diffusion-policy"), 0, dataset=DATASET)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiffusionNoise(sample_steps=200), "sample_steps <= train_steps"),
+        (lambda: DiffusionNoise(sampler="ddpm", eta=0.5), "eta is the noise of ddim"),
+        (lambda: FlowNoise(sample_steps=0), "sample_steps must be >= 1"),
+        (lambda: Average(limit=1.0), "limit < 1"),
+        (lambda: Imitation(act_steps=17), "expected 1 to 16, got 17"),
+        (lambda: Imitation(data=Logged(next_action=True)), "observations and actions alone"),
+        (lambda: Chain(tuned_steps=0), "tuned_steps must be >= 1"),
+        (lambda: TwoLayer(), "must be ChainGAE"),
+        (lambda: dataclasses.replace(DPPO, normalize_obs=True), "normalize_obs=False"),
+        (lambda: ChainClip(clip=0.01, base=0.1), "0 < base <= clip"),
+        (lambda: ChainClip()(torch.zeros(1, 1), torch.zeros(1, 1), None, torch.zeros(())), "no column `stage`"),
+        (lambda: ChainGAE(denoising_discount=1.5), "denoising_discount must lie in"),
+    ],
+)
+def test_settings_say_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rows_are_whole():
+    from markovia.algos.systems import find
+
+    for name, row in DIFFUSION_POLICY.items():
+        assert find(name) is row and find(row.parent) and row.kinds == ("control",)
+
+
+def test_obstacle_data_hold_both_ways():
+    data = obstacle_data(episodes=60)
+    first, end = data.bounds()
+    middle = [data.obs[a:b][np.abs(data.obs[a:b, 0]).argmin(), 1] for a, b in zip(first, end, strict=True)]
+    assert np.mean(np.array(middle) > 0) == pytest.approx(0.5, abs=0.25) and 0.25 < data.returns().mean() < 0.75
+    assert set(np.unique(data.returns())) == {0.0, 1.0} and not data.truncated.any()
+    venv = make_chunk_vec("markovia/PointObstacle-v0", 2, 4, 2, seed=0)
+    assert venv.single_action_space.shape == (4, 2) and venv.spec.max_episode_steps == 60
+    venv.close()
