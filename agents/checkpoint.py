@@ -30,6 +30,7 @@ CLASSES: dict[str, str] = {
     "ImprovedAgent": "markovia.agents.improved:ImprovedAgent",
     "TabularAgent": "markovia.agents.tabular:TabularAgent",
     "LanguageAgent": "markovia.agents.language:LanguageAgent",
+    "RewardModel": "markovia.agents.reward_model:RewardModel",
     "DenoisingAgent": "markovia.agents.denoising:DenoisingAgent",
     "DiffusionPolicyAgent": "markovia.agents.diffusion_policy:DiffusionPolicyAgent",
 }
@@ -178,6 +179,14 @@ def read_agent(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if hashlib.file_digest(f, "sha256").hexdigest() != header.get("sha256"):
             raise CheckpointError(f"{weights} does not match the hash in {HEADER}: damaged, or the two are from different saves")
     return header, tensors
+
+
+def find_agent(source: str | Path) -> Path | None:
+    """Where the agent lies that a run's folder (its newest checkpoint) or a folder of `agent.save` holds; None for anything else."""
+    folder = Path(source)
+    found = sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    places = (folder, *(p / "agent" for p in found[-1:]))
+    return next((p for p in places if (p / HEADER).is_file()), None)
 
 
 def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:

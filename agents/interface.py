@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from markovia.agents.distributions import Distribution
 from markovia.agents.records import Obs, Rollout
 
-Kind = Literal["control", "tabular", "language", "denoising"]
+Kind = Literal["control", "tabular", "language", "denoising", "reward"]
 WANT = ("logp", "entropy", "dist", "value", "hidden")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from markovia.agents.checkpoint import HEADER
+from markovia.agents.checkpoint import find_agent
 from markovia.agents.interface import Agent
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.on_policy.references import Soup
@@ -21,22 +21,12 @@ def wanted(method: Any) -> tuple[str, ...]:
     return tuple(n for n in method.references if n != "ref") + (("other",) if isinstance(method.refresh, Soup) else ())
 
 
-def agent_folder(source: str | Path) -> Path | None:
-    """Where the agent lies that a run's folder (its newest checkpoint) or a folder of `agent.save` holds; None for anything else."""
-    folder = Path(source)
-    found = sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-    for place in (folder, *(p / "agent" for p in found[-1:])):
-        if (place / HEADER).is_file():
-            return place
-    return None
-
-
 def load_policy(source: str | Path, like: Agent) -> Agent:
     """The frozen policy of a run's folder, of a folder of `agent.save`, or (text) of a Hugging Face name or folder, at the temperature of `like`.
 
     Raises ValueError for a policy of another kind or vocabulary, and for a source that is none of these.
     """
-    place = agent_folder(source)
+    place = find_agent(source)
     if place is not None:
         policy = Agent.load(place)
     elif like.kind == "language" and (Path(source).is_dir() or str(source).count("/") < 2):

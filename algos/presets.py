@@ -17,7 +17,7 @@ from markovia.algos.off_policy import slots as off_policy_slots
 from markovia.algos.offline import method as offline
 from markovia.algos.on_policy import divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
-from markovia.algos.preference.method import Preference
+from markovia.algos.preference.method import FromPreferences
 from markovia.algos.safe import constraint, dual, termination
 from markovia.algos.systems import Method, find
 from markovia.algos.table import nearest
@@ -97,7 +97,7 @@ def configure(method_id: str, env_id: str) -> Any:
         raise ValueError(f"{method_id} ({type(row.value).__name__}) trains nothing in an environment; `markovia show {method_id}` says what it does")
     if kind not in row.kinds:
         raise ValueError(f"{method_id} serves {', '.join(row.kinds)}; {env_id} is a {kind} task. `markovia systems` lists what serves which kind")
-    if isinstance(row.value, Preference):
+    if isinstance(row.value, FromPreferences):
         raise ValueError(f"{method_id} learns from preferences, not from the rewards of {env_id}; `markovia show {method_id}` says what it reads")
     value: Method = row.value
     for where, changes in preset_sources(method_id, env_id):

@@ -26,7 +26,8 @@ from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.policies import load_policies
 from markovia.algos.preference.driver import PreferenceDriver
-from markovia.algos.preference.method import Preference
+from markovia.algos.preference.method import FromPreferences, Preference
+from markovia.algos.preference.reward_model import RewardModelDriver, RewardTraining, build_reward_model
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.systems import Method
 from markovia.algos.text_metrics import pass_curve
@@ -89,6 +90,10 @@ def _build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "init"))
             return build_preference(env_id, method, env_kwargs, options, data, device)
+    if isinstance(method, RewardTraining):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init"))
+            return build_reward_model(env_id, options, data, device)
     if env_id is None or data is not None:
         raise ValueError(f"{type(method).__name__} learns from an environment, not from a file; give it an env and no data")
     kind = kind_of(env_id)
@@ -127,6 +132,8 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, DenoisingPreference):
         return DenoisingPreferenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    if isinstance(method, RewardTraining):
+        return RewardModelDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, Preference):
         return PreferenceDriver(method, setup.agent, setup.collector, seed)
     if isinstance(method, Imitation):
@@ -140,7 +147,7 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, ChainMethod | Preference | Imitation) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, ChainMethod | FromPreferences | Imitation) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 

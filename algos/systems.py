@@ -16,15 +16,17 @@ from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.tilting import TILTING
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.methods import PREFERENCE
+from markovia.algos.preference.reward_model import REWARD_MODEL, RewardTraining
 from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
-Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference | Imitation  # what a driver can be built for, one settings class per family
+# What a driver can be built for, one settings class per family.
+Method = OnPolicy | OffPolicy | Offline | ChainMethod | Preference | Imitation | RewardTraining
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, DENOISING, DIFFUSION_POLICY, PREFERENCE, SAFE, MEASURES)
+    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, DENOISING, DIFFUSION_POLICY, PREFERENCE, REWARD_MODEL, SAFE, MEASURES)
     return table([row for family in families for row in family.values()])
 
 

@@ -37,9 +37,9 @@ def train_command(argv: list[str]) -> None:
     env = _flag(flags, "--env")
     wants_help = "-h" in flags or "--help" in flags
     if env is None and _flag(flags, "--data") is None and not wants_help:
-        from markovia.algos.preference.method import Preference
+        from markovia.algos.preference.method import FromPreferences
 
-        if isinstance(row.value, Preference):
+        if isinstance(row.value, FromPreferences):
             raise ValueError(f"{method_id} learns from preferences: `markovia train {method_id} --data prefs.jsonl --model smollm2`")
         raise ValueError(f"train needs an environment, e.g. `markovia train {method_id} --env HalfCheetah-v5`")
     given = _parse_train(method_id, env, flags, row)

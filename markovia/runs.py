@@ -64,11 +64,11 @@ def resolve(method: str | Method, env: str | None, method_id: str | None = None)
     A method of preferences has the settings of its row, whatever the env. Raises ValueError for an unknown id, for a kind of MDP that the method
     does not serve, and for a method of rewards without an env.
     """
-    from markovia.algos.preference.method import Preference
+    from markovia.algos.preference.method import FromPreferences
     from markovia.algos.presets import agent_options, configure
     from markovia.algos.systems import find
 
-    preference = isinstance(find(method).value if isinstance(method, str) else method, Preference)
+    preference = isinstance(find(method).value if isinstance(method, str) else method, FromPreferences)
     if preference or env is None:
         if not preference:
             raise ValueError(f"{method_id or method} learns from rewards: name an environment (env), e.g. HalfCheetah-v5")

