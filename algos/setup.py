@@ -22,6 +22,7 @@ from markovia.algos.diffusion_policy.method import Imitation, TwoLayer
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
+from markovia.algos.offline.warm_start import WarmStart, WarmStartDriver
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.policies import load_policies
@@ -82,7 +83,7 @@ def _build(
     env_id: str | None, method: Method, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str,
     data: dict[str, Any] | None, dataset: str | None,
 ) -> Setup:  # fmt: skip
-    if dataset is not None and not isinstance(method, Offline | Imitation):
+    if dataset is not None and not isinstance(method, Offline | WarmStart | Imitation):
         raise ValueError(f"{type(method).__name__} does not learn from a dataset; choose an offline method such as td3-bc, or leave dataset out")
     if isinstance(method, Preference):
         from markovia.algos.preference.setup import build_preference
@@ -107,9 +108,9 @@ def _build(
             from markovia.algos.diffusion_policy.setup import build_two_layer
 
             return build_two_layer(env_id, method, seed, env_kwargs, options, device)
-        if isinstance(method, Offline | Imitation):
+        if isinstance(method, Offline | WarmStart | Imitation):
             from markovia.algos.diffusion_policy.setup import build_imitation
-            from markovia.algos.offline.setup import build_offline
+            from markovia.algos.offline.setup import build_offline, build_warm_start
 
             if kind != "control" or dataset is None:
                 raise ValueError(
@@ -118,6 +119,8 @@ def _build(
                 )
             if isinstance(method, Imitation):
                 return build_imitation(env_id, method, dataset, env_kwargs, options, device)
+            if isinstance(method, WarmStart):
+                return build_warm_start(env_id, method, dataset, seed, env_kwargs, options, vectorization, device)
             return build_offline(env_id, method, dataset, env_kwargs, options, device)
         if isinstance(method, OffPolicy):
             return _replayed(kind, env_id, method, seed, env_kwargs, options, vectorization, device)
@@ -140,6 +143,8 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         from markovia.algos.diffusion_policy.driver import ImitationDriver
 
         return ImitationDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    if isinstance(method, WarmStart):
+        return WarmStartDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
     if isinstance(method, OffPolicy):
         return OffPolicyDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
     return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile, setup.references)

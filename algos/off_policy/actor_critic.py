@@ -21,6 +21,7 @@ from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
     bootstrap,
+    drawn_members,
     log_q,
     mirror_objective,
     parameter_penalty,
@@ -48,6 +49,8 @@ from markovia.algos.off_policy.slots import (
     LowerValue,
     QuantileCritics,
     SmoothedTarget,
+    SoftTarget,
+    SoftValue,
     Supported,
     TunedTemperature,
     ValueTarget,
@@ -164,13 +167,19 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def sampled_value(
-        self, critic: nn.Module | None, obs: Obs, noise: Tensor, lam: Tensor | float, how: Aggregate, entropy: bool
+        self, critic: nn.Module | None, obs: Obs, noise: Tensor, lam: Tensor | float, slot: SoftTarget | SoftValue, chosen: Tensor | None = None
     ) -> Tensor:
-        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,)."""
+        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,); the last row of `chosen` (k, b, d) draws a subset of the critics."""
         dist = self.dist(self.agent, obs, noise.dtype)
         raw = self.choose(dist, noise)
-        value = self.one_q(critic, obs, self.agent.unit_action(raw), how)
-        if not (entropy and self.method.entropic):
+        action = self.agent.unit_action(raw)
+        if isinstance(slot, SoftTarget) and slot.subset is not None:
+            assert chosen is not None
+            q = self.q(critic, obs, action)
+            value = aggregate(drawn_members(q, chosen[-1].flatten()[: len(q)], subset=slot.subset), slot.aggregate)
+        else:
+            value = self.one_q(critic, obs, action, slot.aggregate)
+        if (isinstance(slot, SoftTarget) and not slot.entropy) or not self.method.entropic:
             return value
         return soft_value(value, log_density(dist, raw, self.method.temperature), lam=lam)
 
@@ -200,7 +209,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float, levels: Tensor | None = None) -> Tensor:
-        """y (b,) of the slot `target`; (k, b) where critics give quantiles, whose levels come of `levels` (2 k, b, d)."""
+        """y (b,) of the slot `target`; (k, b) where critics give quantiles. `levels` (k, b, d) draws their levels, or a subset of the critics."""
         t, obs = self.method.target, batch.next_obs
         assert t is not None
         if isinstance(t, ValueTarget | InSampleTarget):
@@ -210,7 +219,7 @@ class ActorCritic(nn.Module):
         elif isinstance(t, LoggedTarget):
             value = self.logged_value(t, batch, levels)
         else:
-            value = self.sampled_value(self.target, obs, noise, lam, t.aggregate, t.entropy)
+            value = self.sampled_value(self.target, obs, noise, lam, t, levels)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)
 
     def critic_loss(self, batch: Batch, y: Tensor, noise: Tensor | None = None) -> Loss:
@@ -257,7 +266,7 @@ class ActorCritic(nn.Module):
             y = lower_target(*(bootstrap(batch.reward, batch.continuation, value, gamma=gamma) for value in both))
             loss = (v - y).square().mean()
             return loss, {"value_loss": loss.detach(), "v": v.detach().mean()}, None
-        goal = self.sampled_value(self.critic, batch.obs, noise, lam, slot.aggregate, True)
+        goal = self.sampled_value(self.critic, batch.obs, noise, lam, slot)
         loss = 0.5 * (v - goal).square().mean()
         return loss, {"value_loss": loss.detach()}, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from markovia.algos.off_policy.replay import Batch, Replay
 class ReplayCollector(StepCollector):
     """One step of every environment at a time, written to `replay`: the final observation of an episode is kept apart from the next one's first.
 
-    Steps that only reset (NEXT_STEP) are not written. Rewards enter unscaled.
+    Steps that only reset (NEXT_STEP) are not written. Rewards enter as `reward` gives them, unscaled where it is None; episodes count them raw.
     """
+
+    reward: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __init__(self, venv: VectorEnv, agent: ControlAgent, replay: Replay, seed: int = 0) -> None:
         self.agent, self.replay = agent, replay
@@ -41,7 +44,8 @@ class ReplayCollector(StepCollector):
         following = agent.observe(self._raw)
         swapped = done.any() and not self.next_step
         final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv)) if swapped else following
-        rows = Batch(self._obs, unit, _like(r, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device))
+        paid = r if self.reward is None else self.reward(r)
+        rows = Batch(self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device))
         if not live.all():
             index = torch.from_numpy(np.flatnonzero(live)).to(unit.device)
             rows = rows.map(lambda x: x[index])

@@ -80,7 +80,7 @@ class OffPolicyDriver(Budget):
         action, minibatch = self.generator("action"), self.generator("minibatch")
         for _ in range(m.num_steps):
             before = self.num_env_steps
-            self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts)
+            self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts and m.start == "uniform")
             while self.num_updates < self.updates_due():
                 stats.add(self.improve(minibatch))
             if m.mirrors and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:  # type: ignore[union-attr]

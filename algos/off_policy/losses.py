@@ -22,6 +22,11 @@ def aggregate(q: Tensor, how: Aggregate) -> Tensor:
     return q.mean(0) if how == "mean" else q[0]
 
 
+def drawn_members(q: Tensor, noise: Tensor, *, subset: int) -> Tensor:
+    """The rows of q (N, b) with the `subset` largest of N random numbers (N,): all subsets are equally likely.    [REDQ; arXiv 2101.05982, eq. 2]"""
+    return q[torch.topk(noise, subset).indices]
+
+
 def log_q(logp: Tensor, *, q: float) -> Tensor:
     """Tsallis' logarithm of a density p given log p: (p^(q-1) - 1) / (q - 1), log p at q = 1; same shape.   [Tomar 2020, arXiv 2005.09814]"""
     return logp if q == 1.0 else torch.expm1((q - 1.0) * logp) / (q - 1.0)

@@ -47,12 +47,14 @@ class OffPolicy:
     num_env_steps: int = 1_000_000  # environment steps in total
     num_envs: int = 1  # stepped side by side
     num_steps: int = 1000  # steps per environment between two reports
-    learning_starts: int = 10_000  # environment steps with uniform actions, before the first update
+    learning_starts: int = 10_000  # environment steps before the first update
+    start: Literal["uniform", "policy"] = "uniform"  # actions of these steps: uniform ones, or the policy's own
     replay_size: int = 1_000_000  # transitions kept
     batch_size: int = 256
     gamma: float = 0.99  # discount per step
     utd: float = 1.0  # updates per environment step, fractions allowed
     policy_delay: int = 1  # critic steps per step of actor, temperature and targets
+    follow: Literal["actor", "critic"] = "actor"  # targets follow in updates that move the actor, or in every one
     polyak: float = 0.005  # targets <- (1 - polyak) targets + polyak networks
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' products; losses and weights stay float32
     policy: Policy = field(default_factory=Squashed)
@@ -83,6 +85,10 @@ class OffPolicy:
             raise ValueError("an expectile value serves InSampleTarget alone, which needs one: set target=InSampleTarget() and value=Expectile()")
         if len({self.critic is None, self.target is None, isinstance(self.actor, Clone) and not isinstance(self.evaluation, ClosedForm)}) > 1:
             raise ValueError("imitation alone (actor=Clone()) has no critic: set critic=None and target=None; every other actor needs both")
+        if isinstance(self.target, SoftTarget) and self.critic is not None and (self.target.subset or 0) > self.critic.num:
+            raise ValueError(f"target.subset={self.target.subset} is more than the {self.critic.num} critics; lower it or raise critic.num")
+        if isinstance(self.target, SoftTarget) and self.target.subset and self.critic is not None and self.batch_size < self.critic.num:
+            raise ValueError(f"target.subset needs a minibatch of at least critic.num={self.critic.num} rows, got batch_size={self.batch_size}")
         if self.regulariser is not None and self.critic is None:
             raise ValueError("a regulariser of critics needs critics; set regulariser=None")
         if isinstance(self.regulariser, Diverse) and self.critic is not None and self.critic.num < 2:
@@ -123,13 +129,14 @@ class OffPolicy:
     @property
     def num_noises(self) -> int:
         """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser or quantile levels
-        (those of the target and of the prediction), the behaviour's latents.
+        (those of the target and of the prediction), the target's subset of critics (1), the behaviour's latents.
 
         These are 2 of the actor's action and, where the model is fitted along with the rest, 2 of the logged one before them.
         """
         latents = {Behaviour: 2, JointBehaviour: 4}.get(type(self.behaviour), 0)
         levels = 2 * self.critic.quantiles if isinstance(self.critic, QuantileCritics) else 0
-        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + levels + latents
+        chosen = int(isinstance(self.target, SoftTarget) and self.target.subset is not None)
+        return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + levels + chosen + latents
 
     @property
     def mirrors(self) -> bool:

@@ -25,7 +25,8 @@ def conservative(nets: ActorCritic, slot: Conservative, batch: Batch, q: Tensor,
     n, b = slot.num, len(batch.reward)
     with torch.no_grad():
         uniform = 2.0 * torch.special.ndtr(noise[:n]) - 1.0
-        drawn, log_pi = zip(*(_sampled(nets, obs, x) for obs, x in ((batch.obs, noise[n : 2 * n]), (batch.next_obs, noise[2 * n :]))), strict=True)
+        both = ((batch.obs, noise[n : 2 * n]), (batch.next_obs, noise[2 * n : 3 * n]))
+        drawn, log_pi = zip(*(_sampled(nets, obs, x) for obs, x in both), strict=True)
         actions = torch.cat([uniform, *drawn])
         log_mu = torch.cat([torch.full_like(log_pi[0], -noise.shape[-1] * math.log(2.0)), *log_pi])
     again = map_obs(batch.obs, lambda x: x.expand(3 * n, *x.shape).flatten(0, 1))

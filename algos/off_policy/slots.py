@@ -74,6 +74,11 @@ class SoftTarget:
 
     aggregate: Aggregate = "min"
     entropy: bool = True  # False leaves the entropy out of the target (it stays in the actor's objective)
+    subset: int | None = None  # the aggregate is over so many critics, drawn anew for each minibatch (REDQ); None: over all
+
+    def __post_init__(self) -> None:
+        if self.subset is not None and self.subset < 1:
+            raise ValueError(f"target.subset must be >= 1, got {self.subset}; None takes all critics")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Each loss is differentiated for its own network alone: while the actor climbs Q,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,21 +90,25 @@ class Update:
             loss, found = nets.behaviour_loss(batch, noise[-4:-2])
             stats |= found
             descend("behaviour", loss)
-        if not move_actor:
-            return stats
-        loss, found = nets.actor_loss(batch, noise[2], lam, adv, noise[-2:])
-        stats |= found
+        if move_actor:
+            stats |= self._actor_step(batch, noise, lam, adv, descend)
+        if move_actor or nets.method.follow == "critic":
+            with torch.no_grad():
+                for follower, source in zip(followers, self.sources, strict=True):
+                    follower.lerp_(state[source][0], nets.method.polyak)
+        return stats
+
+    def _actor_step(self, batch: Batch, noise: Tensor, lam: Tensor | float, adv: Tensor | None, descend: Callable[[str, Tensor], None]) -> Stats:
+        nets = self.nets
+        loss, stats = nets.actor_loss(batch, noise[2], lam, adv, noise[-2:])
         descend("actor", loss)
         if nets.evaluation is not None:
             loss, extra = nets.evaluation_loss(batch)
             stats |= extra
             descend("evaluation", loss)
         if nets.log_lam is not None:
-            descend("temperature", nets.temperature_loss(found["entropy_nats"]))
+            descend("temperature", nets.temperature_loss(stats["entropy_nats"]))
             stats["lam"] = torch.as_tensor(lam)
-        with torch.no_grad():
-            for follower, source in zip(followers, self.sources, strict=True):
-                follower.lerp_(state[source][0], nets.method.polyak)
         return stats
 
     def fit_behaviour(self, batch: Batch, noise: Tensor) -> Stats:

@@ -31,6 +31,7 @@ from markovia.algos.off_policy.slots import (
     Weighted,
 )
 from markovia.algos.offline.method import Logged, Offline
+from markovia.algos.offline.warm_start import WarmStart
 from markovia.algos.table import Row, table
 
 _HELD = "markovia.algos.off_policy.regularised:"
@@ -159,6 +160,17 @@ OFFLINE = table(
         Row(
             "edac/sac-n", SAC_N, "sac", "2110.01548", "SAC on a dataset with the minimum over ten critics", _CONTROL,
             (_LOSSES + "aggregate", _LOSSES + "soft_value", _LOSSES + "mirror_objective"), "edac/sac-n",
+        ),
+    ]
+)
+
+# Methods of two phases, whose settings are those of both.
+WARM_START = table(
+    [
+        Row(
+            "wsrl", WarmStart(), "cql/cal-ql", "2412.07762",
+            "conservative learning on data, then SAC that forgets them after steps of a frozen policy",
+            _CONTROL, (_LOSSES + "drawn_members", _LOSSES + "bootstrap", _HELD + "calibrated", _HELD + "conservative_gap"), "wsrl",
         ),
     ]
 )

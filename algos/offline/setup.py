@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.improved import ImprovedAgent
+from markovia.algos.off_policy.collect import ReplayCollector
 from markovia.algos.off_policy.driver import check_action_box
 from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.slots import ClosedForm, Mixture, QuantileCritics
 from markovia.algos.offline.method import Offline
 from markovia.algos.offline.source import make_source
+from markovia.algos.offline.warm_start import Phases, WarmStart
 from markovia.algos.setup import Setup, evaluate_stepped
-from markovia.envs.control.vector import make_env
+from markovia.envs.control.vector import make_env, make_vec
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.sources import load
 from markovia.envs.offline.transitions import Transitions
@@ -39,6 +42,18 @@ def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[s
 
     note = describe(data, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
+
+
+def build_warm_start(
+    env_id: str, method: WarmStart, dataset: str, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str
+) -> Setup:
+    """As `build_offline`, with the environment itself behind the dataset; the reward transform of the data holds for both."""
+    setup = build_offline(env_id, method.offline, dataset, env_kwargs, options, device)
+    venv = make_vec(env_id, method.online.num_envs, vectorization=vectorization, seed=seed, kwargs=env_kwargs)
+    capacity = min(method.online.replay_size, method.online.num_env_steps + method.online.num_envs)
+    collector = ReplayCollector(venv, setup.agent, Replay(capacity), seed)  # type: ignore[arg-type]
+    collector.reward = setup.collector.transform.reward
+    return replace(setup, collector=Phases(setup.collector, collector, method.retain))
 
 
 def make_agent(method: OffPolicy, observation_space: Any, action_space: Any, **options: Any) -> ControlAgent:
