@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from markovia.agents.records import Views
 from markovia.algos.preference.scores import TokenScores
+
+# What several test files share lies beside them; nothing else of the checkout is put on the path.
+sys.path.insert(0, str(Path(__file__).parent / "pieces"))
 
 F64 = torch.float64
 B, T = 12, 4
