@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linprog
 
 from markovia.envs.exact.tabular import TabularMDP
 
@@ -71,6 +70,8 @@ class CMDP:
         policy = x / sum_a x. The multipliers are the duals of the cost rows: the derivative of J* in each budget.
         Raises ValueError when no policy meets the budgets, with the least cost that each constraint can reach.
         """
+        from scipy.optimize import linprog  # heavy, and needed by few
+
         mdp = self.mdp
         S, A = mdp.R.shape
         flow = np.repeat(np.eye(S), A, axis=1) - mdp.gamma * mdp.P.reshape(S * A, S).T

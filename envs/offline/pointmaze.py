@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.sparse.csgraph import shortest_path
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
@@ -16,6 +15,8 @@ def next_cells(free: np.ndarray) -> np.ndarray:
 
     free (R, K) bool; cells are counted row by row, C = R K.
     """
+    from scipy.sparse.csgraph import shortest_path  # heavy, and needed by few
+
     rows, columns = free.shape
     index = np.arange(free.size).reshape(free.shape)
     linked = np.zeros((free.size, free.size))

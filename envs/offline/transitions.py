@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy.signal import lfilter
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -129,6 +128,8 @@ class Transitions:
         With sparse rewards the latter gives r_fail / (1 - gamma) in every step of an episode that never succeeds [Nakamoto 2023; arXiv 2303.05479].
         Raises ValueError for "repeat_last" with gamma = 1.
         """
+        from scipy.signal import lfilter  # heavy, and needed by few
+
         if cut not in ("zero", "repeat_last"):
             raise ValueError(f"cut must be 'zero' or 'repeat_last', got {cut!r}")
         if cut == "repeat_last" and not gamma < 1:
