@@ -51,6 +51,7 @@ def test_train_evaluate_and_sample_from_the_command_line(prefs, tmp_path, capsys
     assert {"ranking_accuracy", "ranking_accuracy_before", "log_ratio_chosen", "entropy", "top10_mass", "kl_ref"} <= done["evaluation"].keys()
     rows = Metrics(folder).read()
     assert {"loss", "logp_chosen", "log_ratio_chosen", "margin", "accuracy", "ranking_accuracy", "kl_ref", "length_chosen"} <= rows[0].keys()
+    assert {"entropy", "top10_mass"} <= rows[0].keys()
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["num_env_steps"] == 38
     assert run(["eval", str(folder), "--episodes", "3"]) == 0 and "4 episodes" in capsys.readouterr().out
     assert run(["video", str(folder)]) == 0 and ">>>" in (folder / "video" / "samples.txt").read_text()
@@ -118,7 +119,7 @@ def test_own_samples_beside_a_file(prefs, tmp_path):
         (["train", "rebel", "--data", "FILE", "--model", "arithmetic"], "old_chosen_logps"),
         (["train", "rebel"], "learns from preferences"),
         (["train", "dpo", "--env", "CartPole-v1", "--data", "FILE", "--model", "arithmetic"], "CartPole-v1 is a control task"),
-        (["train", "d3po", "--env", "markovia/Digits-v0", "--data", "FILE"], "learns from an environment, not from a file"),
+        (["train", "d3po", "--env", "markovia/Digits-v0", "--data", "FILE"], "markovia/Digits-v0 takes no --data"),
     ],
 )
 def test_what_does_not_fit_is_taught_in_one_line(prefs, tmp_path, capsys, argv, message):

@@ -1,7 +1,8 @@
 """From items of text to what a loss reads: rows of tokens, the views that index them, and the log-probs that the data brought along.
 
 Which rows an item becomes depends on what the method needs: a pair is (chosen, rejected) and, where it is asked for, gold; a ranked list is all its
-responses, or its best and worst for a method of pairs; a method of demonstrations gets the chosen or best response alone.
+responses, or its best and worst for a method of pairs; a method of demonstrations gets the chosen or best response alone. A method that crosses two
+prompts gets four rows of each pair: chosen and rejected under its own prompt, then under the other one.
 """
 
 from __future__ import annotations
@@ -58,9 +59,14 @@ def samples_beside(method: Preference, data: PreferenceData) -> bool:
 
 def check_needs(method: Preference, data: PreferenceData) -> None:
     """Raises ValueError naming the column that a file lacks for this method, and what the trainer does not offer."""
-    if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
-        raise ValueError("this loss crosses two prompts with each other's answers; such groups come from Python, as Views.groups of four rows")
     there, anchors = offered(data.kind, data.columns) | COMPUTED, {"ref", *data.anchors}
+    if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
+        if "crossed" not in data.columns:
+            raise ValueError(
+                f"{data.report.source} holds {data.report.format} rows{_with(data.columns)}; the method crosses two prompts with each other's "
+                "answers: add the column other_prompt, a second prompt for which rejected is the good response"
+            )
+        there, anchors = there | {"groups"}, {"ref"}
     if samples_beside(method, data):
         there, anchors = there | {"gold"}, anchors | {"old"}
     for need in method.needs:
@@ -90,6 +96,16 @@ def prepare(method: Preference, data: PreferenceData) -> None:
         data.report.kept = len(data.items)
     if not data.items:
         raise ValueError(f"no list has a best and a worst response. {data.report}")
+
+
+def crosses(needs: Collection[str]) -> bool:
+    """Whether a loss reads groups that cross two prompts, not lists of scored responses."""
+    return "groups" in needs and "score" not in needs
+
+
+def halves(items: Sequence[Item], needs: Collection[str]) -> list[Item]:
+    """The items, each followed by its two responses under the other prompt where the loss crosses them."""
+    return [half for item in items for half in (item, item.other) if half is not None] if crosses(needs) else list(items)
 
 
 def _with(columns: Collection[str]) -> str:
@@ -156,12 +172,16 @@ def make_batch(
     generator: torch.Generator | None = None,
 ) -> Batch:
     """The rows and views of some items; `generator` draws SamPO's subset."""
-    which = select(needs, kind)
+    which, items = select(needs, kind), halves(items, needs)
     picks = [chosen_responses(item, which, kind) for item in items]
     rows = [(item, k) for item, pick in zip(items, picks, strict=True) for k in pick]
     record = token_rows([i.prompt for i, _ in rows], [i.responses[k] for i, k in rows], pad, device)
     starts = torch.tensor([0, *[len(p) for p in picks[:-1]]], device=device).cumsum(0)
     views = _views(items, picks, starts, kind, set(needs))
+    if crosses(needs):  # rows y1|x1, y2|x1, y2|x2, y1|x2
+        views.pairs = views.groups
+        views.groups = starts[::2, None] + torch.tensor([0, 2, 1, 3], device=device)
+        views.weight = None if views.weight is None else views.weight[::2]
     if views.pairs is not None:
         if "keep" in needs:
             views.keep = shared_subset(record.mask.cpu(), views.pairs.cpu(), generator).to(device)
@@ -220,4 +240,7 @@ def with_logps(agent: Agent, items: Sequence[Item], pad: int, anchor: str = "ref
         assert logp is not None
         found = iter([x[v].tolist() for x, v in zip(logp, record.valid, strict=True)])
         out += [replace(i, logps={**i.logps, anchor: [next(found) for _ in i.responses]}) for i in part]
+    if any(i.other for i in out):
+        others = iter(with_logps(agent, [i.other for i in out if i.other], pad, anchor, size))
+        out = [replace(i, other=next(others)) if i.other else i for i in out]
     return out

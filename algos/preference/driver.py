@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from markovia.agents.distributions import Categorical
 from markovia.agents.interface import Agent
 from markovia.agents.records import masked_mean
 from markovia.algos.preference.anchors import EachRound, Extrapolated, Frozen, Sync, extrapolate, soft_sync
-from markovia.algos.preference.data import Batch, make_batch, token_rows, with_logps
+from markovia.algos.preference.data import Batch, halves, make_batch, token_rows, with_logps
 from markovia.algos.preference.method import Preference
-from markovia.algos.preference.metrics import pair_statistics, ranking_accuracy
+from markovia.algos.preference.metrics import pair_statistics, ranking_accuracy, top_k
 from markovia.algos.preference.pieces import sides
 from markovia.algos.preference.scores import TokenScores
 from markovia.algos.preference.sources import FileItems, JudgedSamples
@@ -26,7 +27,7 @@ from markovia.algos.statistics import Statistics
 from markovia.algos.trainer import Trainer, part
 from markovia.envs.text.preferences import Item
 
-KL_EVERY = 10  # iterations; the exact KL needs whole distributions
+SPREAD_EVERY = 10  # iterations; KL, entropy and mass need whole distributions
 
 
 def moving_reference(agent: Agent) -> Agent:
@@ -74,7 +75,7 @@ class PreferenceDriver(Trainer):
         if "ref" not in method.anchors and not whole:
             return None
         items = self.source.items if isinstance(self.source, FileItems) else []
-        stored = bool(items) and all("ref" in item.logps for item in items)
+        stored = bool(items) and all("ref" in item.logps for item in halves(items, method.needs))
         if method.stored_reference and (whole or not items):
             why = f"the method reads {sorted(whole)} under the anchor" if whole else "the samples of a round are not there yet"
             raise ValueError(f"the anchor's log-probs can't be stored at the start: {why}; leave stored_reference at False")
@@ -93,8 +94,8 @@ class PreferenceDriver(Trainer):
         seen = self.num_env_steps
         items, found = self.source.draw(self.agent, self.reference, seen, count, self.seed, self.generator("action"))
         self.set_lr()
-        if self.reference is not None and items and self.iteration % KL_EVERY == 0:
-            found["kl_ref"] = self.kl_ref(items[0])
+        if items and self.iteration % SPREAD_EVERY == 0:
+            found |= self.spread(items[0])
         stats = self.improve(items)
         out = {**found, **stats, **self.advance(count)}
         part_now, part_before = (self.method.rounds * n // self.method.num_env_steps for n in (self.num_env_steps, seen))
@@ -187,13 +188,19 @@ class PreferenceDriver(Trainer):
         return out
 
     @torch.no_grad()
-    def kl_ref(self, item: Item) -> float:
-        """KL(pi || anchor) of the next token in nats, mean over the tokens of one item's responses: exact, and cheap for one item."""
-        assert self.reference is not None
-        drawn = {"keep", "diff"}
-        record = make_batch([item], self.source.kind, set(self.method.needs) - drawn, self.pad, self.agent.device).record
-        now, anchor = (agent.evaluate(record, ["dist"]).dist.logits for agent in (self.agent, self.reference))  # type: ignore[union-attr]
-        return float(masked_mean(kl_ref_policy(anchor, now), record.mask))
+    def spread(self, item: Item) -> dict[str, float]:
+        """Means over the tokens of one item's responses: entropy of the next token in nats, mass of the 10 likeliest, and, where the anchor is at
+        hand, KL(pi || anchor) in nats; exact, and cheap for one item."""
+        record = make_batch([item], self.source.kind, set(self.method.needs) - {"keep", "diff"}, self.pad, self.agent.device).record
+        now: Tensor = self.agent.evaluate(record, ["dist"]).dist.logits  # type: ignore[union-attr]
+        out = {
+            "entropy": float(masked_mean(Categorical(now).entropy(), record.mask)),
+            "top10_mass": float(top_k(now, record.mask, k=min(10, now.shape[-1])).mass),
+        }
+        if self.reference is not None:
+            anchor: Tensor = self.reference.evaluate(record, ["dist"]).dist.logits  # type: ignore[union-attr]
+            out["kl_ref"] = float(masked_mean(kl_ref_policy(anchor, now), record.mask))
+        return out
 
     # -- the anchor ---------------------------------------------------------------------------------------------------------------
 

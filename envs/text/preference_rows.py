@@ -9,9 +9,10 @@
     prompt-only          prompt                                a prompt for online rounds
 
 A text is a string, or a list of {"role", "content"} messages that the tokenizer's chat template turns into one. Optional columns: `weight`;
-of pairs `q` (probability that chosen is preferred), `margin`, `score_chosen` and `score_rejected`, `gold` (a third response); of single responses
-`score`; and numbers per token, the closing EOS included: log-probs under a named anchor (ref_chosen_logps and ref_rejected_logps, or ref_logps)
-and weights in the score (chosen_weights and rejected_weights, or weights).
+of pairs `q` (probability that chosen is preferred), `margin`, `score_chosen` and `score_rejected`, `gold` (a third response), `other_prompt` (a
+second prompt, for which `rejected` is the good response: IOPO crosses the two); of single responses `score`; and numbers per token, the closing EOS
+included: log-probs under a named anchor (ref_chosen_logps and ref_rejected_logps, or ref_logps) and weights in the score (chosen_weights and
+rejected_weights, or weights).
 """
 
 from __future__ import annotations

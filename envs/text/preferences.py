@@ -55,6 +55,7 @@ class Item:
     weights: list[list[float]] | None = None  # of each token of each response
     line: int = 0  # of the file, from 1
     prompt_cut: bool = False  # the prompt lost its beginning
+    other: Item | None = None  # the two responses the other way round, under the prompt for which the rejected one is good
 
 
 @dataclass
@@ -83,7 +84,7 @@ class PreferenceData:
 
     kind: Kind
     items: list[Item]
-    columns: frozenset[str]  # of q, margin, weight, score, label, gold, c (weights per token)
+    columns: frozenset[str]  # of q, margin, weight, score, label, gold, crossed (two prompts), c (weights per token)
     anchors: frozenset[str]  # whose log-probs are stored
     report: Report
 
@@ -215,6 +216,11 @@ def _item(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, options: Da
         item.logps[name] = _per_token(row, columns, kind, lengths, cut, "stored log-probs")
     if weights := weight_columns(set(row), kind):
         item.weights = _per_token(row, weights, kind, lengths, cut, "token weights")
+    if kind == "pairs" and "other_prompt" in row:
+        if "prompt" not in row or row["other_prompt"] == row["prompt"]:
+            raise BadRow("other_prompt without a prompt, or equal to it")
+        turned = {"prompt": row["other_prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
+        item.other = replace(_item(turned, format, tokenizer, options, changed), values=item.values)
     return item
 
 
@@ -252,12 +258,14 @@ def load_preferences(path: str | Path, tokenizer: Any, options: DataOptions | No
     if not items:
         raise ValueError(f"no row of {path} can be used. {report}" if report.read else f"{path} is empty")
     kind = FORMATS[report.format][1]
-    columns = set(items[0].values) | ({"gold"} & wanted if kind == "pairs" else set())
+    columns = set(items[0].values) | ({"gold"} & wanted if kind == "pairs" else set()) | ({"crossed"} if items[0].other else set())
     columns |= {name for name, found in (("score", items[0].score), ("c", items[0].weights)) if found is not None}
     return PreferenceData(kind, items, frozenset(columns), frozenset(items[0].logps), report)
 
 
-_READ = frozenset().union(*(needed for needed, _ in FORMATS.values())) | {"q", "margin", "weight", "score", "score_chosen", "score_rejected", "gold"}
+_READ = frozenset().union(*(needed for needed, _ in FORMATS.values())) | {
+    "q", "margin", "weight", "score", "score_chosen", "score_rejected", "gold", "other_prompt",
+}  # fmt: skip
 
 
 def save_logps(items: Sequence[Item], path: str | Path, source: str | Path, anchor: str = "ref") -> None:

@@ -93,6 +93,24 @@ def test_rows_and_views_of_lists_single_responses_and_demonstrations(tmp_path):
     assert make_batch(data.items, "pairs", ("unpaired",), 0).record.shape[0] == 2  # demonstrations: the chosen ones
 
 
+def test_rows_and_views_of_crossed_prompts(tmp_path):
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "31", "other_prompt": "30+1=", "weight": w} for w in (2.0, 3.0)]
+    data = load(tmp_path, rows)
+    assert "crossed" in data.columns and data.items[0].other.responses == data.items[0].responses[::-1]
+    batch = make_batch(data.items, "pairs", ROWS["iopo"].value.needs, 0)
+    text = LanguageAgent.from_name("arithmetic").tokenizer
+    columns = zip(*batch.record.obs.values(), batch.record.action, batch.record.valid, strict=True)
+    whole = [text.decode([*p[m].tolist(), *a[v].tolist()[:-1]]) for p, m, a, v in columns]
+    assert whole == ["1+1=2", "1+1=31", "30+1=31", "30+1=2"] * 2
+    # y1|x1, y2|x2, y2|x1, y1|x2; the pairs within each prompt are for the log
+    v = batch.views
+    assert v.groups.tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]] and v.weight.tolist() == [2.0, 3.0]
+    assert v.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert make_batch(data.items, "pairs", ("pairs",), 0).record.shape[0] == 4  # other methods leave the second prompt alone
+    bad = load(tmp_path, [*rows, {**rows[0], "other_prompt": "1+1="}])
+    assert bad.report.dropped == {"other_prompt without a prompt, or equal to it": [3]}
+
+
 def test_every_pass_sees_every_item_once_whatever_the_batches(tmp_path):
     source = FileItems(load(tmp_path, pairs()).items, "pairs")
     whole = [i.line for i in source.take(0, 36, seed=3)]
@@ -113,7 +131,7 @@ def test_every_pass_sees_every_item_once_whatever_the_batches(tmp_path):
         ("kto", [{"prompt": "1+1=", "completion": "2"}], "reads label .* add the column label"),
         ("brain", [{"prompt": "1+1=", "completions": ["2", "3"], "scores": [1, 0]}], "add the column proposal_logps"),
         ("spo-seq", pairs(), "add the columns stage1_chosen_logps and stage1_rejected_logps"),
-        ("iopo", pairs(), "crosses two prompts"),
+        ("iopo", pairs(), "add the column other_prompt"),
     ],
 )
 def test_a_missing_column_is_named(tmp_path, row, rows, message):
@@ -156,6 +174,16 @@ def test_every_row_trains_on_a_file_with_its_columns(tmp_path, row):
     assert stats["grad_norm"] > 0.0 and any(not torch.equal(p, q) for p, q in zip(driver.trained, before, strict=True))
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["reference", "stored"])
+def test_iopo_reads_two_prompts_from_a_file(tmp_path, stored):
+    rows = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a + 3), "other_prompt": f"{a}+3="} for a in range(4)]
+    driver = make(method_of("iopo", stored_reference=stored), load(tmp_path, rows))
+    first, second = driver.step(), driver.step()
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and second["loss"] < first["loss"]
+    # Both prompts' pairs move apart, and the loss of all four is that of the sum of the two margins.
+    assert second["margin"] > 0.0 and first["length_chosen"] == 2.0
+
+
 def test_modpo_reads_rewards_per_dimension(tmp_path):
     driver = make(method_of("modpo"), load(tmp_path, pairs(score_chosen=[1.0, 0.5], score_rejected=[0.0, 0.0])))
     # At the start D = 0: z = -(0.5 * 0.5) / 0.5 = -0.5, loss = log(1 + e^0.5) = 0.974077
@@ -186,7 +214,7 @@ def test_the_first_loss_is_log_2_and_the_next_is_an_independent_formula(tmp_path
         with torch.no_grad():
             p, q = (F.log_softmax(m(ids).logits[0, at], -1) for m in (policy, base))
         total += float((p.exp() * (p - q)).sum())
-    assert driver.kl_ref(item) == pytest.approx(total / sum(map(len, item.responses)), rel=1e-3)
+    assert driver.spread(item)["kl_ref"] == pytest.approx(total / sum(map(len, item.responses)), rel=1e-3)
     second = driver.step()
     assert first["kl_ref"] == pytest.approx(0.0, abs=1e-6)
     assert second["loss"] == pytest.approx(float(F.softplus(-0.1 * (ratio[:, 0] - ratio[:, 1])).mean()), abs=1e-5)
@@ -388,7 +416,7 @@ def noisy(prompts, completions, **columns):
 def sampled(row, **changes):
     method = method_of(row, **{"num_envs": 4, "num_env_steps": 12, **changes})
     task = arithmetic()
-    task.rewards = [noisy]
+    task.rewards, task.solved = [noisy], None
     agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
     return PreferenceDriver(method, agent, JudgedSamples(task, method), seed=0)
 
