@@ -28,6 +28,7 @@ META_KEY = "markovia"
 CLASSES: dict[str, str] = {
     "ControlAgent": "markovia.agents.control:ControlAgent",
     "ImprovedAgent": "markovia.agents.improved:ImprovedAgent",
+    "ReturnConditionedAgent": "markovia.agents.return_conditioned:ReturnConditionedAgent",
     "TabularAgent": "markovia.agents.tabular:TabularAgent",
     "LanguageAgent": "markovia.agents.language:LanguageAgent",
     "RewardModel": "markovia.agents.reward_model:RewardModel",

@@ -22,6 +22,7 @@ from markovia.algos.diffusion_policy.method import Imitation, TwoLayer
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
+from markovia.algos.offline.sequences import ReturnConditioned, SequenceDriver
 from markovia.algos.offline.warm_start import WarmStart, WarmStartDriver
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
@@ -35,6 +36,7 @@ from markovia.algos.text_metrics import pass_curve
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
+EAGER = (ChainMethod, FromPreferences, Imitation, ReturnConditioned)  # settings whose loops compile nothing
 COMPILE_STEPS = 30_000  # optimiser steps; each saves a little under a millisecond
 Evaluate = Callable[[Agent, int, int], dict[str, Any]]
 
@@ -83,7 +85,7 @@ def _build(
     env_id: str | None, method: Method, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str,
     data: dict[str, Any] | None, dataset: str | None,
 ) -> Setup:  # fmt: skip
-    if dataset is not None and not isinstance(method, Offline | WarmStart | Imitation):
+    if dataset is not None and not isinstance(method, Offline | WarmStart | ReturnConditioned | Imitation):
         raise ValueError(f"{type(method).__name__} does not learn from a dataset; choose an offline method such as td3-bc, or leave dataset out")
     if isinstance(method, Preference):
         from markovia.algos.preference.setup import build_preference
@@ -108,9 +110,9 @@ def _build(
             from markovia.algos.diffusion_policy.setup import build_two_layer
 
             return build_two_layer(env_id, method, seed, env_kwargs, options, device)
-        if isinstance(method, Offline | WarmStart | Imitation):
+        if isinstance(method, Offline | WarmStart | ReturnConditioned | Imitation):
             from markovia.algos.diffusion_policy.setup import build_imitation
-            from markovia.algos.offline.setup import build_offline, build_warm_start
+            from markovia.algos.offline.setup import build_offline, build_sequences, build_warm_start
 
             if kind != "control" or dataset is None:
                 raise ValueError(
@@ -119,6 +121,8 @@ def _build(
                 )
             if isinstance(method, Imitation):
                 return build_imitation(env_id, method, dataset, env_kwargs, options, device)
+            if isinstance(method, ReturnConditioned):
+                return build_sequences(env_id, method, dataset, env_kwargs, options, device)
             if isinstance(method, WarmStart):
                 return build_warm_start(env_id, method, dataset, seed, env_kwargs, options, vectorization, device)
             return build_offline(env_id, method, dataset, env_kwargs, options, device)
@@ -143,6 +147,8 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         from markovia.algos.diffusion_policy.driver import ImitationDriver
 
         return ImitationDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
+    if isinstance(method, ReturnConditioned):
+        return SequenceDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, WarmStart):
         return WarmStartDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
     if isinstance(method, OffPolicy):
@@ -152,7 +158,7 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
 
 def worth_compiling(method: Method, setup: Setup) -> bool:
     """Whether a compiled update repays the half minute that it takes to compile, on a device that can: updates of one shape, and many of them."""
-    if setup.kind == "language" or isinstance(method, ChainMethod | FromPreferences | Imitation) or method.num_optimizer_steps < COMPILE_STEPS:
+    if setup.kind == "language" or isinstance(method, EAGER) or method.num_optimizer_steps < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
 

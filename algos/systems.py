@@ -9,7 +9,8 @@ from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.offline.method import Offline
-from markovia.algos.offline.methods import OFFLINE, WARM_START
+from markovia.algos.offline.methods import OFFLINE, SEQUENCES, WARM_START
+from markovia.algos.offline.sequences import ReturnConditioned
 from markovia.algos.offline.warm_start import WarmStart
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.method import OnPolicy
@@ -22,12 +23,15 @@ from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
 # What a driver can be built for, one settings class per family.
-Method = OnPolicy | OffPolicy | Offline | WarmStart | ChainMethod | Preference | Imitation | RewardTraining
+Method = OnPolicy | OffPolicy | Offline | WarmStart | ReturnConditioned | ChainMethod | Preference | Imitation | RewardTraining
 
 
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    families = (ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, WARM_START, DENOISING, DIFFUSION_POLICY, PREFERENCE, REWARD_MODEL, SAFE, MEASURES)
+    families = (
+        ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, WARM_START, SEQUENCES,
+        DENOISING, DIFFUSION_POLICY, PREFERENCE, REWARD_MODEL, SAFE, MEASURES,
+    )  # fmt: skip
     return table([row for family in families for row in family.values()])
 
 

@@ -31,6 +31,7 @@ from markovia.algos.off_policy.slots import (
     Weighted,
 )
 from markovia.algos.offline.method import Logged, Offline
+from markovia.algos.offline.sequences import ReturnConditioned
 from markovia.algos.offline.warm_start import WarmStart
 from markovia.algos.table import Row, table
 
@@ -171,6 +172,17 @@ WARM_START = table(
             "wsrl", WarmStart(), "cql/cal-ql", "2412.07762",
             "conservative learning on data, then SAC that forgets them after steps of a frozen policy",
             _CONTROL, (_LOSSES + "drawn_members", _LOSSES + "bootstrap", _HELD + "calibrated", _HELD + "conservative_gap"), "wsrl",
+        ),
+    ]
+)
+
+# Imitation of sequences, with a loop of its own.
+SEQUENCES = table(
+    [
+        Row(
+            "decision-transformer", ReturnConditioned(), "bc", "2106.01345",
+            "imitates given the return that followed, and acts on one that it is asked for",
+            _CONTROL, ("markovia.algos.offline.sequences:masked_error", "markovia.agents.return_conditioned:SequencePolicy"), "decision-transformer",
         ),
     ]
 )

@@ -6,17 +6,22 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from markovia.agents.control import ControlAgent
 from markovia.agents.improved import ImprovedAgent
+from markovia.agents.return_conditioned import ReturnConditionedAgent
 from markovia.algos.off_policy.collect import ReplayCollector
 from markovia.algos.off_policy.driver import check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.slots import ClosedForm, Mixture, QuantileCritics
 from markovia.algos.offline.method import Offline
+from markovia.algos.offline.sequences import ReturnConditioned, make_sequences
 from markovia.algos.offline.source import make_source
 from markovia.algos.offline.warm_start import Phases, WarmStart
 from markovia.algos.setup import Setup, evaluate_stepped
+from markovia.algos.streams import stream_seed
 from markovia.envs.control.vector import make_env, make_vec
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.sources import load
@@ -42,6 +47,62 @@ def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[s
 
     note = describe(data, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
+
+
+def build_sequences(
+    env_id: str, method: ReturnConditioned, dataset: str, env_kwargs: dict[str, Any], options: dict[str, Any], device: str
+) -> Setup:
+    """Everything for imitation given returns, on `dataset`."""
+    return build_from(load(dataset), env_id, method, env_kwargs, options, device)
+
+
+def build_from(
+    data: Transitions,
+    env_id: str,
+    method: ReturnConditioned,
+    env_kwargs: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Setup:
+    """The same on rows in memory: the evaluation asks for the target return and tells the agent what each step paid."""
+    env_kwargs, options = env_kwargs or {}, options or {}
+    env = make_env(env_id, **env_kwargs)
+    horizon = env.spec.max_episode_steps if env.spec is not None else None
+    target = method.target_return if method.target_return is not None else float(data.returns().max())
+    sizes = {k: getattr(method, k) for k in ("window", "layers", "heads", "width", "dropout", "return_scale")}
+    sizes |= {"horizon": horizon or int(data.lengths().max()), "target_return": target, "normalize_obs": method.data.normalize_obs}
+    agent = ReturnConditionedAgent.from_spaces(env.observation_space, env.action_space, device=device, **{**sizes, **options})
+    env.close()
+    source = make_sequences(data, method, agent)
+    scale = reference_of(data, env_id, horizon)
+
+    def evaluate(agent: Any, episodes: int, seed: int) -> dict[str, Any]:
+        found = evaluate_asked(agent, env_id, episodes, seed, env_kwargs)
+        return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
+
+    note = f"{describe(data, source.replay.size, scale)}; asked for a return of {target:.4g}"
+    return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
+
+
+def evaluate_asked(
+    agent: ReturnConditionedAgent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any], target: float | None = None
+) -> dict[str, Any]:
+    """Returns and lengths of `episodes` episodes, each of its own environment and seed, that were asked for `target` (None: the agent's own)."""
+    venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs)
+    obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
+    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
+    asked = agent.target_return if target is None else target
+    history = agent.start(agent.observe(obs))
+    history.left.fill_(asked)
+    while running.any():
+        actions, history = agent.predict(obs, history, deterministic=True)
+        obs, reward, terminated, truncated, _ = venv.step(actions)
+        agent.rewarded(history, reward)
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    venv.close()
+    return {"returns": returns.tolist(), "lengths": lengths.tolist(), "target_return": asked}
 
 
 def build_warm_start(

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from markovia.algos.off_policy.regularisers import diverse
 from markovia.algos.off_policy.slots import Diverse
 from markovia.algos.offline.method import Offline
+from markovia.algos.offline.setup import build_from, evaluate_asked
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import Setup, build, make_driver
 from markovia.envs.exact.offline import pointmass_data
+from markovia.envs.exact.offline.pointmass import TIERS
+from markovia.envs.offline import concatenate
 
 POINT = "markovia/PointMass2D-v0"
 
@@ -98,6 +102,34 @@ def guided(margin: float = 10.0, tier: str = "mix", seeds: int = 2) -> dict[str,
     measured = min(a - b for a, b in zip(own, plain, strict=True))
     holds = measured >= margin and min(gains) > 0.0
     return {"measured": measured, "bound": margin, "holds": holds, "a2pr": own, "td3-bc": plain, "advantage_of_the_model_minus_logged": gains}
+
+
+def asked_returns(targets: int = 5, rank: float = 0.9, slack: float = 5.0, seeds: int = 2, episodes: int = 100) -> dict[str, Any]:
+    """Decision Transformer on all tiers together: rank correlation of the returns asked for and achieved, worst of the seeds; and the score at the
+
+    largest, which is the best of the data, against the 90th percentile of the data's episodes.
+    """
+    data = concatenate([pointmass_data(tier) for tier in TIERS], "pointmass2d/all")
+    scale = data.about.reference
+    assert scale is not None
+    high = float(np.quantile(scale.score_pct(data.returns()), 0.9))
+    asked = np.linspace(scale.minimum, float(data.returns().max()), targets)
+    ranks, tops, achieved = [], [], []
+    method = configure("decision-transformer", POINT)
+    for seed in range(seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            setup = build_from(data, POINT, method)
+        driver = make_driver(method, setup, seed)
+        while not driver.finished:
+            driver.step()
+        returns = [float(np.mean(evaluate_asked(setup.agent, POINT, episodes, seed, {}, r)["returns"])) for r in asked]  # type: ignore[arg-type]
+        ranks.append(float(stats.spearmanr(asked, returns).statistic))
+        tops.append(float(scale.score_pct(returns[-1])))
+        achieved.append(returns)
+    holds = min(ranks) >= rank and min(tops) >= high - slack
+    return {"measured": min(ranks), "bound": rank, "holds": holds, "asked": asked.tolist(), "achieved": achieved, "top_scores": tops,
+            "score_of_the_90th_percentile": high}  # fmt: skip
 
 
 # -- pointmass: what ensembles know of actions that were not logged -------------------------------------------------------------------------
