@@ -132,7 +132,7 @@ class LanguageAgent(Agent):
         Without gradient the rows are cut so that at most CHUNK_LOGITS logits exist at once. Raises ValueError for an unknown quantity.
         """
         want = check_want(want, self.critic is not None, "value_head=True")
-        out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if self._packing() else self._evaluate_padded(rollout, want))
+        out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if self._packing() else self.evaluate_padded(rollout, want))
         if "dist" in out:
             out["dist"] = Categorical(out["dist"])
         return Evaluation(**out)
@@ -152,7 +152,7 @@ class LanguageAgent(Agent):
             out["hidden"] = hidden
         return out
 
-    def _evaluate_padded(self, rollout: Rollout, want: set[str]) -> dict[str, Tensor]:
+    def evaluate_padded(self, rollout: Rollout, want: set[str]) -> dict[str, Tensor]:
         B, T = rollout.shape
         size = B
         if not torch.is_grad_enabled() or self._adapters_off:
@@ -218,7 +218,7 @@ class LanguageAgent(Agent):
         plain = copy.copy(self)
         plain.options = replace(self.options, bf16=False)  # rounding would hide what is looked for
         want = {"logp"}
-        return unfit(self._lm, lambda: plain._evaluate_packed(record, want)["logp"], lambda: plain._evaluate_padded(record, want)["logp"])
+        return unfit(self._lm, lambda: plain._evaluate_packed(record, want)["logp"], lambda: plain.evaluate_padded(record, want)["logp"])
 
     # -- sampling ----------------------------------------------------------------------------------------------------------------
 

@@ -133,6 +133,7 @@ def train(
     """
     import torch
 
+    from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build, make_driver, worth_compiling
 
     if env is not None:
@@ -183,6 +184,12 @@ def train(
         raise ValueError(f"{env} or its agent does not know one of the arguments that were given ({given}): {e}") from e
     if prepare is not None:
         prepare(setup)
+    if setup.kind == "language" and isinstance(settings, OnPolicy):
+        from markovia.algos.on_policy.memory import before_run
+
+        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens)
+        if progress:
+            print(needed)
     driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
 

@@ -1,0 +1,90 @@
+"""What a language agent needs of memory, found by looking at the agent: a small forward pass tells what a long one will keep."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from markovia.agents.checkpointing import layers_of
+from markovia.agents.pretrained import plain_model
+from markovia.agents.records import Rollout
+
+if TYPE_CHECKING:
+    from markovia.agents.language import LanguageAgent
+
+PROBES = (8, 16, 24)  # tokens per row of the passes that are looked at; masks are padded to multiples of 8
+
+
+def tensor_bytes(agent: LanguageAgent) -> int:
+    """Bytes of all weights and buffers, tied ones once."""
+    storages = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in (*agent.net.parameters(), *agent.net.buffers())}
+    return sum(storages.values())
+
+
+def cache_bytes(agent: LanguageAgent) -> int:
+    """Bytes of the key-value cache per token of a row: 2 layers x key-value heads x head size numbers, found by reading two tokens."""
+    with torch.no_grad():
+        ids = torch.zeros((1, 2), dtype=torch.long, device=agent.device)
+        cache = agent.forward(input_ids=ids, use_cache=True).past_key_values
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)) // 2
+
+
+def activation_bytes(agent: LanguageAgent, length: int) -> tuple[int, int]:
+    """Bytes that each row of `length` tokens keeps for the backward pass, logits apart, and bytes that a pass keeps however many rows it has.
+
+    kept(n) = rows (a n + b n^2) + c through passes of a few tokens: b are masks, and attention that keeps its weights, c are copies of weights under
+    autocast. With gradient checkpointing that is each layer's input, and the inside of the one layer that is computed again.
+    """
+    plain = copy.copy(agent)
+    plain.options = replace(agent.options, gradient_checkpointing=False)
+    points = [(n, _kept(plain, n)) for n in PROBES]
+    once = max(0.0, _through(points, 0))
+    row = (_through(points, length) - once) / 2
+    if agent.options.gradient_checkpointing:
+        layers, width = len(layers_of(agent.net["policy"])), plain_model(agent.net["policy"]).get_output_embeddings().in_features
+        row = layers * length * width * next(agent.net["policy"].parameters()).element_size() + row / layers
+        once /= layers
+    return round(row), round(once)
+
+
+def _through(points: list[tuple[int, float]], x: int) -> float:
+    """Lagrange's polynomial through the points, at x."""
+    total = 0.0
+    for i, (xi, yi) in enumerate(points):
+        term = yi
+        for j, (xj, _) in enumerate(points):
+            if j != i:
+                term *= (x - xj) / (xi - xj)
+        total += term
+    return total
+
+
+def _kept(agent: LanguageAgent, length: int) -> float:
+    """Bytes that a pass over two rows keeps, one of them padded so that there is a mask; weights and logits are not counted."""
+    prompt, new = length // 2, length - length // 2 + 1
+    valid = torch.ones((2, new), dtype=torch.bool, device=agent.device)
+    zero = torch.zeros((2, new), device=agent.device)
+    seen = torch.ones((2, prompt), dtype=torch.bool, device=agent.device)
+    seen[1, 0] = False
+    ids = torch.zeros((2, max(prompt, new)), dtype=torch.long, device=agent.device)
+    record = Rollout(
+        obs={"prompt_ids": ids[:, :prompt], "prompt_mask": seen}, action=ids[:, :new], logp_old=zero, reward=zero, valid=valid, mask=valid,
+        continuation=zero, truncated=~valid, per_row=True,
+    )  # fmt: skip
+    skip = {t.untyped_storage().data_ptr() for t in (*agent.net.parameters(), *agent.net.buffers())}
+    widths = {agent.tokenizer.vocab_size, plain_model(agent.net["policy"]).get_output_embeddings().out_features}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in skip and not (x.ndim and x.shape[-1] in widths):
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        found = agent.evaluate_padded(record, {"logp"})["logp"]
+    del found
+    return float(sum(x.untyped_storage().nbytes() for x in kept.values()))

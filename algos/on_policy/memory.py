@@ -1,0 +1,159 @@
+"""How much memory a run of a language agent will need, told before it starts: bytes of what lasts, and of the phase that needs most.
+
+    lasting   weights + reference + gradients + the optimiser's averages + distributions in the record
+    sampling  key-value cache of all rows, and one step's logits (float32, softmax, float64 sums)
+    scoring   log-probs without gradient, in chunks
+    update    what one backward pass keeps, and its logits
+    step      the optimiser's temporaries
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from markovia.agents.interface import Agent
+from markovia.agents.language import CHUNK_LOGITS, LanguageAgent
+from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
+from markovia.algos.on_policy.divergence import KL
+from markovia.algos.on_policy.method import Descent, OnPolicy
+from markovia.algos.optimizer import Rule
+
+GB = 1e9
+SAMPLED = 4 + 4 + 8  # bytes per logit of a sampling step: logits, probabilities, their sums in float64
+COPIES = 4  # of the logits in an update: they, their log-softmax, and the gradients of both
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The sizes that the arithmetic needs; every property is in bytes."""
+
+    weights: int  # bytes of the agent, already there
+    reference: int  # bytes of a frozen copy
+    trainable: int  # numbers that are trained
+    item: int  # bytes of such a number
+    slots: int  # averages that the optimiser keeps of each
+    rows: int  # responses that are sampled together
+    part: int  # responses of one backward pass
+    prompt: int  # tokens of the longest prompt
+    new: int  # tokens of the longest response
+    vocab: int
+    cache: int  # bytes of the key-value cache per token and row
+    activation: int  # bytes that a row keeps for the backward pass
+    once: int = 0  # bytes that a backward pass keeps however many rows it has
+    distributions: int = 0  # whole distributions that the record holds for each decision
+    wide: bool = False  # whether the loss reads entropies or distributions, not log-probs alone
+    packed: bool = False
+    chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
+
+    @property
+    def gradients(self) -> int:
+        return self.trainable * self.item
+
+    @property
+    def averages(self) -> int:
+        return self.slots * self.trainable * self.item
+
+    @property
+    def record(self) -> int:
+        return 4 * self.distributions * self.rows * self.new * self.vocab
+
+    @property
+    def sampling(self) -> int:
+        return self.rows * ((self.prompt + self.new) * self.cache + SAMPLED * self.vocab)
+
+    @property
+    def scoring(self) -> int:
+        """Logits and log-softmax of as many whole rows as fit into a chunk, one at least."""
+        row = self.new * self.vocab
+        return 2 * 4 * row * min(self.rows, max(1, self.chunk // row))
+
+    @property
+    def update(self) -> int:
+        logits = self.part * self.new * self.vocab
+        if self.packed:
+            logits = min(logits, max(self.chunk, self.vocab))
+        return self.part * self.activation + self.once + 4 * (COPIES + 3 * self.wide) * logits
+
+    @property
+    def step(self) -> int:
+        """The clipped gradient, and three vectors of Adam's division."""
+        return (4 if self.slots else 2) * self.trainable * self.item
+
+    @property
+    def lasting(self) -> int:
+        return self.weights + self.reference + self.gradients + self.averages + self.record
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return self.lasting + max(self.sampling, self.scoring, self.update, self.step)
+
+    def __str__(self) -> str:
+        lasting = [("weights", self.weights), ("reference", self.reference), ("gradients", self.gradients), ("optimiser", self.averages)]
+        lasting += [("distributions", self.record)]
+        phases = [("sampling", self.sampling), ("scoring", self.scoring), ("update", self.update), ("step", self.step)]
+        told = [", ".join(f"{name} {size / GB:.3g}" for name, size in parts if size) for parts in (lasting, phases)]
+        return f"about {self.total / GB:.3g} GB: {told[0]}; then the largest of {told[1]}"
+
+
+def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int) -> Memory:
+    """The sizes of a run with prompts and responses of at most so many tokens; a few tokens are passed through the model to find them."""
+    solver, descents = method.solver, [s for s in (method.solver, method.value.separate) if isinstance(s, Descent)]
+    trained = agent.parameters("policy") + (agent.parameters("value") if agent.critic is not None else [])
+    part = max((s.micro or s.minibatch or method.num_envs) for s in descents)
+    # A minibatch that is the whole batch keeps the responses to a prompt together, so that a pack reads it once for all of them.
+    sharing = method.group_size if agent.options.packed and isinstance(solver, Descent) and solver.minibatch is None else 1
+    weights, (activation, once) = tensor_bytes(agent), activation_bytes(agent, -(-prompt // sharing) + new - 1)
+    exact = isinstance(method.divergence, KL) and method.divergence.estimator == "exact"
+    return Memory(
+        weights=weights, reference=weights if "ref" in method.references and agent.options.lora is None else 0,
+        trainable=sum(p.numel() for p in trained), item=trained[0].element_size(),
+        slots=Rule(solver.optimizer).slots if isinstance(solver, Descent) else 0,
+        rows=method.num_envs, part=min(part, method.num_envs), prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
+        cache=cache_bytes(agent), activation=activation, once=once,
+        distributions=(method.surrogate.needs_kl != "none") + exact,
+        wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
+        packed=agent.options.packed,
+    )  # fmt: skip
+
+
+def available(device: torch.device) -> tuple[float, float]:
+    """(free, all) bytes where the agent lives; infinite where nobody tells."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return float(free), float(total)
+    try:
+        import psutil
+    except ImportError:
+        return math.inf, math.inf
+    memory = psutil.virtual_memory()
+    return float(memory.available), float(memory.total)
+
+
+def check(memory: Memory, free: float, total: float) -> None:
+    """Warn when the run may need more than is free; raise ValueError when it needs more than the machine has. The weights are already there.
+
+    Allocators hold back what was freed: of SmolLM2 on a CPU the process grew by up to a fifth and 0.4 GB more than the tensors, so that is added.
+    """
+    more = memory.total - memory.weights
+    if 1.2 * more + 0.4 * GB <= free:
+        return
+    mend = "smaller solver.micro, gradient_checkpointing or packed in the agent options, LoRA in place of all weights, fewer num_envs"
+    text = f"this run needs {memory}. Beyond the weights that is {more / GB:.3g} GB and what the allocator holds back, "
+    text += f"but {free / GB:.3g} GB are free of {total / GB:.3g}; try {mend}"
+    if memory.total > total:
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=2)
+
+
+def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int) -> str:
+    """One line about the memory that a run will need, after `check`."""
+    assert isinstance(agent, LanguageAgent)
+    memory = estimate(agent, method, prompt, new)
+    free, total = available(agent.device)
+    check(memory, free, total)
+    return f"memory: {memory}" + (f"; {free / GB:.3g} GB are free beside the weights" if free < math.inf else "")

@@ -1,0 +1,185 @@
+"""The estimate of a run's memory: against counts by hand, and against what torch's allocator gave out during an update."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from markovia.agents.language import LanguageAgent
+from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
+from markovia.algos.on_policy.driver import OnPolicyDriver
+from markovia.algos.on_policy.memory import Memory, before_run, check, estimate
+from markovia.algos.presets import configure, override
+from markovia.algos.systems import find
+from markovia.envs.text.tasks import TextTask
+from markovia.envs.text.tokens import CharTokenizer
+
+torch.set_num_threads(1)
+F32 = 4  # bytes
+SIZES = Memory(
+    weights=1000, reference=1000, trainable=200, item=4, slots=2, rows=10, part=5, prompt=6, new=4, vocab=30, cache=16, activation=700, chunk=10**6
+)
+
+
+def tiny(layers=2, hidden=16, inner=24, heads=2, kv=2, vocab=12, tied=False, **options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    letters = "".join(chr(200 + i) for i in range(vocab - 3))
+    return LanguageAgent(LlamaForCausalLM(config), CharTokenizer(letters), **options)
+
+
+# -- the arithmetic --------------------------------------------------------------------------------------------------------------------
+
+
+def test_phases_by_hand():
+    assert (SIZES.gradients, SIZES.averages, SIZES.record) == (800, 1600, 0)
+    assert SIZES.lasting == 1000 + 1000 + 800 + 1600
+    assert SIZES.sampling == 10 * (10 * 16 + 16 * 30)  # 10 rows of 6 + 4 tokens; 4 + 4 + 8 bytes for each of 30 logits
+    assert SIZES.scoring == 2 * 4 * 10 * 4 * 30  # all 10 rows fit into a chunk
+    assert SIZES.update == 5 * 700 + 4 * 4 * (5 * 4 * 30)  # 4 copies of 5 x 4 x 30 float32
+    assert SIZES.step == 4 * 800
+    assert SIZES.total == 4400 + 13100
+
+
+def test_options_by_hand():
+    from dataclasses import replace
+
+    assert replace(SIZES, wide=True).update == 5 * 700 + 7 * 4 * 600
+    assert replace(SIZES, packed=True, chunk=100).update == 5 * 700 + 4 * 4 * 100
+    assert replace(SIZES, chunk=300).scoring == 2 * 4 * 2 * 120  # two rows of 4 x 30 logits fit
+    assert replace(SIZES, chunk=1).scoring == 2 * 4 * 120  # one row at least
+    assert replace(SIZES, distributions=1).record == 4 * 10 * 4 * 30
+    assert replace(SIZES, once=50).update == SIZES.update + 50
+    assert (replace(SIZES, slots=0).averages, replace(SIZES, slots=0).step) == (0, 2 * 800)
+
+
+@pytest.mark.parametrize(("tied", "tables"), [(False, 2), (True, 1)])
+def test_weights_by_hand(tied, tables):
+    # embeddings 12 x 16; per layer q, k, v, o 4 x 16 x 16, gate, up, down 3 x 16 x 24, two norms; the last norm; two rotary buffers of 4
+    numbers = tables * 192 + 2 * (1024 + 1152 + 32) + 16 + 8
+    assert tensor_bytes(tiny(tied=tied)) == F32 * numbers
+    assert tensor_bytes(tiny(tied=tied, value_head=True)) == F32 * (numbers + 17)
+
+
+def test_cache_by_hand():
+    assert cache_bytes(tiny()) == 2 * 2 * 16 * F32  # keys and values of 2 layers
+    assert cache_bytes(tiny(layers=3, heads=4, kv=2)) == 2 * 3 * 8 * F32  # 2 heads of 4 numbers
+
+
+@pytest.mark.parametrize(("hidden", "inner", "heads", "kv"), [(16, 24, 2, 2), (32, 48, 2, 2)])
+@pytest.mark.parametrize("length", [8, 40])
+def test_what_a_layer_keeps_by_hand(hidden, inner, heads, kv, length):
+    """Per token: the residual stream twice, each norm's output before and after its weight, q, k, v, the attention's output, gate, silu(gate), up and
+    their product; a root per norm, the log-sum of each head, and a row of the mask."""
+    width = hidden // heads * kv
+    per_token = 2 * hidden + 4 * hidden + (hidden + 2 * width) + hidden + 4 * inner + 2 + heads + length
+    two, one = (activation_bytes(tiny(layers, hidden, inner, heads, kv), length)[0] for layers in (2, 1))
+    assert two - one == F32 * per_token * length
+
+
+def test_gradient_checkpointing_keeps_inputs_and_one_layer():
+    agent, saving = tiny(layers=4), tiny(layers=4, gradient_checkpointing=True)
+    whole = activation_bytes(agent, 32)[0]
+    assert activation_bytes(saving, 32)[0] == round(4 * 32 * 16 * F32 + whole / 4)
+
+
+def test_copies_of_weights_under_autocast_do_not_grow_with_the_rows():
+    agent = tiny(bf16=True)
+    assert activation_bytes(agent, 16)[1] > 0.3 * tensor_bytes(agent) and activation_bytes(tiny(), 16)[1] < 0.02 * tensor_bytes(agent)
+
+
+def test_sizes_of_a_method():
+    agent = tiny(value_head=True)
+    ppo = override(configure("ppo", "markovia/Arithmetic-v0"), {"num_envs": 32, "solver": {"minibatch": 16, "micro": 4}})
+    sizes = estimate(agent, ppo, 6, 5)
+    trained = sum(p.numel() for p in agent.net.parameters())
+    assert (sizes.rows, sizes.part, sizes.prompt, sizes.new, sizes.trainable, sizes.slots) == (32, 4, 6, 5, trained, 2)
+    assert sizes.reference == sizes.weights
+    lora = estimate(tiny(lora={"r": 2}), find("grpo").value, 6, 5)
+    assert lora.reference == 0 and lora.gradients < 0.5 * lora.weights and lora.part == 64
+    assert estimate(tiny(), find("grpo/dr-grpo").value, 6, 5).reference == 0  # reads no reference
+
+
+# -- measured --------------------------------------------------------------------------------------------------------------------------
+
+
+def allocated(run):
+    """Most bytes that torch's allocator had given out at once while `run` ran, beyond what it had before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def update_against_estimate(agent, task, rows, **changes):
+    """(what an update took, what was told of it), both without what lasts."""
+    from markovia.algos.collect import SequenceCollector
+
+    method = override(find("grpo").value, {"num_envs": rows, "group_size": 4, **changes})
+    told = estimate(agent, method, task.prompt_length, task.max_new_tokens)
+    driver = OnPolicyDriver(method, agent, SequenceCollector(task, rows))
+    rollout = driver.collector.collect(agent, driver.generator("action"))
+    # The estimate is for responses of full length.
+    rollout.valid[:], rollout.mask[:], rollout.continuation[:, :-1], rollout.continuation[:, -1] = True, True, 1.0, 0.0
+    driver.advantages(rollout, driver.prepare(rollout))
+    return allocated(lambda: driver.improve(rollout, rollout.reward)), max(told.update, told.step)
+
+
+def length(prompts, completions, **_):
+    return [float(len(c)) for c in completions]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"gradient_checkpointing": True, "lora": {"r": 4}}, {"packed": True}], ids=str)
+def test_estimate_meets_the_allocator(options):
+    agent = tiny(layers=6, hidden=64, inner=160, vocab=400, **options)
+    letter = agent.tokenizer.decode([5])
+    task = TextTask([letter * 20, letter * 24], agent.tokenizer, length, 32, group_size=4)
+    measured, told = update_against_estimate(agent, task, 16)
+    assert 0.75 < measured / told < 1.15, (measured, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_estimate_meets_the_allocator_on_smollm2(options):
+    from markovia.envs.text.pretrained import load_tokenizer
+
+    agent = LanguageAgent.from_name("smollm2", temperature=0.7, lora={"r": 16}, **options)
+    prompts = ["The film was", "I watched this because of the actors, and"]
+    task = TextTask(prompts, load_tokenizer("smollm2"), length, 16, group_size=4)
+    measured, told = update_against_estimate(agent, task, 8)
+    assert 0.75 < measured / told < 1.15, (measured, told)
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_is_told_before_the_run():
+    sizes = Memory(
+        weights=2 * 10**9, reference=2 * 10**9, trainable=5 * 10**8, item=4, slots=2, rows=8, part=8, prompt=8, new=8, vocab=10, cache=1, activation=1
+    )
+    assert sizes.total == 2 * 10**9 + 2 * 10**9 + 3 * 2 * 10**9 + 4 * 2 * 10**9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(sizes, 20e9, 24e9)
+        check(sizes, math.inf, math.inf)
+    with pytest.warns(UserWarning, match=r"needs about 18 GB: weights 2, .* is 16 GB .* 10 GB are free of 24; try smaller solver.micro"):
+        check(sizes, 10e9, 24e9)
+    with pytest.raises(ValueError, match="needs about 18 GB"):
+        check(sizes, 10e9, 16e9)
+
+
+def test_the_line_at_the_start_names_its_parts():
+    line = before_run(tiny(), find("grpo").value, 6, 5)
+    assert line.startswith("memory: about") and "weights" in line and "reference" in line and "free beside the weights" in line
