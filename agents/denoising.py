@@ -236,6 +236,9 @@ class DenoisingAgent(Agent):
         from markovia.envs.denoising.pipeline_network import PipelineDenoiser
 
         found = next((m for m in self.net["policy"].modules() if isinstance(m, PipelineDenoiser)), None)
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} already exists and is not empty; export to a new folder")
         if found is None or found.folder is None:
             raise ValueError("only a pipeline that was read from a folder can be written back; this network has none. save(folder) keeps the agent")
         if not adapters:
@@ -245,7 +248,7 @@ class DenoisingAgent(Agent):
                 f"{type(found.model).__name__} has no adapters that diffusers could write (lora={self.lora}); write the whole pipeline instead"
             )
         found.model.save_lora_adapter(str(folder))  # type: ignore[operator]
-        return Path(folder)
+        return folder
 
     def config(self) -> dict[str, Any]:
         network = self.net["policy"]

@@ -12,25 +12,32 @@ import torch
 from markovia.rundir import CONFIG, RunError, checkpoints, read_json
 
 if TYPE_CHECKING:
+    from markovia.agents.interface import Agent
     from markovia.agents.language import LanguageAgent
 
 Show = Callable[[str], object]
 HELP = "/quit ends, /reset forgets what was said, /temperature X changes the temperature (0: the likeliest token), /help shows this"
 
 
-def language_agent(run: Path, what: str) -> LanguageAgent:
-    """The agent of a run's newest checkpoint; `what` names the command that wants it.
-
-    Raises RunError for a folder that is no run or has no checkpoint yet, ValueError for an agent that is no language agent.
-    """
+def newest_agent(run: Path) -> Agent:
+    """The agent of a run's newest checkpoint. Raises RunError for a folder that is no run or has no checkpoint yet."""
     from markovia.agents.interface import Agent
-    from markovia.agents.language import LanguageAgent
 
-    config = read_json(run / CONFIG)
+    read_json(run / CONFIG)
     found = checkpoints(run)
     if not found:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
-    agent = Agent.load(found[-1] / "agent")
+    return Agent.load(found[-1] / "agent")
+
+
+def language_agent(run: Path, what: str) -> LanguageAgent:
+    """The agent of a run's newest checkpoint; `what` names the command that wants it.
+
+    Raises what `newest_agent` raises, and ValueError for an agent that is no language agent.
+    """
+    from markovia.agents.language import LanguageAgent
+
+    agent, config = newest_agent(run), read_json(run / CONFIG)
     if not isinstance(agent, LanguageAgent):
         raise ValueError(
             f"{what} works on language agents, but {run} trained a {agent.kind} agent on {config['env']}; "

@@ -152,16 +152,17 @@ def plot_command(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"), help="PNG to write (default curves.png)")
     parser.add_argument("--y", default="return", help="statistic of metrics.jsonl (default return), or pass@k of the evaluation")
+    parser.add_argument("--x", default="num_env_steps", help="what it is plotted against (default num_env_steps), e.g. kl_nats for --y sample_return")
     parser.add_argument("--smooth", type=int, default=1, help="running mean over so many iterations (default 1)")
     args = parser.parse_args(argv)
     from markovia.pictures import plot_runs
 
     _at_least_one("--smooth", args.smooth)
-    print(plot_runs(args.runs, args.out, args.y, args.smooth))
+    print(plot_runs(args.runs, args.out, args.y, args.smooth, args.x))
 
 
 def video_command(argv: list[str]) -> None:
-    parser = _parser("video", "Episodes of a trained run as MP4 through Gymnasium's recorder; for text and denoising runs samples instead.")
+    parser = _parser("video", "Episodes of a run as MP4 through Gymnasium's recorder; texts of text runs; samples and GIFs of denoising runs.")
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("-o", "--out", type=Path, help="folder to write to (default RUN/video)")
     parser.add_argument("--episodes", type=int, default=1, help="episodes, or samples (default 1; 32 samples)")
@@ -175,7 +176,8 @@ def video_command(argv: list[str]) -> None:
     loaded = load_run(args.run)
     folder = args.out or args.run / "video"
     if loaded.task is not None:
-        print(write_samples(loaded.agent, loaded.task, folder, max(args.episodes, 32), args.seed))
+        for path in write_samples(loaded.agent, loaded.task, folder, max(args.episodes, 32), args.seed, args.run):
+            print(path)
         return
     for path in record_video(loaded.agent, loaded.config["env"], loaded.config["env_kwargs"], folder, args.episodes, args.seed):
         print(path)

@@ -1,4 +1,4 @@
-"""Commands for trained language agents: `markovia export` and `markovia chat`."""
+"""Commands for trained models: `markovia export`, and `markovia chat` for language."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ def _truth(text: str) -> bool:
 
 def export_command(argv: list[str]) -> None:
     """`markovia export RUN --out DIR [--merge True|False]`."""
-    about = "Write the language model of a run's newest checkpoint as a plain Hugging Face folder with its tokenizer."
+    about = "Write the model of a run's newest checkpoint: a language model as a plain Hugging Face folder, a diffusers pipeline as one of diffusers."
     parser = argparse.ArgumentParser(prog="markovia export", description=about)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("-o", "--out", type=Path, required=True, help="new folder to write")
     parser.add_argument(
         "--merge", type=_truth, default=True, metavar="True|False",
-        help="add LoRA adapters into the weights (default); False: a PEFT folder with the adapters apart",
+        help="add LoRA adapters into the weights (default); False: the adapters apart, as peft or diffusers reads them",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    from markovia.chat import language_agent
+    from markovia.agents.denoising import DenoisingAgent
+    from markovia.chat import language_agent, newest_agent
 
-    folder = language_agent(args.run, "export").export(args.out, args.merge)
-    print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    agent = newest_agent(args.run)
+    if isinstance(agent, DenoisingAgent):
+        folder, how = agent.export(args.out, adapters=not args.merge), "DiffusionPipeline.from_pretrained" if args.merge else "load_lora_adapter"
+    else:
+        folder, how = language_agent(args.run, "export").export(args.out, args.merge), "AutoModelForCausalLM.from_pretrained"
+    print(f"{folder}: {how}({str(folder)!r})")
 
 
 def chat_command(argv: list[str]) -> None:

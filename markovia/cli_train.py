@@ -18,6 +18,7 @@ that its presets give it there, `markovia systems` lists the methods and `markov
   markovia train td3-bc --env Pendulum-v1 --dataset markovia/pendulum/medium-v0
   markovia train dpo --data prefs.jsonl --model smollm2 --agent-options '{"lora": {"r": 16}}' --solver.lr 1e-4
   markovia train ppo --env markovia/Digits-v0 --surrogate.clip 0.1 --seed 3
+  markovia train ddpo --env markovia/Pipeline-v0 --model FOLDER --data prompts.txt --reward my.rewards:pretty --agent-options '{"lora": {"r": 8}}'
   markovia train rloo --env markovia/Prompts-v0 --data prompts.jsonl --reward my.rewards:polite --reward my.rewards:short --reward-weights 1 0.5"""
 
 

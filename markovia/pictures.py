@@ -14,13 +14,14 @@ import numpy as np
 from markovia.rundir import Metrics, RunError, read_json
 
 
-def curve(run: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(num_env_steps, value) of one statistic of a run. Raises RunError when the run never wrote it."""
+def curve(run: Path, key: str, against: str = "num_env_steps") -> tuple[np.ndarray, np.ndarray]:
+    """(num_env_steps, or what it is plotted `against`; value) of one statistic of a run. Raises RunError when the run never wrote both together."""
     rows = Metrics(run).read()
-    points = [(row["num_env_steps"], row[key]) for row in rows if row.get(key) is not None]
+    points = [(row[against], row[key]) for row in rows if row.get(key) is not None and row.get(against) is not None]
     if not points:
         known = sorted({k for row in rows for k in row})
-        raise RunError(f"{run} has no values of {key!r}; it has {', '.join(known) or 'no metrics yet'}")
+        missing = key if all(row.get(key) is None for row in rows) else against
+        raise RunError(f"{run} has no values of {missing!r}; it has {', '.join(known) or 'no metrics yet'}")
     x, y = np.asarray(points, dtype=float).T
     return x, y
 
@@ -59,12 +60,14 @@ def _count_steps(ax: Any) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1) -> Path:
+def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1, against: str = "num_env_steps") -> Path:
     """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds.
+
+    `against` another statistic than the steps (reward over KL) every run is a line of its own with a mark per point, in the order of training.
 
     `key` is a statistic of the log, or "pass@k": the share of prompts that one of k responses solves, over k, at the end of each run.
     """
-    read, xlabel = (pass_curve, "k") if key == "pass@k" else (lambda run: curve(run, key), "num_env_steps")
+    read, xlabel = (pass_curve, "k") if key == "pass@k" else (lambda run: curve(run, key, against), against)
     groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         config = read_json(run / "config.json")
@@ -73,6 +76,10 @@ def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1)
     for ax, (env, methods) in zip(axes, groups.items(), strict=True):
         for method, members in methods.items():
             curves = [read(run) for run in members]
+            if xlabel == against != "num_env_steps":
+                for x, y in curves:
+                    ax.plot(x, smooth(y, window), marker="o", markersize=3, label=method if (x is curves[0][0]) else None)
+                continue
             end = min(x[-1] for x, _ in curves)
             grid = np.linspace(max(x[0] for x, _ in curves), end, 200) if len(curves) > 1 else curves[0][0]
             values = np.stack([np.interp(grid, x, smooth(y, window)) for x, y in curves])
@@ -113,14 +120,6 @@ def grid_png(images: np.ndarray, columns: int = 8, scale: float = 0.6) -> bytes:
     return _png(figure)
 
 
-def points_png(points: np.ndarray, title: str) -> bytes:
-    """Samples (n, 2) as a scatter plot, PNG bytes."""
-    figure, (ax,) = _axes(4.0, 4.0)
-    ax.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, color="#1f4e8c")
-    ax.set(title=title, aspect="equal")
-    return _png(figure)
-
-
 def histograms_png(panels: dict[str, dict[str, np.ndarray]], title: str) -> bytes:
     """One histogram per panel, {label of the axis: {name of the line: values}}, side by side, PNG bytes."""
     figure, axes = _axes(3.4, 2.8, len(panels))
@@ -138,17 +137,6 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
-
-
-def samples_png(samples: np.ndarray, title: str) -> bytes:
-    """Denoising samples (n, d) or (n, h, w): square images as a grid, everything else by its first two coordinates."""
-    flat = samples.reshape(len(samples), -1)
-    side = round(flat.shape[1] ** 0.5)
-    if side >= 4 and side * side == flat.shape[1]:
-        return grid_png(flat.reshape(-1, side, side))
-    if flat.shape[1] < 2:
-        flat = np.concatenate([flat, np.zeros_like(flat)], axis=1)
-    return points_png(flat[:, :2], title)
 
 
 def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path, episodes: int, seed: int) -> list[Path]:

@@ -27,11 +27,16 @@ class RunError(RuntimeError):
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that `path` holds either the old or the new content whole. Raises RunError when the disk refuses."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        with temporary.open("w") as f:
-            f.write(text)
+        with temporary.open("wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

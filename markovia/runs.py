@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markovia.chains import watch
 from markovia.envs.control.vector import env_spec
 from markovia.envs.text.rewards import RewardError
 from markovia.provenance import commit, versions
 from markovia.report import Sink, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
-from markovia.settings import differences, file_entry, from_json, task_arguments, to_json
+from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def train(
     if env is not None:
         env_spec(env)
     name, settings, options = resolve(method, env, method_id)
+    if model is not None and is_pipeline(env):
+        env_kwargs, model = {"folder": model, **(env_kwargs or {})}, None
     options |= (agent_options or {}) | ({} if model is None else {"model": model})
     env_kwargs, read = task_arguments(settings, env, env_kwargs or {}, data, reward, reward_weights)
     data = None if read else data
@@ -310,6 +313,7 @@ class _Loop:
     ) -> None:
         self.run, self.config, self.driver, self.setup, self.metrics, self.callbacks = run, config, driver, setup, metrics, callbacks
         self.num_checkpoints, self.eval_episodes, self.max_seconds = num_checkpoints, eval_episodes, max_seconds
+        self.watch = watch(run, setup, driver)
         self.began = time.monotonic()
 
     def _part(self) -> int:
@@ -339,6 +343,8 @@ class _Loop:
             if due and self.eval_episodes:
                 found = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))
                 stats |= {"eval_return": found["mean"]} | {f"eval_{k}": found[k] for k in ("pass@1", "pass@8") if k in found}
+            if due and self.watch is not None:
+                stats |= self.watch.look(stats["iteration"])
             self.metrics.append(stats)
             for sink in self.sinks:
                 sink.write(stats)

@@ -116,6 +116,8 @@ def task_arguments(
     """
     from markovia.algos.preference.method import FromPreferences
 
+    if is_pipeline(env):
+        return pipeline_arguments(env_kwargs, data, reward, weights)
     own = {"rewards": list(reward) or None, "weights": list(weights) if weights else None}
     own |= {} if isinstance(method, FromPreferences) or data is None else {"data": str(data)}
     given = {k: v for k, v in own.items() if v is not None}
@@ -135,3 +137,25 @@ def task_arguments(
             if env_kwargs.get(name) is not None:
                 raise ValueError(f"{name} was given twice, as --{flag} and in env_kwargs; give it once")
     return {**env_kwargs, **given}, {given["data"]: content_hash(given["data"])} if "data" in given else {}
+
+
+def is_pipeline(env: str | None) -> bool:
+    """Whether an environment denoises with a pipeline of diffusers, whose folder, prompts and reward are the user's."""
+    import gymnasium as gym
+
+    from markovia.envs.registry import kind_of
+
+    return env is not None and kind_of(env) == "denoising" and gym.spec(env.rpartition(":")[2]).kwargs.get("task") == "pipeline"
+
+
+def pipeline_arguments(
+    env_kwargs: dict[str, Any], data: Any, reward: Sequence[Any], weights: Sequence[float] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(env_kwargs with the prompts' file and the reward of images, the file by its content's hash). Raises ValueError for several rewards."""
+    if len(reward) > 1 or weights:
+        raise ValueError(f"images have one reward, got {len(reward)} and weights {list(weights or ())}; combine them in a function of yours")
+    given = {"prompts": None if data is None else str(data), "reward": reward[0] if reward else None}
+    for name, flag in (("prompts", "data"), ("reward", "reward")):
+        if given[name] is not None and env_kwargs.get(name) is not None:
+            raise ValueError(f"{name} was given twice, as --{flag} and in env_kwargs; give it once")
+    return {**env_kwargs, **{k: v for k, v in given.items() if v is not None}}, {} if data is None else {str(data): content_hash(data)}

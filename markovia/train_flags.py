@@ -16,9 +16,9 @@ class TrainFlags:
     env: str | None = None  # Gymnasium id: markovia/..., or any other environment
     data: Path | None = None  # file (.jsonl, .jsonl.gz or a saved Hugging Face dataset) of preferences, or of prompts where the env reads one
     dataset: str | None = None  # logged data for offline methods: a Minari id, a D4RL file or fixture:NAME; env is then the task of the evaluation
-    model: str | None = None  # language model to train: smollm2, a Hugging Face name or folder; by default the env's
+    model: str | None = None  # what is trained: smollm2, a Hugging Face name or folder, a diffusers folder (Pipeline-v0); by default the env's
     judge: str | None = None  # "module:function" that scores texts, called as (prompts, completions, **columns) -> list of numbers
-    reward: Annotated[tuple[str, ...], Append] = ()  # "module:function" that rewards responses (env markovia/Prompts-v0), or "run:FOLDER"; repeatable
+    reward: Annotated[tuple[str, ...], Append] = ()  # "module:function" for texts (Prompts-v0) or images (Pipeline-v0), or "run:FOLDER"; repeatable
     reward_weights: tuple[float, ...] = ()  # one per reward; by default 1 each
     reference: Annotated[tuple[str, ...], Append] = ()  # NAME=FOLDER of a policy that is read (kdrl: teacher, rto: dpo, salsa: other); repeatable
     data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'

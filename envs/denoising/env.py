@@ -196,12 +196,12 @@ class _Chains:
         return tuple(picture(2 * image - 1) for image in self.task.decode(self.x).numpy())
 
 
-def picture(x: np.ndarray) -> np.ndarray:
-    """A sample as (H, W, 3) uint8: an image (h, w), (1, h, w) or (3, h, w) in [-1, 1], small ones enlarged to 128 or more, or a point (2,) in the
-    square [-2, 2]^2."""
+def picture(x: np.ndarray, size: int = 128) -> np.ndarray:
+    """A sample as (H, W, 3) uint8: an image (h, w), (1, h, w) or (3, h, w) in [-1, 1], small ones enlarged to `size` or more, or a point (2,) in
+    the square [-2, 2]^2."""
     if x.ndim >= 2:
         planes = (np.clip((x.reshape(-1, *x.shape[-2:]) + 1) / 2, 0, 1) * 255).astype(np.uint8)
-        block = np.ones((1, *[max(1, -(-128 // max(x.shape[-2:])))] * 2), np.uint8)
+        block = np.ones((1, *[max(1, -(-size // max(x.shape[-2:])))] * 2), np.uint8)
         return np.repeat(np.kron(planes, block).transpose(1, 2, 0), 3 // len(planes), -1)
     frame = np.full((128, 128, 3), 255, np.uint8)
     col, row = np.clip(((x * [1, -1] + 2) * 32).astype(int), 2, 125)

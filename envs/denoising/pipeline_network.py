@@ -51,10 +51,17 @@ def load_pipeline(folder: str | Path) -> Any:
         raise ImportError("a pipeline needs diffusers: pip install markovia[diffusion]") from error
     if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no diffusers pipeline (model_index.json is missing); give the folder that pipeline.save_pretrained wrote.")
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder))
     except OSError as error:
         raise ValueError(f"{folder} can't be read as a diffusers pipeline: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blackens images, which no reward could explain
     pipe.set_progress_bar_config(disable=True)
