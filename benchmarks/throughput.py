@@ -2,8 +2,9 @@
 
 The sides of a comparison run in turns in one process, each with the number of threads (1 or 2) that was faster for it in a first try, and the
 figure is the median over turns of the ratio ours / theirs: that is what a shared and noisy machine measures best. Speed counts collection and
-update (for off-policy methods one step with one update); compile time is not in it. Writes benchmarks/results/throughput.json and the
-table throughput.md beside it.
+update (for off-policy methods one step with one update); compile time is not in it. Peak memory is that of a process of its own for each side,
+libraries included; ours is measured compiled and eager, since the compiler's own code is most of the difference. Writes
+benchmarks/results/throughput.json and the table throughput.md beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +40,10 @@ class Comparison:
     theirs: dict[str, Side]
 
 
-def on_policy(method_id: str, vectorization: str, env_id: str, num_envs: int, num_steps: int, batches: int, device: str) -> float:
-    """Environment steps per second of a row of the on-policy table, its updates compiled."""
+def on_policy(
+    method_id: str, vectorization: str, env_id: str, num_envs: int, num_steps: int, batches: int, device: str, compile: bool = True
+) -> float:
+    """Environment steps per second of a row of the on-policy table, its updates compiled unless told otherwise."""
     from markovia.algos.on_policy.driver import OnPolicyDriver
     from markovia.algos.presets import override
     from markovia.algos.setup import build
@@ -46,7 +52,7 @@ def on_policy(method_id: str, vectorization: str, env_id: str, num_envs: int, nu
     total = num_envs * num_steps * batches
     method = override(find(method_id).value, {"num_envs": num_envs, "num_steps": num_steps, "num_env_steps": 10**9})
     setup = build(env_id, method, seed=0, vectorization=vectorization, device=device)
-    driver = OnPolicyDriver(method, setup.agent, setup.collector, seed=0, compile=True)
+    driver = OnPolicyDriver(method, setup.agent, setup.collector, seed=0, compile=compile)
     driver.step()  # compiles
     began = time.perf_counter()
     for _ in range(batches):
@@ -56,7 +62,7 @@ def on_policy(method_id: str, vectorization: str, env_id: str, num_envs: int, nu
     return speed
 
 
-def off_policy(method_id: str, changes: dict[str, Any], env_id: str, updates: int, device: str) -> float:
+def off_policy(method_id: str, changes: dict[str, Any], env_id: str, updates: int, device: str, compile: bool = True) -> float:
     """Steps per second, each with one update of batch 256 on 256-256 networks."""
     from markovia.algos.presets import override
     from markovia.algos.setup import build, make_driver
@@ -64,7 +70,7 @@ def off_policy(method_id: str, changes: dict[str, Any], env_id: str, updates: in
 
     method = override(find(method_id).value, {"num_envs": 1, "num_steps": 100, "learning_starts": 500, "num_env_steps": 10**6, **changes})
     setup = build(env_id, method, seed=0, device=device)
-    driver = make_driver(method, setup, seed=0, compile=True)
+    driver = make_driver(method, setup, seed=0, compile=compile)
     while driver.num_env_steps < 600:
         driver.step()
     before, began = driver.num_env_steps, time.perf_counter()
@@ -109,24 +115,41 @@ def best_threads(side: Side, device: str) -> int:
 
 def measure(comparison: Comparison, turns: int, device: str) -> dict[str, Any]:
     """Speeds of all sides over alternating turns, and the median ratio against each."""
-    sides = {"markovia": comparison.ours, **comparison.theirs}
-    threads = {name: best_threads(side, device) for name, side in sides.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    racers = {"markovia": comparison.ours, **comparison.theirs}
+    threads = {name: best_threads(side, device) for name, side in racers.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in racers}
     for _ in range(turns):
-        for name, side in sides.items():
+        for name, side in racers.items():
             torch.set_num_threads(threads[name])
             speeds[name].append(side(device))
     ratios = {name: statistics.median(a / b for a, b in zip(speeds["markovia"], speeds[name], strict=True)) for name in comparison.theirs}
     return {"about": comparison.about, "unit": comparison.unit, "threads": threads, "speeds": speeds, "median_ratio": ratios}
 
 
+def sides(comparison: Comparison) -> dict[str, Side]:
+    """Who is compared, by name."""
+    return {"markovia": comparison.ours, "markovia, eager": partial(comparison.ours, compile=False), **comparison.theirs}
+
+
+def peak_memory(name: str, comparison: Comparison, args: argparse.Namespace) -> dict[str, float]:
+    """MiB that a process of each side holds at its peak, in a short run of its own."""
+    out = {}
+    for side in sides(comparison):
+        command = [sys.executable, __file__, "--env", args.env, "--device", args.device, "--batches", "2", "--updates", "200"]
+        done = subprocess.run([*command, "--peak", name, side], capture_output=True, text=True, check=True)
+        out[side] = float(done.stdout.split()[-1])
+    return out
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown, one line per comparison and peer."""
-    lines = ["| what | ours, median | peer | theirs, median | ratio |", "|---|---|---|---|---|"]
+    lines = ["| what | ours, median | peer | theirs, median | ratio | peak memory, ours (eager) | theirs |", "|---|---|---|---|---|---|---|"]
     for r in results["comparisons"].values():
         for peer, ratio in r["median_ratio"].items():
             ours, theirs = (f"{statistics.median(r['speeds'][s]):,.0f} {r['unit']}" for s in ("markovia", peer))
-            lines.append(f"| {r['about']} | {ours} | {peer} | {theirs} | **{ratio:.2f}** |")
+            peak = r.get("peak_mib", {})
+            memory = f"{peak['markovia']:.0f} ({peak['markovia, eager']:.0f}) MiB | {peak[peer]:.0f} MiB" if peak else " | "
+            lines.append(f"| {r['about']} | {ours} | {peer} | {theirs} | **{ratio:.2f}** | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,14 +162,22 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="turns of (ours, theirs)")
     parser.add_argument("--device", default="cpu", help="where networks and updates live: cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIDE"), help="run one side once and print its peak memory in MiB")
     args = parser.parse_args()
     found = comparisons(args.env, args.batches, args.updates)
     if unknown := set(args.only or ()) - set(found):
         parser.error(f"no comparison is called {', '.join(sorted(unknown))}; choose from {', '.join(found)}")
+    if args.peak:
+        name, side = args.peak
+        torch.set_num_threads(1)
+        sides(found[name])[side](args.device)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
     results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for name in args.only or found:
-        results["comparisons"][name] = measured = measure(found[name], args.turns, args.device)
+        measured = measure(found[name], args.turns, args.device) | {"peak_mib": peak_memory(name, found[name], args)}
+        results["comparisons"][name] = measured
         print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")

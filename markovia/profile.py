@@ -77,8 +77,9 @@ def profile(
         for name in ("step", "reset"):
             watch.wrap(getattr(setup.collector, "venv", None), name, "environment")
         watch.wrap(setup.task, "score", "environment")
-        for name in ("act", "observe", "env_action", "evaluate", "generate"):
+        for name in ("act", "sample", "observe", "env_action", "evaluate", "generate"):
             watch.wrap(setup.agent, name, "policy")
+        _watch_actors(watch, setup.agent)
         for name in ("prepare", "advantages", "improve"):
             watch.wrap(driver, name, "update")
         before, compiled, began = driver.num_env_steps, driver.compile_seconds, time.perf_counter()
@@ -90,6 +91,22 @@ def profile(
         setup.collector.close()
     parts = {**watch.seconds, "other": seconds - sum(watch.seconds.values())}
     return Profile(driver.num_env_steps - before, seconds, parts, driver.compile_seconds)
+
+
+def _watch_actors(watch: Stopwatch, agent: Any) -> None:
+    """Time what steps for the agent, where that is not the agent itself."""
+    make: Callable[[], Any] | None = getattr(agent, "actor", None)
+    if make is None:
+        return
+
+    def actor() -> Any:
+        found = make()
+        if found is not agent:
+            for name in ("sample", "observe", "env_action"):
+                watch.wrap(found, name, "policy")
+        return found
+
+    agent.actor = actor
 
 
 def show(found: Profile, title: str) -> None:
