@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+PIECE = 2**16  # numbers that a step handles at a time where vectors are long, so that what it computes on the way stays in a CPU's cache
+LONG = 64 * PIECE
 ALIGN = 16  # numbers; keeps every parameter on a 64-byte border, which small CPU products depend on to the last bit
 
 
@@ -125,12 +127,16 @@ class Optimizer:
         grad is scaled by min(1, max_grad_norm / (norm + 1e-6)). `groups` moves the first so many groups only.
         """
         norm = torch.linalg.vector_norm(grad)
-        grad = grad * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         rest = iter(tensors[1:])
         for group in self.groups[:groups]:
             count, lr, averages = next(rest), next(rest), [next(rest) for _ in group.averages]
             count.add_(1.0)
-            RULES[self.rule.name](tensors[0][group.start : group.stop], grad[group.start : group.stop], averages, count, lr, self.rule)
+            whole = group.stop - group.start <= LONG or not grad.is_cpu
+            for start in range(group.start, group.stop, max(group.stop - group.start, 1) if whole else PIECE):
+                stop = group.stop if whole else min(start + PIECE, group.stop)
+                own = [a[start - group.start : stop - group.start] for a in averages]
+                RULES[self.rule.name](tensors[0][start:stop], grad[start:stop] * scale, own, count, lr, self.rule)
         return norm
 
     @torch.no_grad()

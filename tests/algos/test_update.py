@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from markovia.algos import compiled
+from markovia.algos import optimizer as optimizer_module
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import Descent
 from markovia.algos.on_policy.methods import ON_POLICY
@@ -37,9 +38,13 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return first, second
 
 
+@pytest.mark.parametrize("piece", [None, 32], ids=["whole", "pieces"])
 @pytest.mark.parametrize("name", PEERS)
-def test_the_flat_optimiser_takes_the_steps_of_torchs(name: str) -> None:
+def test_the_flat_optimiser_takes_the_steps_of_torchs(name: str, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = networks()
+    if piece is not None:  # as vectors of millions are handled
+        monkeypatch.setattr(optimizer_module, "PIECE", piece)
+        monkeypatch.setattr(optimizer_module, "LONG", 1)
     decay = 0.01 if name == "adam" else 0.0
     optimizer = Optimizer([(list(m.parameters()), lr) for m, lr in zip(mine, (0.1, 0.02), strict=True)], Rule(name, weight_decay=decay), 0.5)  # type: ignore[arg-type]
     peer = PEERS[name]([{"params": m.parameters(), "lr": lr} for m, lr in zip(theirs, (0.1, 0.02), strict=True)])  # type: ignore[no-untyped-call]
