@@ -7,16 +7,12 @@ beside published numbers, safe.png the curves with the limit drawn; `--table` ma
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from control import cell, cells, record  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from grid import Cell, arguments, folder, measure, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "safe.json"
 PUBLISHED = Path(__file__).parent / "published_safe.json"
@@ -25,19 +21,15 @@ METHODS = ["ppo", "ppo-lag", "ppo-lag/pid", "trpo-lag", "cpo", "cat"]
 LIMIT = 25.0
 
 
-def folder(task: str, method: str, seed: int, runs: Path) -> Path:
-    """Where benchmarks/control.py puts the run of a cell."""
-    return runs / task / method.replace("/", "-") / f"seed{seed}"
-
-
-def safe_cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> dict[str, Any]:
+def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
     """Train one cell and summarise its training; the curves (200 points) go into the results, so that the picture needs no run folder."""
     import numpy as np
 
     from markovia.rundir import Metrics
 
-    found = cell(task, method, seed, steps, runs)
-    rows = [r for r in Metrics(folder(task, method, seed, runs)).read() if r.get("cost") is not None]
+    run = folder(runs, task, method, seed)
+    found = train_cell(task, method, seed, run, {} if steps is None else {"num_env_steps": steps})
+    rows = [r for r in Metrics(run).read() if r.get("cost") is not None]
     x, cost, value = (np.array([r[k] for r in rows], dtype=float) for k in ("num_env_steps", "cost", "return"))
     late = x > 0.9 * x[-1]
     grid = np.linspace(x[0], x[-1], min(200, len(x)))
@@ -106,28 +98,24 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def finish(rows: list[Cell], out: Path) -> None:
+    """Table and picture beside the results."""
+    out.with_suffix(".md").write_text(table(rows))
+    picture(rows, out.with_suffix(".png"))
+
+
+def told(found: Cell) -> str:
+    """One line on a cell that has ended."""
+    return f"{found['task']} {found['method']} seed {found['seed']}: return {found['return']:.1f}, cost {found['cost']:.1f}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="environment ids (default all of TASKS)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="which of them (default all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument("--steps", type=int, help="environment steps, in place of the preset's")
-    parser.add_argument("--table", action="store_true", help="only make table and picture from what has been measured")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
-    parser.add_argument("--runs", type=Path, default=Path("runs/safe"), help="where the run folders lie")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results, one entry per cell; the table is written beside it")
+    parser = arguments(__doc__, tasks=TASKS, methods=METHODS, runs="runs/safe", out=RESULTS)
     args = parser.parse_args()
-    known = {(r["task"], r["method"], r["seed"]) for r in cells(args.out)}
-    grid = [] if args.table else [c for c in itertools.product(args.tasks, args.methods, args.seeds) if c not in known]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(safe_cell, *c, args.steps, args.runs) for c in grid]):
-            found = future.result()
-            record(found, args.out)
-            print(f"{found['task']} {found['method']} seed {found['seed']}: return {found['return']:.1f}, cost {found['cost']:.1f}", flush=True)
-    rows = cells(args.out)
-    if rows:
-        args.out.with_suffix(".md").write_text(table(rows))
-        picture(rows, args.out.with_suffix(".png"))
+    if unknown := [m for m in args.methods if m not in METHODS]:
+        parser.error(f"no method {unknown[0]!r} here; choose from {', '.join(METHODS)}")
+    grid = () if args.table else itertools.product(args.tasks, args.methods, args.seeds, [args.steps], [args.runs])
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, finish=finish)
 
 
 if __name__ == "__main__":

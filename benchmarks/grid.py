@@ -1,0 +1,113 @@
+"""What grids of runs share: one process per cell, results that land as each cell ends, cells that are there already left alone.
+
+A cell is a JSON object with a key (task, method, seed, ...) that names it; a grid that was killed goes on where it stopped, because each cell
+trains in a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+KEY = ("task", "method", "seed")
+
+
+def folder(runs: Path, task: str, method: str, seed: int) -> Path:
+    """Where the run of a cell lies."""
+    return runs / task / method.replace("/", "-") / f"seed{seed}"
+
+
+def train_cell(
+    task: str, method: str, seed: int, run: Path, changes: dict[str, Any] | None = None, like: str | None = None, **options: Any
+) -> Cell:
+    """Train one cell to its end on one thread, from its newest checkpoint if it has one.
+
+    Settings are the presets of the task, or of the one that it is `like`, with `changes`; `options` go to `markovia.train`. Each checkpoint is
+    evaluated too, so that the best of them can be told apart from the last.
+    """
+    import torch
+
+    from markovia.algos.presets import configure, override
+    from markovia.runs import train
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    settings = override(configure(method, like or task), changes or {})
+    resume = (run / "config.json").is_file()
+    done = train(settings, task, seed=seed, out=run, resume=resume, eval_checkpoints=True, progress=False, method_id=method, **options).done
+    return {"task": task, "method": method, "seed": seed, "seconds": round(time.perf_counter() - began, 1), "done": done}
+
+
+def cells(path: Path) -> list[Cell]:
+    """The cells of a results file, none where there is no file yet."""
+    rows: list[Cell] = json.loads(path.read_text()) if path.is_file() else []
+    return rows
+
+
+def record(found: Cell, path: Path, key: Sequence[str] = KEY) -> None:
+    """Put one cell into the results file, in place of an older one of the same key; the file is whole at every moment."""
+    rows = [r for r in cells(path) if any(r[k] != found[k] for k in key)] + [found]
+    rows.sort(key=lambda r: [str(r[k]) for k in key])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def arguments(doc: str | None, *, tasks: Sequence[str], methods: Sequence[str], runs: str, out: Path) -> argparse.ArgumentParser:
+    """The flags that every grid has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks), help=f"default {' '.join(tasks)}")
+    parser.add_argument("--methods", nargs="+", default=list(methods), help=f"default {' '.join(methods)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--steps", type=int, help="steps of a run, in place of the preset's")
+    parser.add_argument("--table", action="store_true", help="only make the tables from what has been measured")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="where the run folders lie")
+    parser.add_argument("--out", type=Path, default=out, help="results, one entry per cell; tables are written beside it")
+    return parser
+
+
+def measure(
+    cell: Callable[..., Cell],
+    grid: Iterable[tuple[Any, ...]],
+    *,
+    jobs: int,
+    out: Path,
+    told: Callable[[Cell], str],
+    finish: Callable[[list[Cell], Path], None],
+    key: Sequence[str] = KEY,
+) -> None:
+    """Call `cell` with each entry of the grid, the most important first, in processes of its own; record, tell and write tables as each ends.
+
+    The first entries of a grid's tuples are the key; what is recorded under it is not run again. With an empty grid tables are made anew.
+    """
+    known = {tuple(r[k] for k in key) for r in cells(out)}
+    left = [entry for entry in grid if tuple(entry[: len(key)]) not in known]
+    if left:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(cell, *entry) for entry in left]):
+                record(future.result(), out, key)
+                print(told(future.result()), flush=True)
+                finish(cells(out), out)
+    if rows := cells(out):
+        finish(rows, out)
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation, interquartile mean and a 95 % bootstrap interval of the mean over seeds."""
+    import numpy as np
+    from scipy import stats
+
+    x = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(0).choice(x, size=(10_000, len(x))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"mean": float(x.mean()), "std": float(x.std()), "iqm": float(stats.trim_mean(x, 0.25)), "low": float(low), "high": float(high)}

@@ -1,0 +1,218 @@
+"""Scores of the offline methods, one process per (dataset, method, seed), resumable: `python benchmarks/offline.py --seeds 0 1 2`.
+
+Recorded sets that are not on this machine yet are made first, by the recipes of `markovia collect`, and stay in Minari's own folder; a collection
+that was killed goes on. Then the cells run, the most important first: MAIN on every recorded set, then OTHERS on the fixtures and on one set. Each
+is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded sets; what is in the results already is
+not run again.
+
+A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
+greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
+
+`--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grid import Cell, arguments, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script
+
+RESULTS = Path(__file__).parent / "results" / "offline.json"
+PUBLISHED = Path(__file__).parent / "published_offline.json"
+TASKS = ["Hopper-v5", "HalfCheetah-v5", "Pendulum-v1"]
+TIERS = ("medium-replay", "medium", "medium-expert")
+MAIN = ["bc", "td3-bc", "iql", "rebrac"]
+OTHERS = ["filtered-bc", "awac", "cql", "cql/cal-ql", "edac", "edac/sac-n", "spot", "a2pr", "mcep", "cfpi", "cfpi/sg", "decision-transformer"]
+FIXTURES = {f"fixture:pointmass2d/{tier}": "markovia/PointMass2D-v0" for tier in ("medium", "mix", "blend")}
+KEY = ("dataset", "method", "seed")
+COLUMNS = (
+    "dataset", "mean of the data", "method", "updates", "last: mean ± std", "of each seed", "IQM", "95 % interval", "above bc", "best",
+    "minutes a seed", "published",
+)  # fmt: skip
+UPDATES = 100_000
+D4RL_TASKS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+# (weight in the actor, penalty in the target) of ReBRAC, as published for D4RL's tiers                                          [arXiv 2305.09836]
+REBRAC = {
+    ("hopper", "medium"): (0.01, 0.01), ("hopper", "medium-replay"): (0.05, 0.5), ("hopper", "medium-expert"): (0.1, 0.01),
+    ("halfcheetah", "medium"): (0.001, 0.01), ("halfcheetah", "medium-replay"): (0.01, 0.001), ("halfcheetah", "medium-expert"): (0.01, 0.1),
+    ("walker2d", "medium"): (0.05, 0.1), ("walker2d", "medium-replay"): (0.05, 0.01), ("walker2d", "medium-expert"): (0.01, 0.01),
+}  # fmt: skip
+
+
+def parts_of(dataset: str) -> tuple[str, str] | None:
+    """(hopper, medium-replay) of markovia/hopper/medium-replay-v0 or of a file hopper_medium_replay-v2.hdf5; None for anything else."""
+    stem = Path(dataset).stem.replace("_", "-") if dataset.endswith((".hdf5", ".h5")) else dataset.replace("/", "-")
+    found = re.search(r"(hopper|halfcheetah|walker2d)-(medium-replay|medium-expert|medium)-v\d+$", stem)
+    return (found[1], found[2]) if found else None
+
+
+def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
+    """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's weights by tier."""
+    changes: dict[str, Any] = {}
+    if updates is not None:
+        before = max(1, updates // 10) if method == "spot" else 0
+        changes = {"num_env_steps": updates + before, "num_steps": min(1000, updates)}
+        changes |= {"behaviour": {"steps": before}} if before else {}
+    if method == "rebrac" and parts_of(dataset) in REBRAC:
+        weight, penalty = REBRAC[parts_of(dataset)]  # type: ignore[index]
+        changes |= {"actor": {"weight": weight}, "target": {"penalty": penalty}}
+    return changes
+
+
+@cache
+def scale_of(dataset: str) -> dict[str, Any]:
+    """The returns that count as 0 and 100: means of the random and the expert tier beside the set, else what the set itself refers to."""
+    from markovia.envs.offline import load
+    from markovia.envs.offline.minari_io import dataset_root
+
+    beside = re.fullmatch(r"(.+/)[\w-]+-v\d+", dataset)
+    ends = [f"{beside[1]}{tier}-v0" for tier in ("random", "expert")] if beside and not dataset.startswith("fixture:") else []
+    if ends and all((dataset_root() / e).is_dir() for e in ends):
+        low, high = (float(load(e).returns().mean()) for e in ends)
+        return {"minimum": low, "maximum": high, "source": "mean returns of the random and the expert tier"}
+    reference = load(dataset).about.reference
+    if reference is None:
+        raise ValueError(f"nothing says which returns count as 0 and 100 for {dataset}; record its random and expert tiers too")
+    return {"minimum": reference.minimum, "maximum": reference.maximum, "source": reference.source}
+
+
+def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
+    """Train one cell and put it on the scale of its tiers."""
+    from markovia.envs.offline import load
+
+    scale = scale_of(dataset)
+    score = lambda r: 100.0 * (r - scale["minimum"]) / (scale["maximum"] - scale["minimum"])  # noqa: E731
+    # Settings are those of the task that the robot has now; D4RL's files are evaluated in its older version.
+    like = re.sub(r"-v4$", "-v5", task)
+    run = folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
+    found = train_cell(task, method, seed, run, settings(method, dataset, updates), like=like, dataset=dataset)
+    evaluation = found["done"]["evaluation"]
+    return {
+        **found,
+        "dataset": dataset,
+        "scale": scale,
+        "data_score": float(score(load(dataset).returns().mean())),
+        "last": float(score(evaluation["mean"])),
+        "best": float(score(found["done"]["best_eval_return"])),
+        "scores": [float(score(r)) for r in evaluation["returns"]],
+    }
+
+
+def told(found: Cell) -> str:
+    """One line on a cell that has ended."""
+    return f"{found['dataset']} {found['method']} seed {found['seed']}: last {found['last']:.1f}, best {found['best']:.1f} ({found['seconds']:.0f} s)"
+
+
+def groups(rows: list[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by dataset and method, in the order of the grid."""
+    order = [*MAIN, *OTHERS]
+    out: dict[tuple[str, str], list[Cell]] = {}
+    for r in sorted(rows, key=lambda r: (r["dataset"], order.index(r["method"]) if r["method"] in order else 99, r["method"], r["seed"])):
+        out.setdefault((r["dataset"], r["method"]), []).append(r)
+    return out
+
+
+def table(rows: list[Cell]) -> str:
+    """Markdown: last and best score over seeds, every seed, the gain on behavioural cloning; published numbers where the data are D4RL's."""
+    published = json.loads(PUBLISHED.read_text())
+    found = groups(rows)
+    cloned = {dataset: over_seeds([m["last"] for m in members])["mean"] for (dataset, method), members in found.items() if method == "bc"}
+    lines = [
+        "Scores of 10 greedy episodes: 0 is the mean return of the random tier, 100 that of the expert tier (D4RL files: D4RL's references).",
+        "Last is after the last update, best the best of ten checkpoints, which nobody knows without the task itself.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    for (dataset, method), members in found.items():
+        last = over_seeds([m["last"] for m in members])
+        best = over_seeds([m["best"] for m in members])["mean"]
+        gain = f"{last['mean'] - cloned[dataset]:+.1f}" if dataset in cloned and method != "bc" else ""
+        is_file = dataset.endswith((".hdf5", ".h5"))
+        name = Path(dataset).stem.replace("_", "-") if is_file else ""
+        beside = "; ".join(t["scores"][name][method] for t in published["tables"] if method in t["scores"].get(name, {}))
+        each, minutes = ", ".join(format(m["last"], ".1f") for m in members), over_seeds([m["seconds"] for m in members])["mean"] / 60.0
+        lines.append(
+            f"| {Path(dataset).name if is_file else dataset} | {members[0]['data_score']:.1f} | {method} | {min(m['done']['num_env_steps'] for m in members):,} "
+            f"| {last['mean']:.1f} ± {last['std']:.1f} | {each} | {last['iqm']:.1f} | {last['low']:.1f} to {last['high']:.1f} | {gain} "
+            f"| {best:.1f} | {minutes:.1f} | {beside} |"
+        )
+    lines += ["", "## Published", "", published["note"]]
+    for t in published["tables"]:
+        methods = list(next(iter(t["scores"].values())))
+        lines += ["", t["source"], "", f"| dataset | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(scores[m] for m in methods)} |" for name, scores in t["scores"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def finish(rows: list[Cell], out: Path) -> None:
+    """The table beside the results."""
+    out.with_suffix(".md").write_text(table(rows))
+
+
+def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[str, Any]) -> list[str]:
+    """Ids of the task's sets; those that are not on this machine are recorded into Minari's folder, after training where their recipe trains."""
+    from markovia.collect import collect
+    from markovia.envs.offline.minari_io import dataset_root
+    from markovia.envs.offline.sources import tier_id
+    from markovia.recipes import recipe
+
+    tiers = ("random", "expert", *TIERS)
+    ids = {tier: tier_id(task, tier, namespace) for tier in tiers}
+    if not all((dataset_root() / i).is_dir() for i in ids.values()):
+        work = runs / "collect" / f"{task}-seed{seed}"
+        begun = (work / "collect.json").is_file()
+        collect(recipe(task, **changes), seed=seed, out=work, resume=begun, tiers=tiers, namespace=namespace, progress=False)
+    return [ids[tier] for tier in TIERS]
+
+
+def plan(sets: dict[str, str], seeds: list[int], main: list[str], others: list[str], steps: int | None) -> list[tuple[Any, ...]]:
+    """(dataset, method, seed, task, updates), the most important first; `sets` are recorded sets or files by their task."""
+    updates = UPDATES if steps is None else steps
+    first = [(d, m, s, t, updates) for m, (d, t), s in itertools.product(main, sets.items(), seeds)]
+    small = [(d, m, s, t, steps) for m, (d, t), s in itertools.product([*main, *others], FIXTURES.items(), seeds)]
+    one = [(d, m, s, t, updates) for m, (d, t), s in itertools.product(others, list(sets.items())[:1], seeds)]
+    return [*first, *small, *one]
+
+
+def main() -> None:
+    parser = arguments(__doc__, tasks=TASKS, methods=[*MAIN, *OTHERS], runs="runs/offline", out=RESULTS)
+    parser.add_argument("--d4rl", nargs="+", metavar="FILE", help="D4RL files; nothing else is run then")
+    parser.add_argument("--no-fixtures", dest="fixtures", action="store_false", help="leave the fixtures out")
+    parser.add_argument("--no-collect", dest="collect", action="store_false", help="stop where a set is missing, in place of recording it")
+    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON object of changes to the recipes, e.g. '{\"num_steps\": 1000}'")
+    parser.add_argument("--namespace", default="markovia", help="first part of the sets' ids (default markovia)")
+    args = parser.parse_args()
+    main_methods, others = ([m for m in args.methods if m in group] for group in (MAIN, OTHERS))
+    others += [m for m in args.methods if m not in (*MAIN, *OTHERS)]
+    grid: list[tuple[Any, ...]] = []
+    if args.d4rl:
+        known = {f: parts_of(f) for f in args.d4rl}
+        if strange := [f for f, p in known.items() if p is None]:
+            parser.error(f"{strange[0]} is not named like a D4RL locomotion file, e.g. hopper_medium_replay-v2.hdf5")
+        tasks = {f: D4RL_TASKS[p[0]] for f, p in known.items() if p is not None}
+        grid = [(f, m, s, t, args.steps or UPDATES) for m, (f, t), s in itertools.product(args.methods, tasks.items(), args.seeds)]
+    elif not args.table:
+        sets: dict[str, str] = {}
+        if args.collect:
+            with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                jobs = [(task, pool.submit(make_sets, task, 0, args.namespace, args.runs, args.recipe)) for task in args.tasks]
+                sets = {dataset: task for task, job in jobs for dataset in job.result()}
+        else:
+            from markovia.envs.offline.sources import tier_id
+
+            sets = {tier_id(task, tier, args.namespace): task for task in args.tasks for tier in TIERS}
+        grid = plan(sets, args.seeds, main_methods, others, args.steps)
+        grid = [entry for entry in grid if args.fixtures or not entry[0].startswith("fixture:")]
+    measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, finish=finish, key=KEY)
+
+
+if __name__ == "__main__":
+    main()

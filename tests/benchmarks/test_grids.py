@@ -1,0 +1,110 @@
+"""What grids of runs are made of: which cells run, how results land, what the tables say. Nothing is trained here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of benchmarks/ by name, as Python finds it when it runs one."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in ("grid", "offline", "safe"):
+        sys.modules.pop(name, None)
+
+
+def done(score: float, steps: int = 100_000) -> dict[str, Any]:
+    return {"num_env_steps": steps, "evaluation": {"mean": score, "returns": [score]}, "best_eval_return": score + 5.0}
+
+
+def a_cell(dataset: str, method: str, seed: int, last: float) -> dict[str, Any]:
+    return {
+        "dataset": dataset, "method": method, "seed": seed, "task": "Hopper-v5", "seconds": 60.0, "done": done(last), "data_score": 30.0,
+        "last": last, "best": last + 5.0, "scores": [last],
+    }  # fmt: skip
+
+
+def fake(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
+    """A cell that trains nothing; runs in another process."""
+    with (out / "calls").open("a") as f:
+        f.write(f"{method}{seed}\n")
+    return {"task": task, "method": method, "seed": seed}
+
+
+def test_results_land_one_by_one_and_are_not_run_again(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = module("grid")
+    out = tmp_path / "results" / "x.json"
+    seen: list[int] = []
+    options = {"jobs": 1, "out": out, "told": lambda found: found["method"], "finish": lambda rows, path: seen.append(len(rows))}
+    grid.record({"task": "t", "method": "a", "seed": 0, "old": True}, out)
+    grid.measure(fake, [("t", m, s, tmp_path) for m in "ab" for s in (0, 1)], **options)
+    assert (tmp_path / "calls").read_text().split() == ["a1", "b0", "b1"] and seen == [2, 3, 4, 4]
+    assert [(r["method"], r["seed"]) for r in grid.cells(out)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] and grid.cells(out)[0]["old"]
+    grid.measure(fake, [("t", "a", 0, tmp_path)], **options)
+    assert (tmp_path / "calls").read_text().count("a0") == 0 and capsys.readouterr().out.split() == ["a", "b", "b"]
+    grid.record({"task": "t", "method": "a", "seed": 0}, out)
+    assert "old" not in grid.cells(out)[0] and len(grid.cells(out)) == 4
+
+
+def test_over_seeds_by_hand(module: Any) -> None:
+    found = module("grid").over_seeds([1.0, 2.0, 3.0, 100.0])
+    assert found["mean"] == 26.5 and found["iqm"] == 2.5 and found["low"] <= found["mean"] <= found["high"]
+
+
+def test_offline_plan_starts_with_what_matters_most(module: Any) -> None:
+    offline = module("offline")
+    sets = {"ns/hopper/medium-replay-v0": "Hopper-v5", "ns/hopper/medium-v0": "Hopper-v5"}
+    entries = offline.plan(sets, [0, 1], ["bc"], ["cql"], None)
+    assert entries[:4] == [(d, "bc", s, "Hopper-v5", 100_000) for d in sets for s in (0, 1)]
+    assert {(d, m) for d, m, *_ in entries[4:] if not d.startswith("fixture:")} == {("ns/hopper/medium-replay-v0", "cql")}
+    fixtures = [e for e in entries if e[0].startswith("fixture:")]
+    assert len(fixtures) == 2 * 2 * len(offline.FIXTURES) and all(e[4] is None for e in fixtures)
+    assert len({e[:3] for e in entries}) == len(entries)
+
+
+def test_settings_of_a_cell(module: Any) -> None:
+    offline = module("offline")
+    assert offline.settings("td3-bc", "ns/hopper/medium-v0", 100_000) == {"num_env_steps": 100_000, "num_steps": 1000}
+    assert offline.settings("bc", "fixture:pointmass2d/mix", None) == {}
+    spot = offline.settings("spot", "ns/hopper/medium-v0", 100_000)
+    assert spot["num_env_steps"] == 110_000 and spot["behaviour"] == {"steps": 10_000}
+    for name in ("markovia/hopper/medium-replay-v0", "hopper_medium_replay-v2.hdf5"):
+        assert offline.parts_of(name) == ("hopper", "medium-replay")
+        assert offline.settings("rebrac", name, 10)["actor"] == {"weight": 0.05}
+    assert offline.parts_of("markovia/pendulum/medium-v0") is None
+    from markovia.algos.presets import configure, override
+
+    for method in (*offline.MAIN, *offline.OTHERS):
+        changed = override(configure(method, "Hopper-v5"), offline.settings(method, "markovia/hopper/medium-v0", 100_000))
+        assert changed.num_env_steps == (110_000 if method == "spot" else 100_000)
+
+
+def test_scores_are_those_of_the_tiers(module: Any) -> None:
+    offline = module("offline")
+    scale = offline.scale_of("fixture:pointmass2d/medium")
+    assert -41 < scale["minimum"] < -37 and -6 < scale["maximum"] < -4
+    with pytest.raises(ValueError, match="nothing says which returns count as 0 and 100 for fixture:bandit2d"):
+        offline.scale_of("fixture:bandit2d")
+
+
+def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> None:
+    offline = module("offline")
+    rows = [a_cell("ns/hopper/medium-v0", m, s, x) for m, x in (("td3-bc", 60.0), ("bc", 40.0)) for s, x in enumerate((x, x + 2.0))]
+    rows.append(a_cell("hopper_medium-v2.hdf5", "td3-bc", 0, 50.0))
+    text = offline.table(rows)
+    lines = [line for line in text.splitlines() if line.startswith("| ns/")]
+    assert "| bc | 100,000 | 41.0 ± 1.0 | 40.0, 42.0 |" in lines[0] and "| td3-bc | 100,000 | 61.0 ± 1.0 | 60.0, 62.0 |" in lines[1]
+    assert "| +20.0 | 66.0 | 1.0 |  |" in lines[1]
+    assert "| 60.4±3.5 |" in next(line for line in text.splitlines() if line.startswith("| hopper_medium-v2.hdf5"))
+    published = json.loads((FOLDER / "published_offline.json").read_text())
+    for t in published["tables"]:
+        assert len(t["scores"]) == 9 and all(list(s) == list(next(iter(t["scores"].values()))) for s in t["scores"].values())
