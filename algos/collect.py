@@ -14,6 +14,7 @@ from torch import Tensor
 
 from markovia.agents.interface import Agent
 from markovia.agents.records import Obs, Rollout, map_obs
+from markovia.algos.on_policy.filters import join
 from markovia.algos.reward_scale import RewardScale
 
 
@@ -285,19 +286,34 @@ class SequenceCollector(Stateless):
         self.episode_lengths: deque[int] = deque(maxlen=1000)
         self.episode_costs: deque[list[float]] = deque(maxlen=1000)
         self.greedy = False
+        self.without: frozenset[int] = frozenset()  # prompts that are left out, by number
+
+    @torch.no_grad()
+    def presample(self, agent: Agent, prompts: int, per_prompt: int, generator: torch.Generator | None = None) -> tuple[Rollout, list[int]]:
+        """`per_prompt` scored responses to each of so many training prompts (all where there are fewer), and the prompts' numbers.
+
+        Raises ValueError for a task without prompts.
+        """
+        if not hasattr(self.task, "prompts"):
+            raise ValueError(f"{type(self.task).__name__} has no prompts to try out; text tasks have")
+        chosen = torch.randperm(len(self.task.prompts), generator=generator, device=agent.device if generator else "cpu")[:prompts].tolist()
+        at_once, parts = max(1, self.num_rows // per_prompt), []
+        for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
+            index, group = [p for p in some for _ in range(per_prompt)], [g for g in range(len(some)) for _ in range(per_prompt)]
+            rollout = agent.generate(self.task.batch(index, group), generator)
+            parts.append(paid_at_end(rollout, check_score(self.task.score(rollout), rollout.shape[0])))
+        return join(parts), chosen
 
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
         """(num_rows, T) generated and scored decisions. A score of another length or one that is not finite raises ValueError."""
-        starts = self.task.starts(self.num_rows, generator)
+        starts = self.task.starts(self.num_rows, generator, **({"without": self.without} if self.without else {}))
         rollout = agent.generate(starts, generator)
         score = check_score(self.task.score(rollout), rollout.shape[0])
         self.episodes += score.tolist()
-        steps = torch.arange(rollout.shape[1], device=rollout.valid.device)
-        last = (steps * rollout.valid).argmax(1, keepdim=True)
-        at_end = torch.zeros_like(rollout.reward).scatter_(1, last, score.to(rollout.reward)[:, None])
-        rollout = replace(rollout, reward=rollout.reward + at_end)
+        rollout = paid_at_end(rollout, score)
         if self.cost is not None:
+            last = last_step(rollout)
             cost = check_cost(self.cost(rollout), rollout.shape[0])
             self.episode_costs += cost.tolist()
             self.episode_lengths += rollout.valid.sum(1).tolist()
@@ -309,6 +325,17 @@ class SequenceCollector(Stateless):
         if agent.critic is not None:
             rollout = replace(rollout, value=agent.evaluate(rollout, ("value",)).value)
         return rollout
+
+
+def last_step(rollout: Rollout) -> Tensor:
+    """(B, 1) number of the last valid step of each row."""
+    return (torch.arange(rollout.shape[1], device=rollout.valid.device) * rollout.valid).argmax(1, keepdim=True)
+
+
+def paid_at_end(rollout: Rollout, score: Tensor) -> Rollout:
+    """The record with `score` (B,) added to the reward of each row's last valid step."""
+    at_end = torch.zeros_like(rollout.reward).scatter_(1, last_step(rollout), score.to(rollout.reward)[:, None])
+    return replace(rollout, reward=rollout.reward + at_end)
 
 
 def check_cost(cost: Any, n: int) -> Tensor:

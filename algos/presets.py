@@ -15,7 +15,7 @@ from markovia.algos.diffusion_policy import method as diffusion_policy
 from markovia.algos.off_policy import method as off_policy
 from markovia.algos.off_policy import slots as off_policy_slots
 from markovia.algos.offline import method as offline
-from markovia.algos.on_policy import divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens
+from markovia.algos.on_policy import auxiliary, divergence, entropy, filters, merging, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
 from markovia.algos.preference.method import FromPreferences
 from markovia.algos.safe import constraint, dual, termination
@@ -24,7 +24,7 @@ from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
-_ON_POLICY = (advantages, divergence, entropy, filters, method, references, rewards, schedules, surrogates, tokens)
+_ON_POLICY = (advantages, auxiliary, divergence, entropy, filters, merging, method, references, rewards, schedules, surrogates, tokens)
 _CHAINS = (adjoint, denoising_preference, diffusion_policy, sources)
 _MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, *_CHAINS, constraint, dual, termination)
 _CLASSES: dict[str, type] = {

@@ -24,6 +24,7 @@ from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
 from markovia.algos.offline.sequences import ReturnConditioned, SequenceDriver
 from markovia.algos.offline.warm_start import WarmStart, WarmStartDriver
+from markovia.algos.on_policy.auxiliary import Ptx
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.policies import load_policies
@@ -52,6 +53,7 @@ class Setup:
     task: Any = None  # the sequence task, None for stepped kinds
     note: str = ""  # what became of the rows of a file, where data were read
     references: dict[str, Agent] = field(default_factory=dict)  # policies that the method reads, by name
+    texts: Rollout | None = None  # of an auxiliary loss
     files: dict[str, str] = field(default_factory=dict)  # more for the run folder: name -> content
     episode_steps: int = 1  # decisions of all rows together until an episode of full length ends; 1 where that is not known
 
@@ -67,17 +69,25 @@ def build(
     data: dict[str, Any] | None = None,
     dataset: str | None = None,
     references: dict[str, str] | None = None,
+    texts: str | None = None,
 ) -> Setup:
     """Build everything for one run; network initialisation draws from the stream (seed, "init").
 
     data  for preference methods: {"path": file, "judge": "module:function" or None, "options": fields of DataOptions}; env_id may then be None
     dataset  for offline methods: a Minari id, a D4RL file or "fixture:<name>"; env_id is then the task of the evaluation
+    texts  file whose likelihood an auxiliary loss keeps up (Ptx)
     references  policies that the method reads beside its own reference: name -> run folder, folder of agent.save, or Hugging Face name
     Raises ValueError with the mend for unknown ids and spaces that no agent serves.
     """
     setup = _build(env_id, method, seed, env_kwargs or {}, dict(agent_options or {}), vectorization, device, data, dataset)
     if references:
         setup.references = load_policies(method, references, setup.agent)
+    if texts is not None:
+        if not isinstance(getattr(method, "aux", None), Ptx):
+            raise ValueError("the method reads no texts; those that do have an auxiliary loss Ptx, e.g. ppo-max/ptx and ppo-rlhf/ptx")
+        from markovia.algos.texts import load_texts
+
+        setup.texts = load_texts(texts, setup.agent)  # type: ignore[arg-type]
     return setup
 
 
@@ -153,7 +163,7 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
         return WarmStartDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
     if isinstance(method, OffPolicy):
         return OffPolicyDriver(method, setup.agent, setup.collector, seed, compile)  # type: ignore[arg-type]
-    return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile, setup.references)
+    return OnPolicyDriver(method, setup.agent, setup.collector, seed, compile, setup.references, setup.texts)
 
 
 def worth_compiling(method: Method, setup: Setup) -> bool:

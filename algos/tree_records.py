@@ -41,6 +41,7 @@ class TreeCollector(Stateless):
         self.offset = np.concatenate([[0], np.cumsum([t.num_prefixes for t in trees])])
         self.episodes: list[float] = []
         self.greedy = False
+        self.without: frozenset[int] = frozenset()  # trees that are left out
         # All sequences of all trees below each other, so that a record is one indexing.
         self._start = np.concatenate([[0], np.cumsum([t.M for t in trees])])
         self._obs = torch.from_numpy(np.concatenate([t.prefix_index + o for t, o in zip(trees, self.offset[:-1], strict=True)]))
@@ -62,16 +63,25 @@ class TreeCollector(Stateless):
     @torch.no_grad()
     def collect(self, agent: Any, generator: torch.Generator | None = None) -> Rollout:
         """`num_rows` responses drawn from the agent."""
-        count = self.num_rows // self.group_size
-        rounds = [torch.randperm(len(self.trees), generator=generator) for _ in range(-(-count // len(self.trees)))]
-        prompt = torch.cat(rounds)[:count].numpy()
+        count, left = self.num_rows // self.group_size, np.array([k for k in range(len(self.trees)) if k not in self.without])
+        rounds = [torch.randperm(len(left), generator=generator) for _ in range(-(-count // len(left)))]
+        rollout = self._drawn(agent, left[torch.cat(rounds)[:count].numpy()], self.group_size, generator)
+        self.episodes += rollout.returns().tolist()
+        return rollout
+
+    @torch.no_grad()
+    def presample(self, agent: Any, prompts: int, per_prompt: int, generator: torch.Generator | None = None) -> tuple[Rollout, list[int]]:
+        """`per_prompt` responses to each of so many trees (all where there are fewer), and the trees' numbers."""
+        chosen = torch.randperm(len(self.trees), generator=generator)[:prompts].numpy()
+        return self._drawn(agent, chosen, per_prompt, generator), chosen.tolist()
+
+    def _drawn(self, agent: Any, prompt: np.ndarray, size: int, generator: torch.Generator | None) -> Rollout:
+        """The record of `size` responses drawn from the agent to each prompt."""
         drawn = []
         for k in prompt:
             p = np.exp(self.trees[k].sequence_logp(self.table(agent, k)))
-            drawn.append(torch.multinomial(torch.from_numpy(p), self.group_size, replacement=True, generator=generator).numpy())
-        rollout = self.rows(agent, np.concatenate(drawn), prompt.repeat(self.group_size), np.arange(count).repeat(self.group_size))
-        self.episodes += rollout.returns().tolist()
-        return rollout
+            drawn.append(torch.multinomial(torch.from_numpy(p), size, replacement=True, generator=generator).numpy())
+        return self.rows(agent, np.concatenate(drawn), prompt.repeat(size), np.arange(len(prompt)).repeat(size))
 
     @torch.no_grad()
     def rows(self, agent: Any, sequence: np.ndarray, prompt: np.ndarray, group: np.ndarray) -> Rollout:

@@ -16,7 +16,7 @@ from markovia.envs.text.rewards import RewardError
 from markovia.provenance import commit, versions
 from markovia.report import Sink, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
-from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments, to_json
+from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def train(
     reward: Sequence[str | Callable[..., Any]] = (),
     reward_weights: Sequence[float] | None = None,
     references: dict[str, str] | None = None,
+    texts: str | Path | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -117,6 +118,7 @@ def train(
                      `judge` (a function with TRL's reward signature, or "module:function") scores texts: those of rounds, and of the evaluation.
                      For methods that learn from rewards: the file of a text task that reads one (markovia/Prompts-v0, markovia/GSM8K-v0)
     reward           reward functions of such a task, "module:function" or "run:FOLDER" of a reward model, with `reward_weights` (None: 1 each)
+    texts            file of texts whose likelihood is kept up beside the reward (ppo-max/ptx, ppo-rlhf/ptx)
     references       policies that the method reads beside its own reference, e.g. {"teacher": "runs/..."}: name -> the folder of a run or of
                      agent.save, or a Hugging Face name
     dataset          what offline methods learn from (docs/offline-data.md): a Minari id, a D4RL file or "fixture:<name>"; env is then the task
@@ -161,6 +163,7 @@ def train(
         **({} if logged is None else {"dataset": logged}),
         **({"read": read} if read else {}),
         **({"references": dict(references)} if references else {}),
+        **({} if texts is None else {"texts": {str(texts): content_hash(texts)}}),
         "env_kwargs": to_json(env_kwargs),
         "agent_options": to_json(options),
         "vectorization": vectorization,
@@ -178,8 +181,9 @@ def train(
         tracker(track)
     try:
         judged = None if file is None else {**file, "judge": judge}
+        beside: dict[str, Any] = {"references": references, "texts": None if texts is None else str(texts)}
         kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
-        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged, references=references)
+        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged, **beside)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise

@@ -21,6 +21,7 @@ class TrainFlags:
     reward: Annotated[tuple[str, ...], Append] = ()  # "module:function" for texts (Prompts-v0) or images (Pipeline-v0), or "run:FOLDER"; repeatable
     reward_weights: tuple[float, ...] = ()  # one per reward; by default 1 each
     reference: Annotated[tuple[str, ...], Append] = ()  # NAME=FOLDER of a policy that is read (kdrl: teacher, rto: dpo, salsa: other); repeatable
+    texts: Path | None = None  # file of texts whose likelihood is kept up beside the reward (ppo-max/ptx, ppo-rlhf/ptx)
     data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
     seed: int = 0  # of everything that is random
     out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>

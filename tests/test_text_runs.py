@@ -181,3 +181,25 @@ def test_a_policy_comes_frozen_at_the_temperature_of_the_one_that_is_trained(tea
 
     with pytest.raises(ValueError, match="holds a language agent, the one that is trained is of kind tabular"):
         load_policy(teacher, TreeCollector([EnumerableTokenMDP.random(2, 2, seed=0)], 2).agent())
+
+
+# -- texts that are kept, prompts that are rehearsed, runs that are merged -----------------------------------------------------------------
+
+
+def test_texts_prompts_and_merged_runs_from_the_command_line(tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}) + "\n" for a in range(6) for b in range(6)))
+    small = ["--env", "markovia/Arithmetic-v0", "--eval-episodes", "0", "--no-progress", "--num-envs", "16"]
+    # the critic alone is fitted at first, so the second batch is the first that the policy is moved by
+    assert run(["train", "ppo-max/ptx", *small, "--num-env-steps", "32", "--texts", str(texts), "--out", str(tmp_path / "ptx")]) == 0
+    assert Metrics(tmp_path / "ptx").read()[-1]["aux_loss"] > 0 and "texts" in json.loads((tmp_path / "ptx" / "config.json").read_text())
+    dph = ["--num-env-steps", "32", "--group-size", "4", "--aux.threshold", "0.5", "--aux.prompts", "32", "--aux.rows", "4"]
+    assert run(["train", "dph-rl", *small, *dph, "--out", str(tmp_path / "dph")]) == 0
+    assert "aux_loss" in Metrics(tmp_path / "dph").read()[-1]
+    assert run(["train", "warp", *small, "--num-env-steps", "64", "--out", str(tmp_path / "warp")]) == 0
+    capsys.readouterr()
+    for argv, message in (
+        (["grpo", *small, "--num-env-steps", "32", "--texts", str(texts)], "reads no texts"),
+        (["ppo-max/ptx", *small, "--num-env-steps", "32"], "--texts FILE"),
+    ):
+        assert run(["train", *argv, "--out", str(tmp_path / "bad")]) == 2 and message in capsys.readouterr().err

@@ -17,9 +17,11 @@ from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.advantages import normalise
+from markovia.algos.on_policy.auxiliary import record_for
 from markovia.algos.on_policy.divergence import k3
 from markovia.algos.on_policy.filters import filled
 from markovia.algos.on_policy.loss import critic_loss, policy_loss
+from markovia.algos.on_policy.merging import Merger
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
 from markovia.algos.on_policy.prepare import fill
@@ -62,6 +64,7 @@ class OnPolicyDriver(Budget):
         seed: int = 0,
         compile: bool = False,
         references: Mapping[str, Agent] | None = None,
+        texts: Rollout | None = None,
     ) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = 0
@@ -75,6 +78,8 @@ class OnPolicyDriver(Budget):
         self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
         self._given = dict(references or {})
         self._check_references()
+        self.extra = None if method.aux is None else record_for(method.aux, agent, collector, texts, self.generator("presample"))
+        self.merger = None if method.merge is None else Merger(method.merge, agent.parameters("policy"))
         joint_value = method.trains_critic and method.value.separate is None
         self.updates: dict[str, Update] = {}
         if isinstance(method.solver, Descent):
@@ -89,7 +94,8 @@ class OnPolicyDriver(Budget):
     def _add_update(self, name: str, solver: Descent, loss: LossFn, roles: tuple[Role, ...], compile: bool) -> None:
         lrs = {"policy": solver.lr, "value": solver.lr if solver.value_lr is None else solver.value_lr}
         optimizer = make_optimizer(solver, [(self.agent.parameters(role), lrs[role]) for role in roles])
-        self.updates[name] = Update(name, self.method, self.agent, solver, loss, "value" in roles and name == "main", optimizer, compile)
+        extra, joint = self.extra if name == "main" else None, "value" in roles and name == "main"
+        self.updates[name] = Update(name, self.method, self.agent, solver, loss, joint, optimizer, compile, extra)
 
     def _check(self) -> None:
         m, agent = self.method, self.agent
@@ -206,12 +212,13 @@ class OnPolicyDriver(Budget):
     def _descend(self, name: str, rollout: Rollout, reward: Tensor, stats: Statistics) -> None:
         """Epochs of minibatch steps."""
         update, generator, controller = self.updates[name], self.generator(f"minibatch-{name}"), self.method.controller
+        chance = self.generator("auxiliary")
         solver, dual = update.solver, controller if name == "main" and isinstance(controller, DualAscent) else None
         old = [p.detach().clone() for p in self.agent.parameters("policy")] if dual is not None else []
         for epoch in range(solver.epochs):
             if epoch and solver.recompute_advantage:
                 self._refresh_values(rollout, reward)
-            update.begin(rollout)
+            update.begin(rollout, chance)
             for index in update.minibatches(generator):
                 step_stats = update.step(index, torch.tensor(self.coef, device=index.device))
                 stats.add(step_stats)
@@ -292,6 +299,16 @@ class OnPolicyDriver(Budget):
             self.beta = divergence.schedule.after(self.beta, divergence.beta, self.progress, kl_nats, num_rows)
         if "ref" in self.references:
             self._refresh(stats.get("kl_ref", 0.0))
+        if self.merger is not None and self.merger.end_of_part(self.progress):
+            self._start_over()
+
+    @torch.no_grad()
+    def _start_over(self) -> None:
+        """A new run from where the policy stands now: fresh optimisers, and the policy as its own reference."""
+        for update in self.updates.values():
+            update.optimizer.forget()
+        if "ref" in self.references and self.references["ref"].net is not self.agent.net:
+            put(self.references["ref"].net, [p.detach() for p in self.agent.net.parameters()])
 
     @torch.no_grad()
     def _refresh(self, kl_nats: float) -> None:
@@ -347,6 +364,8 @@ class OnPolicyDriver(Budget):
         for name, optimizer in self._optimizers().items():
             tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
         tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
+        merging, merging_meta = ({}, None) if self.merger is None else self.merger.state()
+        tensors |= {f"merger.{k}": v for k, v in merging.items()}
         if isinstance(self.method.controller, DualAscent):
             tensors["dual"] = self.dual.detach()
         meta = {
@@ -358,6 +377,7 @@ class OnPolicyDriver(Budget):
             "memory": self.memory,
             "episodes": list(self.collector.episodes),
             "constraint": None if self.constraint is None else self.constraint.state(),
+            "merger": merging_meta,
         }
         return tensors, meta
 
@@ -380,3 +400,5 @@ class OnPolicyDriver(Budget):
         self.collector.episodes[:] = meta["episodes"]
         if self.constraint is not None:
             self.constraint.load_state(meta["constraint"])
+        if self.merger is not None:
+            self.merger.load_state(part(tensors, "merger."), meta["merger"])

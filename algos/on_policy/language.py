@@ -10,16 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 from markovia.algos.advantages import ConflictAware, Consistency, FrozenQ, Greedy, GroupNormalised, LeaveOneOut, MovingBaseline
+from markovia.algos.on_policy.auxiliary import Ptx, Rehearsal
 from markovia.algos.on_policy.divergence import KL, FDivergence
 from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.filters import AccuracyBand
+from markovia.algos.on_policy.merging import Warp
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup
 from markovia.algos.on_policy.rewards import ImplicitReward, LengthBudget, Matching, Scaled, SoftOverlong
 from markovia.algos.on_policy.schedules import AdaptiveKL, Anneal, DownThenUp
-from markovia.algos.on_policy.surrogates import Clip, PolicyGradient, Regress
-from markovia.algos.on_policy.tokens import ClipCov, Partner, Steer, TopCov, Unlikely
+from markovia.algos.on_policy.surrogates import Clip, LogRatio, PolicyGradient, Regress
+from markovia.algos.on_policy.tokens import ClipCov, JointClip, Partner, Steer, TopCov, Unlikely
 from markovia.algos.table import Row, table
 
 TEXT = ("language",)
@@ -42,6 +44,14 @@ DAPO = replace(
 TOKENS = replace(GRPO, aggregation="token-mean", divergence=None)
 RLHF = ON_POLICY["ppo-rlhf"].value
 RLOO = ON_POLICY["rloo"].value
+PPO_MAX = replace(
+    RLHF, reward=(Scaled(5.0),), surrogate=Clip(0.2), divergence=KL(0.02), refresh=OnPolicy().refresh,
+    value=ValueLoss(1.0, 0.2, replace(WHOLE, lr=1.5e-6, minibatch=16), pretrain=1),
+)  # fmt: skip
+P3O = replace(
+    GRPO, group_size=2, advantage=LeaveOneOut(), ratio_level="sequence", divergence=KL(0.05), tokens=Partner(),
+    solver=replace(WHOLE, epochs=4, minibatch=16),
+)  # fmt: skip
 
 LANGUAGE = table(
     [
@@ -58,15 +68,15 @@ LANGUAGE = table(
              "rloo/reinforce", "2310.10505", "the baseline is the reward of the policy's greedy response", "advantages:Greedy loss:weights"),
         _row("grpo-d", replace(GRPO, divergence=KL(0.07, "k3", "loss", schedule=DownThenUp(0.04, 0.1, 0.3))), "grpo", "2503.16081",
              "the weight of the KL falls first, then rises", "schedules:down_then_up"),
-        _row("ppo-max", replace(
-                RLHF, reward=(Scaled(5.0),), surrogate=Clip(0.2), divergence=KL(0.02), refresh=OnPolicy().refresh,
-                value=ValueLoss(1.0, 0.2, replace(WHOLE, lr=1.5e-6, minibatch=16), pretrain=1)),
-             "ppo-rlhf", "2307.04964", "rewards scaled by their running spread and clipped, values clipped, the critic fitted first",
+        _row("ppo-max", PPO_MAX, "ppo-rlhf", "2307.04964",
+             "rewards scaled by their running spread and clipped, values clipped, the critic fitted first",
              "rewards:Scaled loss:value_error surrogates:clip_drift"),
-        _row("p3o", replace(
-                GRPO, group_size=2, advantage=LeaveOneOut(), ratio_level="sequence", divergence=KL(0.05), tokens=Partner(),
-                solver=replace(WHOLE, epochs=4, minibatch=16)),
-             "rloo", "2310.00212", "pairs: each response's clipped ratio is weighted by the other's", "tokens:partner_ratio loss:sequence_ratio"),
+        *(_row(f"{id}/ptx", replace(value, aux=Ptx()), id, "2203.02155", "the likelihood of pretraining texts is kept up beside it",
+               "auxiliary:text_nll") for id, value in (("ppo-max", PPO_MAX), ("ppo-rlhf", RLHF))),
+        _row("p3o", P3O, "rloo", "2310.00212",
+             "pairs: each response's clipped ratio is weighted by the other's", "tokens:partner_ratio loss:sequence_ratio"),
+        _row("p3o/joint", replace(P3O, surrogate=LogRatio(), tokens=JointClip()), "p3o", "2310.00212",
+             "one trust region for the pair: its term is dropped once both log-ratios are too far apart", "tokens:joint_weight loss:sequence_ratio"),
         _row("apa", replace(RLHF, surrogate=Regress(1.0), refresh=OnPolicy().refresh, solver=replace(RLHF.solver, epochs=2)), "ppo-rlhf",
              "2306.02231", "the log-ratio to the sampling policy is regressed on the advantage", "surrogates:regress"),
         _row("apa/initial", replace(RLHF, surrogate=Regress(1.0, "ref"), refresh=OnPolicy().refresh, solver=replace(RLHF.solver, epochs=2)), "apa",
@@ -96,6 +106,11 @@ LANGUAGE = table(
                 GRPO, advantage=GroupNormalised("none"), surrogate=Clip(0.2, 0.28), aggregation="seq-mean-token-sum-norm", divergence=None,
                 anchor=EntropyAnchor()),
              "grpo/dr-grpo", "2509.25133", "the entropy at the uncertain places is tied to its start", "entropy:nucleus_entropy entropy:anchor_pull"),
+        _row("dph-rl", replace(TOKENS, aux=Rehearsal()), "grpo", "2509.07430",
+             "prompts that the start solves are rehearsed by a divergence that covers its responses, the others are explored",
+             "auxiliary:rehearsal divergence:f_reference_loss"),
+        _row("dph-rl/forward-kl", replace(TOKENS, aux=Rehearsal(f="kl_ref_pi")), "dph-rl", "2509.07430",
+             "the likelihood of the start's own right responses", "auxiliary:rehearsal divergence:f_reference_loss"),
         _row("prorl", replace(
                 TOKENS, filter=AccuracyBand(), surrogate=Clip(0.2, 0.4), divergence=KL(0.001, "k3", "loss"), refresh=HardReset(200)),
              "grpo/dapo", "2505.24864", "the reference is replaced by the policy again and again, with a fresh optimiser", "references:HardReset"),
@@ -125,8 +140,8 @@ LANGUAGE = table(
              "the weight of the KL follows the measured KL to a target", "schedules:adaptive"),
         _row("salsa", replace(RLHF, refresh=Soup(0.5)), "ppo-rlhf", "2411.01798", "the reference is the average of two supervised models",
              "references:Soup references:lerp"),
-        _row("warp", replace(ON_POLICY["rloo/reinforce"].value, num_envs=64, divergence=KL(0.1), refresh=EMA(0.01)), "rloo/reinforce", "2406.16768",
-             "the reference is the policy's own average; runs are merged on the sphere and pulled back to the start",
-             "references:slerp references:lerp references:EMA"),
+        _row("warp", replace(ON_POLICY["rloo/reinforce"].value, num_envs=64, divergence=KL(0.1), refresh=EMA(0.01), merge=Warp()),
+             "rloo/reinforce", "2406.16768", "the reference is the policy's own average; runs are merged on the sphere and pulled back to the start",
+             "merging:Warp references:slerp references:lerp references:EMA"),
     ]
 )  # fmt: skip

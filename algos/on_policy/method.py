@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from markovia.algos.advantages import GAE, Advantage
+from markovia.algos.on_policy.auxiliary import Auxiliary
 from markovia.algos.on_policy.divergence import Divergence
 from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.filters import AccuracyBand
+from markovia.algos.on_policy.merging import Warp
 from markovia.algos.on_policy.references import Fixed, Refresh
 from markovia.algos.on_policy.rewards import RewardTransform
 from markovia.algos.on_policy.surrogates import Clip, Regress, Surrogate
@@ -137,7 +139,9 @@ class OnPolicy:
     divergence: Divergence | None = None
     tokens: TokenRule | None = None  # token weights, and where the divergence applies
     anchor: EntropyAnchor | None = None  # auxiliary loss on the entropy
+    aux: Auxiliary | None = None  # auxiliary loss on a record of its own: texts, or responses of the start
     refresh: Refresh = field(default_factory=Fixed)
+    merge: Warp | None = None  # the budget in several runs whose weights are merged
     entropy_coef: float = 0.0
     value: ValueLoss = field(default_factory=ValueLoss)
     solver: Solver = field(default_factory=Descent)
@@ -155,6 +159,10 @@ class OnPolicy:
             raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
         if isinstance(self.solver, NaturalGradient) and self.normalize_advantage == "minibatch":
             raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
+        if isinstance(self.solver, NaturalGradient) and (self.aux is not None or self.merge is not None):
+            raise ValueError("an auxiliary loss and merged runs need first-order steps; use solver=Descent()")
+        if self.merge is not None and self.num_env_steps < self.num_envs * self.merge.runs * self.merge.rounds:
+            raise ValueError(f"num_env_steps={self.num_env_steps} is less than a batch for each of {self.merge.rounds} x {self.merge.runs} runs")
         self._check_sequences()
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")

@@ -98,6 +98,16 @@ class PolicyGradient:
 
 
 @dataclass(frozen=True)
+class LogRatio:
+    """A log rho: the policy gradient whose size does not change with rho. Off the sampling policy a token rule weights it."""
+
+    needs_kl: ClassVar[NeedsKL] = "none"
+
+    def __call__(self, log_ratio: Tensor, adv: Tensor, kl: Tensor | None, coef: Tensor) -> Tensor:
+        return adv * log_ratio
+
+
+@dataclass(frozen=True)
 class Clip:
     """PPO's pessimistic clipped ratio."""
 
@@ -218,4 +228,4 @@ def tsallis_bregman(logits: Tensor, logits_old: Tensor, *, q: float) -> Tensor:
     return (lp.exp() * (log_q(lp) - q * log_q(lo)) + (q - 1.0) * lo.exp() * log_q(lo)).sum(-1)
 
 
-Surrogate = PolicyGradient | Clip | ChainClip | Regress | KLDrift | Discovered | Learnt
+Surrogate = PolicyGradient | LogRatio | Clip | ChainClip | Regress | KLDrift | Discovered | Learnt

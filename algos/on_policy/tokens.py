@@ -9,6 +9,7 @@ term, `selected` (bool) says where the divergence applies. Selections are ranks,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +86,18 @@ def partner_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """sg(rho) of the other response of each pair: rows 2k and 2k + 1 are a pair; (b, t).                            [arXiv 2310.00212, eq. 10]"""
     rho = summed(log_ratio, mask).exp()
     return rho.view(-1, 2, rho.shape[1]).flip(1).reshape(rho.shape)
+
+
+def joint_weight(log_ratio: Tensor, adv: Tensor, mask: Tensor, *, clip: float) -> Tensor:
+    """sg(rho_1 rho_2) of a pair, and 0 once the pair is apart: sign(A) omega > log((1 + e) / (1 - e)), omega = log rho_1 / rho_2; (b, t).
+
+    With A log rho this is -(R_1 - R_2) / 2 omega sg(rho_1 rho_2), the pairwise gradient off the sampling policy, with a trust region on the pair.
+    The sign keeps the region independent of the reward's size.                              [arXiv 2310.00212, section 4; the clip reconstructed]
+    """
+    own = summed(log_ratio, mask)
+    other = own.view(-1, 2, own.shape[1]).flip(1).reshape(own.shape)
+    apart = adv.sign() * (own - other) > math.log((1.0 + clip) / (1.0 - clip))
+    return torch.where(apart, 0.0, (own + other).exp())
 
 
 @dataclass(frozen=True)
@@ -175,9 +188,25 @@ class Partner:
         return {"weight": partner_ratio(torch.where(part.mask, ev.logp - part.logp_old, 0.0), part.mask)}
 
 
+@dataclass(frozen=True)
+class JointClip(Partner):
+    """Each response's term is multiplied by both detached ratios of its pair, and dropped once the pair is apart by more than the clip."""
+
+    clip: float = 0.2  # e: each of two ratios may have moved by that much, one up, one down
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.clip < 1.0:
+            raise ValueError(f"clip must lie in (0, 1), got {self.clip}")
+
+    def __call__(self, part: Rollout, ev: Evaluation, surrogate: Any) -> dict[str, Tensor]:
+        assert ev.logp is not None
+        log_ratio = torch.where(part.mask, ev.logp - part.logp_old, 0.0)
+        return {"weight": joint_weight(log_ratio, part.columns["adv"], part.mask, clip=self.clip)}
+
+
 def _check_rate(rate: float) -> None:
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"rate is a fraction of the tokens, in (0, 1], got {rate}")
 
 
-TokenRule = Steer | ClipCov | TopCov | Unlikely | Partner
+TokenRule = Steer | ClipCov | TopCov | Unlikely | Partner | JointClip

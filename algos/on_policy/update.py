@@ -42,8 +42,18 @@ class Update:
     """
 
     def __init__(
-        self, name: str, method: OnPolicy, agent: Agent, solver: Descent, loss: LossFn, joint_value: bool, optimizer: Optimizer, compile: bool
+        self,
+        name: str,
+        method: OnPolicy,
+        agent: Agent,
+        solver: Descent,
+        loss: LossFn,
+        joint_value: bool,
+        optimizer: Optimizer,
+        compile: bool,
+        extra: Rollout | None = None,
     ) -> None:
+        self.extra = None if extra is None else replace(extra, boot_value=None, cost=None, discount=None, group=None)  # of the auxiliary loss
         self.name, self.method, self.agent, self.solver, self.loss, self.joint_value = name, method, agent, solver, loss, joint_value
         self.optimizer = optimizer
         self.compiled = Compiled(self._pure, static=len(optimizer.tensors())) if compile else None
@@ -53,8 +63,9 @@ class Update:
         self._module = _Around(agent.net)
         self._paired = isinstance(method.tokens, Partner) and loss is policy_loss
 
-    def begin(self, rollout: Rollout) -> None:
-        """Take the record whose minibatches follow."""
+    def begin(self, rollout: Rollout, chance: torch.Generator | None = None) -> None:
+        """Take the record whose minibatches follow; `chance` draws the rows of the auxiliary loss."""
+        self._chance = chance
         self.base = rollout.decisions() if self.solver.unit == "decision" else rollout
         self.index = torch.nonzero(self.base.mask.any(dim=1)).squeeze(1)
         if self._paired and self.base.group is not None:
@@ -76,15 +87,22 @@ class Update:
 
     def step(self, index: Tensor, coef: Tensor) -> Stats:
         """One optimiser step on the units `index`, and what it tells about itself."""
+        extra = None if self.extra is None else self._draw(self.extra)
         if self.compiled is None:
-            return self._eager(index, coef)
+            return self._eager(index, coef, extra)
         n = len(index)
         if n < self._static:
             index = torch.cat([index, index.new_zeros(self._static - n)])
         args = [*self.optimizer.tensors(), coef, torch.tensor(n, device=index.device), index, *self._columns]
+        args += [] if self.extra is None or extra is None else [extra, *self.extra.tensors()]
         (values,) = self.compiled(self._key, args)
         # On a GPU the next replay of the graph writes to the same place.
         return Stats(self._names, values.clone() if values.is_cuda else values)
+
+    def _draw(self, extra: Rollout) -> Tensor:
+        """Rows of the auxiliary loss's record for one step, with replacement."""
+        rows = self.method.aux.rows  # type: ignore[union-attr]
+        return torch.randint(extra.shape[0], (rows,), generator=self._chance).to(extra.mask.device)
 
     def _terms(self, part: Rollout, omega: Tensor, coef: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(self.method, self.agent, part, omega, coef, self.joint_value)
@@ -113,7 +131,7 @@ class Update:
             out |= m.anchor(part, ev)
         return out
 
-    def _eager(self, index: Tensor, coef: Tensor) -> Stats:
+    def _eager(self, index: Tensor, coef: Tensor, extra: Tensor | None = None) -> Stats:
         """Gradients of micro-batches add up to the minibatch's exactly."""
         batch, omega = self._prepared(self.base.rows(index))
         if self._surveys:
@@ -127,8 +145,12 @@ class Update:
             loss, stats = self._terms(part, omega[piece], coef)
             loss.backward()
             pieces.append(stats)
-        norm = self.optimizer.step()
         out = {k: _joined(k, [p[k] for p in pieces]) for k in pieces[0]}
+        if self.extra is not None and extra is not None:
+            aux = self.method.aux(self.agent, self.extra.rows(extra))  # type: ignore[misc]
+            aux.backward()
+            out["aux_loss"] = aux.detach()
+        norm = self.optimizer.step()
         return Stats.of({**out, f"grad_norm/{self.name}": norm})
 
     def _pure(self, *args: Tensor) -> tuple[Tensor, ...]:
@@ -136,6 +158,10 @@ class Update:
         state, rest = args[: self.compiled.static], args[self.compiled.static :]  # type: ignore[union-attr]
         coef, count, index, columns = rest[0], rest[1], rest[2], iter(rest[3:])
         part = self._template.map(lambda _: next(columns).index_select(0, index))
+        drawn = None
+        if self.extra is not None:
+            rows = next(columns)
+            drawn = self.extra.map(lambda _: next(columns).index_select(0, rows))
         real = torch.arange(len(index), device=index.device) < count
         part, omega = self._prepared(replace(part, mask=part.mask & real[:, None]))
         with torch.enable_grad():
@@ -144,6 +170,9 @@ class Update:
             if self._surveys:
                 part.columns |= functional_call(self._module, named, (self._survey, part))
             loss, stats = functional_call(self._module, named, (self._terms, part, omega, coef))
+            if drawn is not None:
+                aux = functional_call(self._module, named, (self.method.aux, self.agent, drawn))
+                loss, stats = loss + aux, {**stats, "aux_loss": aux.detach()}
             grads = torch.autograd.grad(loss, params, allow_unused=True)
         grad = self.optimizer.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
         norm = self.optimizer.move(state, grad)

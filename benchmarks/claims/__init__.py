@@ -28,6 +28,7 @@ _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
 _ENTROPY = "markovia.claims.language_entropy:"
 _TILTING = "markovia.claims.tilting:"
+_AUXILIARY = "markovia.claims.language_auxiliary:"
 _PREFERENCE = "markovia.claims.preference:"
 _PREFERENCE_SAMPLES = "markovia.claims.preference_samples:"
 _PREFERENCE_GAMES = "markovia.claims.preference_games:"
@@ -51,6 +52,11 @@ CLAIMS: dict[str, Claim] = {
     "p3o": Claim(_LANGUAGE + "p3o_frontier"),
     "p3o@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o"}),
     "apa": Claim(_LANGUAGE + "apa_fixed_point"),
+    "p3o/joint": Claim(_LANGUAGE + "p3o_frontier", "fast", {"method": "p3o/joint"}),
+    "p3o/joint@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o/joint"}),
+    **{m: Claim(_AUXILIARY + "ptx_fixed_point", "fast", {"method": m}) for m in ("ppo-max/ptx", "ppo-rlhf/ptx")},
+    "dph-rl": Claim(_AUXILIARY + "dph_rl_support", "slow"),
+    "dph-rl/forward-kl": Claim(_AUXILIARY + "dph_rl_support", "slow", {"method": "dph-rl/forward-kl", "bound": 0.75}),
     "apa/initial": Claim(_LANGUAGE + "apa_fixed_point", "fast", {"anchor": "ref"}),
     **{f"{m}@arithmetic": Claim("markovia.claims.arithmetic:arithmetic", "slow", {"method": m}) for m in ("grpo", "rloo", "ppo")},
     "rto": Claim(_TARGETS + "rto_fixed_point"),

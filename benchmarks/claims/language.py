@@ -182,8 +182,8 @@ def expected_gradients(method: str, seeds: int = 3, bound: float = 1e-8) -> dict
     if method == "grpo/gspo":  # the group's mean holds the sample, and the ratio is the mean over the 2 tokens
         value, G = replace(value, advantage=GroupNormalised("none")), 3
         scale = 2.0 * G / (G - 1)
-    if method == "p3o":
-        value = replace(value, tokens=None)  # on-policy the partner's ratio is 1
+    if method.startswith("p3o"):
+        value = replace(value, tokens=None)  # on-policy both ratios of a pair are 1
     for seed in range(seeds):
         tree = EnumerableTokenMDP.random(4, 2, seed)
         collector = TreeCollector([tree], 1)
@@ -301,18 +301,18 @@ def ppo_max_entropy(seeds: int = 5, steps: int = 200) -> dict[str, Any]:
 # -- p3o, apa ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def p3o_frontier(betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0), steps: int = 600) -> dict[str, Any]:
+def p3o_frontier(method: str = "p3o", betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0), steps: int = 600) -> dict[str, Any]:
     """Reward lost against the exact frontier p0 exp(R / b) / Z at equal KL, 600 Adam steps of 64 pairs on 64 responses, 5 weights; bound 0.01.
 
     Also: adding a constant to all rewards of a prompt changes no update (largest difference of parameters, bound 1e-11).
     """
     losses = []
-    base = override(find("p3o").value, {"num_envs": 128, "solver": {"lr": 0.05, "epochs": 1, "minibatch": None}})
+    base = override(find(method).value, {"num_envs": 128, "solver": {"lr": 0.05, "epochs": 1, "minibatch": None}})
     tree = EnumerableTokenMDP.random(4, 3, 0)
     for beta in betas:
         collector = TreeCollector([tree], 128, 2)
-        method = override(base, {"divergence": {"beta": beta}, "num_env_steps": 128 * 3 * steps, "solver": {"anneal": True}})
-        table = collector.table(run_to_end(method, collector, 0).agent)
+        weighed = override(base, {"divergence": {"beta": beta}, "num_env_steps": 128 * 3 * steps, "solver": {"anneal": True}})
+        table = collector.table(run_to_end(weighed, collector, 0).agent)
         kl, reward = float(tree.divergence(table)), float(tree.expected_reward(table))
         losses.append(_frontier(tree, kl) - reward)
     shifted = EnumerableTokenMDP(4, 3, tree.logits_ref, tree.R + 3.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -120,20 +120,30 @@ class TextTask:
         }
 
     def starts(
-        self, n: int, generator: torch.Generator | None = None, split: Split = "train", group_size: int | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        split: Split = "train",
+        group_size: int | None = None,
+        without: Collection[int] = (),
     ) -> dict[str, Any]:
         """n starts: prompts drawn without replacement until the split is used up, each repeated `group_size` times in a row.
 
+        Prompts whose number is in `without` are left out.
+
         prompt_ids (n, P) int64 padded left, prompt_mask (n, P) bool, prompt_text [n], columns {name: [n]}, group (n,) int64.
-        Raises ValueError when n is no multiple of the group size.
+        Raises ValueError when n is no multiple of the group size, and when nothing is left.
         """
         size = self.group_size if group_size is None else group_size
         if n < 1 or size < 1 or n % size:
             raise ValueError(f"{n} starts can't be cut into groups of {size}; ask for a multiple of the group size")
-        total, count = len(self._split(split)[0]), n // size
+        left = [i for i in range(len(self._split(split)[0])) if i not in without]
+        total, count = len(left), n // size
+        if not left:
+            raise ValueError(f"all prompts of split {split!r} are left out")
         device = generator.device if generator is not None else "cpu"
         rounds = [torch.randperm(total, generator=generator, device=device) for _ in range(-(-count // total))]
-        chosen = torch.cat(rounds)[:count].tolist()
+        chosen = [left[i] for i in torch.cat(rounds)[:count].tolist()]
         return self.batch([i for i in chosen for _ in range(size)], [g for g in range(count) for _ in range(size)], split)
 
     def all_starts(self, split: Split = "held_out", group_size: int = 1) -> dict[str, Any]:

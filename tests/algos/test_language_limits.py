@@ -17,6 +17,7 @@ from markovia.algos.on_policy.references import Fixed
 from markovia.algos.on_policy.rewards import ImplicitReward, LengthBudget, Matching, Scaled, SoftOverlong
 from markovia.algos.on_policy.schedules import Steady
 from markovia.algos.on_policy.surrogates import Clip, PolicyGradient, Regress
+from markovia.algos.on_policy.tokens import Partner
 from markovia.algos.presets import override
 from markovia.algos.tree_records import TreeCollector
 
@@ -201,6 +202,19 @@ def limit_f_dpg() -> None:
     torch.testing.assert_close(after_step(override(matched, sgd), rollout), after_step(override(plain, sgd), in_units), rtol=0, atol=1e-12)
 
 
+def limit_p3o_joint() -> None:
+    # On-policy both ratios are 1: one step is P3O's with separate clips, and RLOO's.
+    method = small("p3o/joint", solver={"epochs": 1, "minibatch": None})
+    same_update(method, dataclasses.replace(method, tokens=Partner(), surrogate=Clip(0.2)), steps=1)
+
+
+def limit_warp() -> None:
+    limit_without("warp", {"refresh": {"rate": 0.0}}, refresh=Fixed())()
+    # One run whose end counts in full: nothing is merged; the optimiser and the reference begin anew after it alone.
+    method = small("warp", merge={"runs": 1, "rounds": 1, "eta": 1.0}, num_env_steps=24)
+    same_update(method, dataclasses.replace(method, merge=None))
+
+
 LIMITS: dict[str, Callable[[], None]] = {
     "f-dpg": limit_f_dpg, "f-dpg/forward-kl": limit_f_dpg,
     "rto": limit_rto, "dvpo": limit_dvpo, "gtpo": limit_gtpo, "copo": limit_copo, "kl-cov": limit_kl_cov, "lp-reg": limit_lp_reg,
@@ -213,7 +227,8 @@ LIMITS: dict[str, Callable[[], None]] = {
     **{m: limit_without(m, {"divergence": {"beta": 0.0}}, divergence=None) for m in ROWS if m.startswith("f-div-reg/") and not m.endswith("alpha")},
     "kl-controller": limit_without("kl-controller", {"divergence": {"schedule": {"horizon": 1e300}}}, divergence=KL(0.2)),
     "salsa": limit_without("salsa", {"refresh": {"share": 1.0}}, refresh=Fixed()),
-    "warp": limit_without("warp", {"refresh": {"rate": 0.0}}, refresh=Fixed()),
+    "warp": limit_warp, "p3o/joint": limit_p3o_joint,
+    **{m: limit_without(m, {"aux": {"coef": 0.0}}, aux=None) for m in ("ppo-max/ptx", "ppo-rlhf/ptx", "dph-rl", "dph-rl/forward-kl")},
     "grpo": limit_grpo, "grpo/dr-grpo": limit_dr_grpo, "grpo/dapo": limit_dapo, "grpo/gspo": limit_gspo, "remax": limit_remax,
     "grpo-d": limit_grpo_d, "ppo-max": limit_ppo_max, "p3o": limit_p3o, "apa": limit_apa, "apa/initial": limit_apa_initial,
 }  # fmt: skip

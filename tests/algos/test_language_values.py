@@ -9,25 +9,30 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from language_pieces import F64, ONE, ROWS, given_loss, made, record, small, t, trees
+from language_pieces import F64, ONE, ROWS, Scored, given_loss, made, record, small, t, trees
 from torch import Tensor
 
 from markovia.agents.interface import Evaluation
 from markovia.algos.advantages import ConflictAware, Consistency, FrozenQ, Greedy, group_normalised
+from markovia.algos.on_policy.auxiliary import Ptx, Rehearsal
 from markovia.algos.on_policy.divergence import KL, f_reward, k3, min_p_logp
+from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.entropy import anchor_pull, nucleus_entropy, peak_mask
 from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import sequence_ratio, value_error, weights
+from markovia.algos.on_policy.merging import Merger, Warp, merged
 from markovia.algos.on_policy.references import lerp, slerp
 from markovia.algos.on_policy.rewards import Matching, Scaled, at_most_length, exact_length, implicit_reward, matching_reward, overlong
 from markovia.algos.on_policy.schedules import Anneal, adaptive, down_then_up
 from markovia.algos.on_policy.surrogates import Clip, Regress
-from markovia.algos.on_policy.tokens import ClipCov, TopCov, conflict_weights, covariance, damped, entropy_change, partner_ratio
+from markovia.algos.on_policy.tokens import ClipCov, TopCov, conflict_weights, covariance, damped, entropy_change, joint_weight, partner_ratio
 from markovia.algos.systems import find
 from markovia.algos.tree_records import TreeCollector
+from markovia.envs.exact.token_mdp import EnumerableTokenMDP
 
 # -- the table -----------------------------------------------------------------------------------------------------------------------------
 
@@ -281,6 +286,60 @@ def value_kl_controller() -> None:
     assert adaptive(0.2, 5.4, kl_target_nats=6.0, horizon=1e4, num_samples=64) == pytest.approx(0.2 * (1 - 0.1 * 0.0064))
 
 
+def value_ptx() -> None:
+    # texts of log-probs -1, -2 and -3 (the fourth token is padding): the mean over tokens is 2; a tenth of it
+    part = record([[0.0, 0.0], [0.0, 0.0]], [[0.0] * 2] * 2)
+    part.mask = torch.tensor([[True, True], [True, False]])
+    assert Ptx(0.1)(Scored(torch.tensor([[-1.0, -2.0], [-3.0, 9.0]], dtype=F64)), part).item() == pytest.approx(0.2)  # type: ignore[arg-type]
+
+
+def value_dph(f: str) -> Callable[[], None]:
+    def check() -> None:
+        # d = log 4 - log 2 and 0: u = 2 and 1. JS: 2 log 2 - 3 log 3/2, and f(1) = 0; forward KL: -log 2, and 0
+        part = record([[0.0, 0.0], [0.0, 0.0]], [[0.0] * 2] * 2)
+        part.logp_old = torch.tensor([[-math.log(4), 0.0], [-1.0, -1.0]], dtype=F64)
+        agent = Scored(torch.tensor([[0.0, -math.log(2)], [-0.5, -1.5]], dtype=F64))
+        value = {"js": 2 * math.log(2) - 3 * math.log(1.5), "kl_ref_pi": -math.log(2)}[f]
+        assert Rehearsal(0.3, f)(agent, part).item() == pytest.approx(0.3 * value / 2)  # type: ignore[arg-type]
+
+    return check
+
+
+def test_solved_prompts_are_rehearsed_and_left_out() -> None:
+    """Three prompts of which the start solves the second: only its responses are stored, with the start's log-probs, and no batch holds it."""
+    made_of = [EnumerableTokenMDP.random(3, 2, seed=k) for k in range(3)]
+    made_of = [EnumerableTokenMDP(3, 2, m.logits_ref, np.full(m.M, float(k == 1))) for k, m in enumerate(made_of)]
+    collector = TreeCollector(made_of, 12, 4)
+    method = small("dph-rl", aux={"samples": 3, "threshold": 1.0})
+    driver = OnPolicyDriver(method, collector.agent(), collector)
+    assert collector.without == {1} and driver.extra is not None and driver.extra.shape[0] == 3
+    low, high = collector.offset[1], collector.offset[2]
+    assert bool(((driver.extra.obs >= low) & (driver.extra.obs < high)).all())  # type: ignore[operator]
+    fresh = collector.agent().evaluate(driver.extra, ("logp",)).logp
+    torch.testing.assert_close(torch.where(driver.extra.mask, fresh, 0.0), driver.extra.logp_old)  # type: ignore[arg-type]
+    drawn, _ = driver._collect()
+    assert not bool(((drawn.obs >= low) & (drawn.obs < high)).any())  # type: ignore[operator]
+    assert "aux_loss" in driver.step()
+    # none solved: nothing to rehearse, and every prompt is explored
+    none = TreeCollector([made_of[0]], 12, 4)
+    driver = OnPolicyDriver(method, none.agent(), none)
+    assert driver.extra is None and none.without == frozenset() and "aux_loss" not in driver.step()
+
+
+def value_p3o_joint() -> None:
+    # ratios 1.1 and 1/1.1 (tokens log 1.1 and 0), A = 3 and -3: omega = 2 log 1.1 < log 1.5, rho_1 rho_2 = 1: -(3 log 1.1 + 3 log 1.1) / 2
+    x = math.log(1.1)
+    log_ratio = [[x, 0.0], [-x, 0.0]]
+    mask, adv = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[3.0, 3.0], [-3.0, -3.0]], dtype=F64)
+    weight = joint_weight(torch.tensor(log_ratio, dtype=F64), adv, mask, clip=0.2)
+    assert weight.reshape(-1).tolist() == pytest.approx([1.0] * 4)
+    assert given_loss(find("p3o/joint").value, log_ratio, adv.tolist(), weight=weight.tolist()) == pytest.approx(-3 * x)
+    # apart by log 1.6 > log (1.2 / .8) in the wanted direction: dropped; against it: kept, with rho_1 rho_2 = 1.6
+    far = torch.tensor([[math.log(1.6)], [0.0]], dtype=F64)
+    assert joint_weight(far, adv[:, :1], mask[:, :1], clip=0.2).tolist() == [[0.0], [0.0]]
+    assert joint_weight(far, -adv[:, :1], mask[:, :1], clip=0.2)[:, 0].tolist() == pytest.approx([1.6, 1.6])
+
+
 def value_salsa() -> None:
     a, b = t(1.0, 0.0, -1.0), t(0.0, 2.0, 0.5)
     (soup,) = lerp([a], [b], eta=0.25)
@@ -297,6 +356,16 @@ def value_warp() -> None:
     assert found.tolist() == pytest.approx([1 + math.sqrt(2)] * 2)
     (found,) = slerp(start, [t(3.0, 1.0)], [t(5.0, 1.0)])
     assert found.tolist() == pytest.approx([4.0, 1.0])
+    # two runs from (1, 1) end at (3, 1) and (1, 3); a quarter of the way to the point above is the next start
+    weights = torch.nn.Parameter(t(1.0, 1.0))
+    merger = Merger(Warp(runs=2, rounds=1, eta=0.25), [weights])
+    weights.data = t(3.0, 1.0)
+    assert not merger.end_of_part(0.4) and merger.end_of_part(0.5) and weights.tolist() == [1.0, 1.0]
+    weights.data = t(1.0, 3.0)
+    assert merger.end_of_part(1.0) and weights.tolist() == pytest.approx([1 + 0.25 * math.sqrt(2)] * 2)
+    # a third run at a right angle is taken in by a third of it: sin 60 of the point between the two others, sin 30 of the third
+    (found,) = merged([t(0, 0, 0)], [[t(2, 0, 0)], [t(0, 2, 0)], [t(0, 0, 2)]])
+    assert found.tolist() == pytest.approx([math.sqrt(1.5), math.sqrt(1.5), 1.0])
 
 
 def value_f_dpg() -> None:
@@ -316,7 +385,8 @@ def value_forward_dpg() -> None:
 
 
 VALUES: dict[str, Callable[[], None]] = {
-    "f-dpg": value_f_dpg, "f-dpg/forward-kl": value_forward_dpg,
+    "ppo-max/ptx": value_ptx, "ppo-rlhf/ptx": value_ptx, "dph-rl": value_dph("js"), "dph-rl/forward-kl": value_dph("kl_ref_pi"),
+    "p3o/joint": value_p3o_joint, "f-dpg": value_f_dpg, "f-dpg/forward-kl": value_forward_dpg,
     "rto": value_rto, "dvpo": value_dvpo, "gtpo": value_gtpo, "copo": value_copo, "steer": value_steer, "clip-cov": value_clip_cov,
     "kl-cov": value_kl_cov, "lp-reg": value_lp_reg, "siren": value_siren, "prorl": value_prorl, "difficulty-filter": value_difficulty_filter,
     "lcpo": value_lcpo, "lcpo/max": value_lcpo_max, "kdrl": value_kdrl, "kl-controller": value_kl_controller, "salsa": value_salsa,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
+from markovia.algos.on_policy.auxiliary import Ptx, Rehearsal
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import policy_loss, weights
@@ -42,6 +43,8 @@ def small(method_id: str, **changes: Any) -> OnPolicy:
     base: dict[str, Any] = {"num_envs": 12, "group_size": group, "num_env_steps": 400, "solver": {"lr": 0.05, "epochs": 2, "minibatch": None}}
     if method.aggregation.endswith("norm"):
         base["max_length"] = 3
+    if isinstance(method.aux, Rehearsal):  # a response of three tokens or fewer is seldom right each time: solved is more than a half
+        base["aux"] = {"threshold": 0.5}
     if method.value.separate is not None:
         base["value"] = {"separate": {"lr": 0.05, "minibatch": None}}
     return override(override(method, base), changes)
@@ -55,6 +58,15 @@ def others(method: OnPolicy, collector: TreeCollector) -> dict[str, Any]:
         out[name] = collector.agent(critic=method.advantage.needs_critic)
         shake(out[name], seed=20 + i)
     return out
+
+
+def texts(method: OnPolicy, collector: TreeCollector) -> Rollout | None:
+    """The texts that a method keeps up the likelihood of: responses of another policy, 5 to each prompt."""
+    if not isinstance(method.aux, Ptx):
+        return None
+    other = collector.agent()
+    shake(other, seed=30)
+    return collector.presample(other, len(collector.trees), 5, torch.Generator().manual_seed(0))[0]
 
 
 def shake(agent: Any, size: float = 0.3, seed: int = 4) -> None:
@@ -86,7 +98,7 @@ class Given:
 def made(method: OnPolicy, collector: TreeCollector, seed: int = 3, compile: bool = False) -> OnPolicyDriver:
     """A driver on a shaken agent, whose reference was shaken too, so that both differ from each other."""
     agent = collector.agent(critic=method.advantage.needs_critic)
-    driver = OnPolicyDriver(method, agent, collector, seed, compile, others(method, collector))
+    driver = OnPolicyDriver(method, agent, collector, seed, compile, others(method, collector), texts(method, collector))
     for ref in driver.references.values():
         shake(ref, seed=9)
     shake(agent)
