@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from markovia.agents.diffusion_policy import DiffusionPolicyAgent
 from markovia.algos.offline.method import Logged
 from markovia.algos.offline.source import check_fits, fix_normalizer, unit
 from markovia.envs.offline.transforms import ObsTransform
-from markovia.envs.offline.transitions import Transitions
+from markovia.envs.offline.transitions import About, Transitions
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,18 @@ def chunk_data(data: Transitions, settings: Logged, agent: DiffusionPolicyAgent)
         first=torch.from_numpy(np.repeat(first, lengths)),
         last=torch.from_numpy(np.repeat(end - 1, lengths)),
     )
+
+
+def chunk_transitions(data: Transitions, horizon: int, obs_steps: int) -> Transitions:
+    """Every row with its window as the observation and its chunk as the action: what a policy that chooses chunks at once is cloned from.
+
+    obs (N, obs_steps, ...), action (N, H, *shape); next observations are the windows one step later. Made as `ChunkData` does.
+    """
+    assert isinstance(data.obs, np.ndarray) and isinstance(data.next_obs, np.ndarray)
+    first, end = data.bounds()
+    rows = torch.arange(len(data))
+    begin, last = (torch.from_numpy(np.repeat(x, end - first)) for x in (first, end - 1))
+    rows_of = ChunkData(torch.from_numpy(data.obs), torch.from_numpy(data.action), begin, last)
+    window = rows_of.windows(rows, obs_steps).numpy()
+    after = np.concatenate([window[:, 1:], data.next_obs[:, None]], 1)
+    return replace(data, obs=window, action=rows_of.chunks(rows, horizon).numpy(), next_obs=after, about=About(data.about.name))

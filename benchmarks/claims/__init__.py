@@ -20,6 +20,7 @@ class Claim(NamedTuple):
 _HERE = "markovia.claims.on_policy:"
 _DENOISING = "markovia.claims.denoising:"
 _CHAIN_PAIRS = ("d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
+_CHUNKS = "markovia.claims.diffusion_policy:"
 _OFF_POLICY = "markovia.claims.off_policy:"
 _OFFLINE = "markovia.claims.offline:"
 _OFFLINE_EXACT = "markovia.claims.offline_exact:"
@@ -112,6 +113,12 @@ CLAIMS: dict[str, Claim] = {
     **{m: Claim("markovia.claims.denoising_preference:" + m.replace("-", "_")) for m in _CHAIN_PAIRS},
     "adjoint-matching@digits": Claim("markovia.claims.denoising_digits:adjoint_digits"),
     "diffusion-dpo@digits": Claim("markovia.claims.denoising_digits:dpo_digits"),
+    "diffusion-policy": Claim(_CHUNKS + "diffusion_modes"),
+    "flow-policy": Claim(_CHUNKS + "flow_modes"),
+    "flow-policy@marginals": Claim(_CHUNKS + "flow_marginals"),
+    "dppo": Claim(_CHUNKS + "dppo_linear"),
+    "dppo@obstacle": Claim(_CHUNKS + "dppo_obstacle"),
+    "dppo@exploration": Claim(_CHUNKS + "structured_exploration"),
     "ppo-lag@exact": Claim(_SAFE + "lagrangian_grid"),
     "cpo@exact": Claim(_SAFE + "cpo_grid"),
     "cat@exact": Claim(_SAFE + "cat_grid"),

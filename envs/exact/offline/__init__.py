@@ -21,7 +21,7 @@ __all__ = [
 
 
 def fixture(name: str, seed: int = 0) -> Transitions:
-    """The data of a fixture: bandit2d, maze, obstacle, pointmass2d/<tier> or pendulum/<tier>.
+    """The data of a fixture: bandit2d, maze, obstacle, obstacle/steady, pointmass2d/<tier> or pendulum/<tier>.
 
     The Pendulum sets are those that `markovia collect Pendulum-v1` recorded on this machine; `seed` does not change them.
     Raises ValueError for another name, and for Pendulum sets that are not there.
@@ -31,13 +31,13 @@ def fixture(name: str, seed: int = 0) -> Transitions:
         return Bandit2D().data(seed=seed)
     if name == "maze":
         return maze_data(seed)
-    if name == "obstacle":
-        return obstacle_data(seed)
+    if kind == "obstacle" and tier in ("", "steady"):
+        return obstacle_data(seed, noise=0.03 if tier else 0.3)
     if kind == "pointmass2d" and tier:
         return pointmass_data(tier, seed)
     if kind == "pendulum" and tier:
         from markovia.envs.offline.minari_io import load_minari
 
         return load_minari(tier_id("Pendulum-v1", tier))
-    known = ["bandit2d", "maze", "obstacle", *(f"pointmass2d/{t}" for t in TIERS), "pendulum/<tier>"]
+    known = ["bandit2d", "maze", "obstacle", "obstacle/steady", *(f"pointmass2d/{t}" for t in TIERS), "pendulum/<tier>"]
     raise ValueError(f"unknown fixture {name!r}; choose one of {', '.join(known)}")

@@ -74,15 +74,18 @@ def passing(state: np.ndarray, height: float, noise: np.ndarray) -> np.ndarray:
     return np.clip(0.6 * away / max(np.linalg.norm(away), 0.1) + noise, -1.0, 1.0)
 
 
-def obstacle_data(seed: int = 0, episodes: int = NUM_EPISODES) -> Transitions:
-    """Episodes of a clumsy controller: each takes one side, and a detour whose width is drawn anew, so that about half of them hit the obstacle."""
+def obstacle_data(seed: int = 0, episodes: int = NUM_EPISODES, noise: float = 0.3) -> Transitions:
+    """Episodes of a clumsy controller: each takes one side, and a detour whose width is drawn anew, so that about half of them hit the obstacle.
+
+    noise  standard deviation of its actions; 0.3 fills the space of actions, with 0.03 they lie close to a surface
+    """
     rng = np.random.default_rng([seed, 5])
     found: dict[str, list[Any]] = {k: [] for k in ("obs", "action", "reward", "next_obs", "terminated", "truncated", "episode")}
     for number in range(episodes):
         side, width = rng.choice([-1.0, 1.0]), rng.uniform(0.28, 0.7)
         state = np.clip(START + SPREAD * rng.standard_normal(2), -1.0, 1.0)
         for step in range(HORIZON):
-            action = passing(state, side * width, 0.3 * rng.standard_normal(2))
+            action = passing(state, side * width, noise * rng.standard_normal(2))
             new, reached, hit = advance(state, action, NOISE * rng.standard_normal(2))
             end = bool(reached or hit)
             row = (state, action, float(reached), new, end, step == HORIZON - 1 and not end, number)
@@ -95,5 +98,5 @@ def obstacle_data(seed: int = 0, episodes: int = NUM_EPISODES) -> Transitions:
     floats = {k: np.asarray(found[k], dtype=np.float32) for k in ("obs", "action", "reward", "next_obs")}
     flags = {k: np.asarray(found[k], dtype=bool) for k in ("terminated", "truncated")}
     reference = Reference(ENV_ID, HORIZON, 0.0, 1.0, "success rate: no episode and every episode")
-    about = About("obstacle", ENV_ID, HORIZON, box, box, gym.spec(ENV_ID), reference)
+    about = About("obstacle" if noise == 0.3 else f"obstacle with noise {noise:g}", ENV_ID, HORIZON, box, box, gym.spec(ENV_ID), reference)
     return Transitions(**floats, **flags, episode=np.asarray(found["episode"]), about=about)
