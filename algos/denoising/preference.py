@@ -163,7 +163,10 @@ class DenoisingPreferenceDriver(ChainTrainer):
         scores = as_scores(ratio, record.mask, self.method.anchors)
         each = self.method.loss(scores, views_of(len(score) // 2, score.to(ratio)))
         total = scores.sums().detach().view(-1, 2)
-        return each.mean(), {"loss": each.detach().mean(), "accuracy": (total[:, 0] > total[:, 1]).float().mean()}
+        found = {"loss": each.detach().mean(), "accuracy": (total[:, 0] > total[:, 1]).float().mean()}
+        if isinstance(self.method.source, SemiPolicy):
+            found["kappa"] = anchor_rule(ratio[::2], self.method.source.otherwise).to(ratio).mean()
+        return each.mean(), found
 
     def ratio(self, record: Rollout) -> Tensor:
         """What a row's score is made of, (B, T): the step's log-ratio under the kernel, or by how much the noise is predicted better than by the

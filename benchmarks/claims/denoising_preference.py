@@ -222,31 +222,25 @@ def diffusion_dpo(seeds: int = 2) -> dict[str, Any]:
 
 
 def se_ppo(steps: int = 300, seeds: int = 1) -> dict[str, Any]:
-    """Two good modes of four, winners from the good ones: after 300 steps the mass on the good modes is larger than by fitting the winners alone
-    (equal steps), and larger than when every sample of an earlier checkpoint counts as a loser.
+    """Two good modes of four, winners from the good ones, and a pool of earlier checkpoints that holds an already good one: after 300 steps the mass
+    on the good modes is larger than by fitting the winners alone (equal steps; that is the good checkpoint), and larger than when every sample of a
+    checkpoint counts as a loser.
+
+    `own_pool` is the same without the good checkpoint. `kappa` is the mean sign in each third of the run: +1 where the policy likes the winner at
+    least as much as the checkpoint does. From one noise level and one noise, as the method takes it, that sign is little more than a coin's.
     """
     means = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     task = _mixture(means, 0.2, lambda x, c: x[:, 1], num_steps=20)
-    found: dict[str, list[dict[str, float]]] = {"se-ppo": [], "always a loser": [], "left out": [], "winners alone": []}
+    rules = {"se-ppo": -1.0, "always a loser": 1.0, "left out": 0.0}
 
-    def describe(agent: DenoisingAgent) -> dict[str, float]:
+    def describe(agent: DenoisingAgent) -> dict[str, Any]:
         x = _sample(agent)
         distance = torch.cdist(x, means)
         near = distance.amin(1) < 0.6  # three standard deviations
         good = near & (distance.argmin(1) < 2)
         return {"good": float(good.float().mean()), "bad": float((near & ~good).float().mean()), "outside": float((~near).float().mean())}
 
-    for seed in range(seeds):
-        pick = torch.randint(2, (4096,), generator=(generator := _generator(seed)))
-        data: dict[str, Any] = {"x": means[pick] + 0.2 * torch.randn(4096, 2, generator=generator), "cond": None}
-        for name, otherwise in (("se-ppo", -1.0), ("always a loser", 1.0), ("left out", 0.0)):
-            source = SemiPolicy(every=steps // 6, otherwise=otherwise)
-            method = replace(DENOISING["se-ppo"].value, num_env_steps=steps * 256, num_envs=256, source=source, loss=Pairwise(20.0), solver=_ADAM)
-            agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
-            driver = DenoisingPreferenceDriver(method, agent, SequenceCollector(task, 256), seed, data=data)
-            while not driver.finished:
-                driver.step()
-            found[name].append(describe(agent))
+    def winners_alone(data: dict[str, Any], seed: int) -> DenoisingAgent:
         agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
         optimizer = make_optimizer(_ADAM, [(agent.parameters("policy"), _ADAM.lr)])
         for step in range(steps):
@@ -256,7 +250,32 @@ def se_ppo(steps: int = 300, seeds: int = 1) -> dict[str, Any]:
             optimizer.zero_grad()
             noise_error(agent, record).mean().backward()
             optimizer.step()
-        found["winners alone"].append(describe(agent))
-    good = {name: sum(r["good"] for r in runs) / seeds for name, runs in found.items()}
-    bound = max(good["always a loser"], good["winners alone"])
-    return {"measured": good["se-ppo"], "bound": bound, "holds": good["se-ppo"] > bound, "good_mass": good, "each": found}
+        return agent
+
+    def semi_policy(data: dict[str, Any], seed: int, otherwise: float, pool: list[dict[str, Tensor]]) -> dict[str, Any]:
+        source = SemiPolicy(every=steps // 6, otherwise=otherwise)
+        method = replace(DENOISING["se-ppo"].value, num_env_steps=steps * 256, num_envs=256, source=source, loss=Pairwise(20.0), solver=_ADAM)
+        agent = DenoisingAgent.from_task(task, critic_hidden=None, reduce="mean")
+        driver = DenoisingPreferenceDriver(method, agent, SequenceCollector(task, 256), seed, data=data)
+        driver.pool += pool
+        sign = []
+        while not driver.finished:
+            sign.append(driver.step()["kappa"])
+        thirds = torch.tensor(sign).chunk(3)
+        return {**describe(agent), "kappa": [float(part.mean()) for part in thirds]}
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*rules, "winners alone")}
+    own: dict[str, list[dict[str, Any]]] = {name: [] for name in rules}
+    for seed in range(seeds):
+        pick = torch.randint(2, (4096,), generator=(generator := _generator(seed)))
+        data: dict[str, Any] = {"x": means[pick] + 0.2 * torch.randn(4096, 2, generator=generator), "cond": None}
+        fitted = winners_alone(data, seed)
+        found["winners alone"].append(describe(fitted))
+        good_one = {k: v.detach().clone() for k, v in fitted.net.state_dict().items()}
+        for name, otherwise in rules.items():
+            found[name].append(semi_policy(data, seed, otherwise, [good_one]))
+            own[name].append(semi_policy(data, seed, otherwise, []))
+    mass, own_mass = ({name: sum(r["good"] for r in runs) / seeds for name, runs in group.items()} for group in (found, own))
+    bound = max(mass["always a loser"], mass["winners alone"])
+    holds = mass["se-ppo"] > bound
+    return {"measured": mass["se-ppo"], "bound": bound, "holds": holds, "good_mass": mass, "own_pool": own_mass, "each": found, "each_own_pool": own}
