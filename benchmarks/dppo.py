@@ -12,17 +12,11 @@ the table and dppo.png the curves of training; `--table` makes both anew without
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import multiprocessing
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from control import cells, record  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from grid import Cell, arguments, measure  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "dppo.json"
 TASKS = {
@@ -76,7 +70,7 @@ def run(method_id: str, env: str, seed: int, out: Path, changes: dict[str, Any],
     return train(method, env, seed=seed, out=out, resume=resume, eval_episodes=EPISODES, progress=False, method_id=method_id, **options)
 
 
-def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> dict[str, Any]:
+def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
     """Clone, then fine-tune. With `steps` both take so few (a trial of the script)."""
     import numpy as np
     import torch
@@ -111,7 +105,7 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> di
     }  # fmt: skip
 
 
-def verdict(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
+def verdict(rows: list[Cell], task: str) -> dict[str, Any] | None:
     """Whether dppo improves its clone by at least half within 15 minutes and ends above the Gaussian policy; means over seeds, None without both."""
     import numpy as np
 
@@ -126,7 +120,7 @@ def verdict(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
     return {"task": task, "improvement": improvement, "gain": gain, "holds": bool(holds)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Cell]) -> str:
     """Markdown: returns before and after, mean and standard deviation over seeds, and the verdict of each task."""
     import numpy as np
 
@@ -151,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(rows: list[dict[str, Any]], out: Path) -> None:
+def picture(rows: list[Cell], out: Path) -> None:
     """A panel per task: return of sampled actions over training, mean and range over seeds; dots at the ends are greedy returns."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -175,31 +169,27 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def told(found: Cell) -> str:
+    return (
+        f"{found['task']} {found['method']} seed {found['seed']}: {found['before']:.3g} -> {found['after']:.3g} ({found['improvement']:+.0%}) in "
+        f"{found['num_env_steps']:,} steps, {found['seconds']:.0f} s"
+    )
+
+
+def finish(rows: list[Cell], out: Path) -> None:
+    """Table and picture beside the results."""
+    out.with_suffix(".md").write_text(table(rows))
+    picture(rows, out.with_suffix(".png"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="which of them (default all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument("--steps", type=int, help="so few steps of cloning and fine-tuning: a trial")
-    parser.add_argument("--table", action="store_true", help="only make table and picture from what has been measured")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
-    parser.add_argument("--runs", type=Path, default=Path("runs/dppo"), help="where the run folders lie")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results, one entry per cell; table and picture are written beside it")
-    args = parser.parse_args()
-    known = {(r["task"], r["method"], r["seed"]) for r in cells(args.out)}
-    grid = [] if args.table else [c for c in itertools.product(args.tasks, METHODS, args.seeds) if c not in known]
-    if any(task == "hopper" for task, _, _ in grid):
+    args = arguments(__doc__, tasks=list(TASKS), methods=list(METHODS), runs="runs/dppo", out=RESULTS).parse_args()
+    if unknown := set(args.tasks) - set(TASKS) or set(args.methods) - set(METHODS):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; tasks are {', '.join(TASKS)}, methods {', '.join(METHODS)}")
+    grid = [] if args.table else [(*c, args.steps, args.runs) for c in itertools.product(args.tasks, args.methods, args.seeds)]
+    if any(c[0] == "hopper" for c in grid):
         hopper_medium(TASKS["hopper"][1], args.runs, args.steps)
-    began = time.perf_counter()
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(cell, *c, args.steps, args.runs) for c in grid]):
-            found = future.result()
-            record(found, args.out)
-            told = {k: v for k, v in found.items() if k != "curve"}
-            print(f"{time.perf_counter() - began:.0f} s: {json.dumps(told)}", flush=True)
-    rows = cells(args.out)
-    if rows:
-        args.out.with_suffix(".md").write_text(table(rows))
-        picture(rows, args.out.with_suffix(".png"))
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, finish=finish)
 
 
 if __name__ == "__main__":

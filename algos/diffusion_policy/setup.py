@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
 from torch import nn
 
-from markovia.agents.checkpoint import HEADER
+from markovia.agents.checkpoint import find_agent
 from markovia.agents.chunk_networks import UNet1DChunk
 from markovia.agents.diffusion_policy import DiffusionPolicyAgent, floored
 from markovia.agents.interface import Agent
@@ -18,7 +17,7 @@ from markovia.algos.diffusion_policy.data import chunk_data
 from markovia.algos.diffusion_policy.driver import Logs
 from markovia.algos.diffusion_policy.method import Imitation, TwoLayer, UNet1DNet
 from markovia.algos.offline.setup import describe, reference_of
-from markovia.algos.setup import Setup, evaluate_stepped
+from markovia.algos.setup import Request, Setup, evaluate_stepped, stepped_setup
 from markovia.envs.control.chunks import make_chunk_vec
 from markovia.envs.control.vector import make_env
 from markovia.envs.denoising.networks import MLPDenoiser
@@ -36,14 +35,16 @@ def make_network(method: Imitation, observation_space: gym.Space, action_space: 
     return MLPDenoiser(shape, method.network.hidden, method.network.depth, time_scale=method.noise.time_scale, cond_dim=cond)
 
 
-def build_imitation(env_id: str, method: Imitation, dataset: str, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
-    """Everything for cloning `dataset`; `env_id` names the task of the evaluation. Raises ValueError when data and task do not fit."""
-    data = load(dataset)
+def build_imitation(method: Imitation, request: Request) -> Setup:
+    """Everything for cloning a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
+    assert request.dataset is not None
+    env_id, env_kwargs, device = request.task, request.env_kwargs, request.device
+    data = load(request.dataset)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
     kernel, greedy = method.noise.kernels()
-    options = {"normalize_obs": method.data.normalize_obs, **options}
+    options = {"normalize_obs": method.data.normalize_obs, **request.agent_options}
     agent = DiffusionPolicyAgent.from_spaces(
         observation_space, action_space, make_network(method, observation_space, action_space), kernel, greedy,
         horizon=method.horizon, act_steps=method.act_steps, obs_steps=method.obs_steps, device=device, **options,
@@ -65,24 +66,22 @@ def load_start(folder: str | None) -> DiffusionPolicyAgent:
             "dppo fine-tunes a cloned policy: name its run (--chain.start runs/...), which `markovia train diffusion-policy --env ID "
             "--dataset ID_OR_FILE` makes"
         )
-    root = Path(folder)
-    newest = sorted((p for p in root.glob("checkpoints/*/agent") if p.parent.name.isdigit()), key=lambda p: int(p.parent.name))[-1:]
-    agent = Agent.load(root if (root / HEADER).is_file() or not newest else newest[0])
+    agent = Agent.load(find_agent(folder) or folder)
     if not isinstance(agent, DiffusionPolicyAgent):
         raise ValueError(f"{folder} holds a {type(agent).__name__}; dppo fine-tunes what diffusion-policy or flow-policy has cloned")
     return agent
 
 
-def build_two_layer(env_id: str, method: TwoLayer, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
+def build_two_layer(method: TwoLayer, request: Request) -> Setup:
     """Everything for fine-tuning `method.chain.start` in `env_id`. Raises ValueError when they do not fit."""
-    chain, start = method.chain, load_start(method.chain.start)
+    chain, start, env_id = method.chain, load_start(method.chain.start), request.task
     options = {
         "tuned_steps": chain.tuned_steps, "noise_clip": chain.noise_clip, "reduce": chain.reduce,
-        "entry_range": None if chain.entry_range is None else list(chain.entry_range), "critic_hidden": list(chain.critic_hidden), **options,
+        "entry_range": None if chain.entry_range is None else list(chain.entry_range), "critic_hidden": list(chain.critic_hidden), **request.agent_options,
     }  # fmt: skip
     agent = start.tuned(kernel=floored(start.kernel, chain.min_std), **options)
-    agent.to(device)
-    venv = make_chunk_vec(env_id, method.num_envs, agent.act_steps, agent.obs_steps, seed, env_kwargs)
+    agent.to(request.device)
+    venv = make_chunk_vec(env_id, method.num_envs, agent.act_steps, agent.obs_steps, request.seed, request.env_kwargs)
     inner = venv.envs[0].env
     if inner.observation_space.shape != agent.observation_space.shape or inner.action_space != agent.action_space:
         venv.close()
@@ -90,10 +89,5 @@ def build_two_layer(env_id: str, method: TwoLayer, seed: int, env_kwargs: dict[s
             f"the policy in {chain.start} was cloned for observations {agent.observation_space} and actions {agent.action_space}, but {env_id} has "
             f"{inner.observation_space} and {inner.action_space}; name the environment of its data"
         )
-    collector = ChainCollector(venv, agent, method.num_steps, seed, method.advantage.gamma, method.scale_reward)  # type: ignore[union-attr]
-
-    def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
-        return evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
-
-    limit = venv.spec.max_episode_steps
-    return Setup("control", agent, collector, evaluate, episode_steps=venv.num_envs * (limit or 1))
+    collector = ChainCollector(venv, agent, method.num_steps, request.seed, method.advantage.gamma, method.scale_reward)  # type: ignore[union-attr]
+    return stepped_setup("control", agent, collector, venv, request)

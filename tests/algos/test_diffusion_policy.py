@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
@@ -25,6 +26,7 @@ from markovia.algos.diffusion_policy.loss import denoising_error, diffused, flow
 from markovia.algos.diffusion_policy.method import Average, Chain, DiffusionNoise, FlowNoise, Imitation, TwoLayer
 from markovia.algos.diffusion_policy.methods import DIFFUSION_POLICY, DPPO
 from markovia.algos.offline.method import Logged
+from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.loss import policy_loss
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
@@ -32,6 +34,7 @@ from markovia.algos.on_policy.surrogates import ChainClip, Clip, chain_clip
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, evaluate_stepped, make_driver
 from markovia.envs.control.chunks import ChunkEnv, make_chunk_vec
+from markovia.envs.control.two_layer import TwoLayerEnv
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.exact.linear_control import LinearControl, best_gains, linear_return
 from markovia.envs.exact.offline import obstacle_data, pointmass_data
@@ -454,6 +457,21 @@ def test_half_and_half_equals_a_whole_when_fine_tuning(clone, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_divergence_to_the_clone_is_a_term_like_in_ppo(clone):
+    """With a KL to the frozen start in the loss, the first batch has log-ratio 0 to it, and later ones do not."""
+    method = dataclasses.replace(two_layer(start=clone), divergence=KL(beta=0.1, place="loss", estimator="k2"))
+    driver = make_driver(method, build(POINT, method, 0), 0)
+    first, second = (driver.collector.collect(driver.agent, torch.Generator().manual_seed(0)) for _ in range(2))
+    driver.prepare(first)
+    assert torch.equal(first.logp_ref["ref"], first.logp_old)
+    driver.step()
+    driver.step()
+    driver.step()
+    second.logp_old = driver.agent.evaluate(second, ("logp",)).logp.detach()
+    driver.prepare(second)
+    assert float((second.logp_ref["ref"] - second.logp_old).abs().max()) > 1e-4
+
+
 def test_evaluation_follows_chunks(clone):
     method = two_layer(start=clone)
     agent = build(POINT, method, 0).agent
@@ -521,3 +539,34 @@ def test_obstacle_data_hold_both_ways():
     venv = make_chunk_vec("markovia/PointObstacle-v0", 2, 4, 2, seed=0)
     assert venv.single_action_space.shape == (4, 2) and venv.spec.max_episode_steps == 60
     venv.close()
+
+
+# -- the two-layer MDP as an environment ----------------------------------------------------------------------------------------------------------
+
+
+def test_collected_chains_replay_in_the_two_layer_environment():
+    """Stepping the recorded actions gives the record's rewards, ends, windows, steps and samples; ends only where a chunk ends."""
+    collector, agent = counted(n=1, steps=6)
+    rollout = collector.collect(agent, torch.Generator().manual_seed(0))
+    env = TwoLayerEnv(Counter(3), num_steps=2)
+    obs, _ = env.reset(seed=0)
+    for t in range(rollout.shape[1]):
+        assert obs["obs"].flatten().tolist() == rollout.obs["obs"][0, t].tolist() and obs["step"] == int(rollout.obs["step"][0, t])
+        assert obs["step"] == 0 or np.array_equal(obs["sample"], rollout.obs["x"][0, t].numpy())
+        obs, reward, terminated, truncated, _ = env.step(rollout.action[0, t].numpy())
+        assert (reward, terminated, truncated) == (float(rollout.reward[0, t]), float(rollout.continuation[0, t]) == 0.0, False)
+        if terminated:
+            obs, _ = env.reset()
+    # what was carried out: the clean samples, which this Box takes as they are, clipped
+    clean = rollout.action[0, 1::2, 0, 0].clamp(-1, 1).tolist()
+    assert env.env.env.actions == pytest.approx(clean, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*Box observation space")
+def test_two_layer_environment_is_one_of_gymnasium():
+    env = TwoLayerEnv(gym.make(POINT), num_steps=3, horizon=2, act_steps=2, obs_steps=2)
+    check_env(env, skip_render_check=True)
+    first, second = (env.reset(seed=4)[0]["sample"] for _ in range(2))
+    assert np.array_equal(first, second)
+    with pytest.raises(ValueError, match="act_steps <= horizon"):
+        TwoLayerEnv(Counter(3), num_steps=2, horizon=1, act_steps=2)
