@@ -243,7 +243,8 @@ class LanguageAgent(Agent):
         deterministic: bool = False,
         watch: Callable[[Tensor], object] | None = None,
     ) -> Rollout:
-        """One response per row of `starts` (prompt_ids (B, P) padded left, prompt_mask; optional texts, columns, group, max_new_tokens).
+        """One response per row of `starts` (prompt_ids (B, P) padded left, prompt_mask; optional texts, columns, group, max_new_tokens,
+        uniforms (B, T) in place of the generator's).
 
         Repeated prompts are read once and share their cache. The record has T = max_new_tokens columns; its reward is zero until scored.
         `watch` is called with each step's tokens (B,) as they are drawn. Raises ValueError when starts lack the prompts.
@@ -253,8 +254,10 @@ class LanguageAgent(Agent):
         device, tok = self.device, self.tokenizer
         prompt, mask = starts["prompt_ids"].to(device), starts["prompt_mask"].to(device).bool()
         B, T, V = len(prompt), int(starts.get("max_new_tokens") or self.options.max_new_tokens), tok.vocab_size
-        # All uniforms are drawn at once, so an early stop leaves the generator where a full run would.
-        u = torch.rand((B, T), generator=generator, device=generator.device if generator else device, dtype=torch.float64).to(device)
+        u = starts.get("uniforms")
+        if u is None:  # drawn all at once, so an early stop leaves the generator where a full run would
+            u = torch.rand((B, T), generator=generator, device=generator.device if generator else device, dtype=torch.float64)
+        u = u.to(device)
         action = torch.full((B, T), tok.pad_token_id, device=device)
         logp = torch.zeros((B, T), device=device)
         restricted = self.options.top_p < 1.0 or starts.get("allowed") is not None

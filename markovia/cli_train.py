@@ -51,6 +51,8 @@ def train_command(argv: list[str]) -> None:
         options[name] = json_object(options[name], f"--{name.replace('_', '-')}")
     options["references"] = dict(named_folder(word) for word in options.pop("reference"))
     result = train(given.settings, method_id=method_id, **options)
+    if not result.done:  # another process of several tells
+        return
     evaluation = result.done["evaluation"]
     score = f", evaluation return {evaluation['mean']:.4g} ± {evaluation['std']:.3g} over {len(evaluation['returns'])}" if evaluation else ""
     if evaluation and "score_pct" in evaluation:

@@ -21,6 +21,7 @@ from markovia.summary import summary
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
+    from markovia.algos.distributed import Workers
     from markovia.algos.systems import Method
 
 SCHEMA = 1
@@ -50,7 +51,7 @@ class RunResult:
 
     run: Path
     agent: Agent
-    done: dict[str, Any]
+    done: dict[str, Any]  # empty in the other processes of a run with several
 
 
 def default_folder(method_id: str, env: str, seed: int) -> Path:
@@ -136,6 +137,7 @@ def train(
     """
     import torch
 
+    from markovia.algos.distributed import launched
     from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build, make_driver, worth_compiling
 
@@ -151,6 +153,8 @@ def train(
     for flag, value, least in (("seed", seed, 0), ("num_checkpoints", num_checkpoints, 1), ("eval_episodes", eval_episodes, 0)):
         if value < least:
             raise ValueError(f"{flag} must be >= {least}, got {value}")
+    workers, device = launched(device)
+    writes = workers is None or workers.rank == 0  # of several processes the first one keeps the run folder
     _check_device(device)
     logged = None if dataset is None else str(dataset)
     run = Path(out) if out is not None else default_folder(name, logged or env or Path(data or "data").name.partition(".")[0], seed)
@@ -168,7 +172,7 @@ def train(
         "agent_options": to_json(options),
         "vectorization": vectorization,
         "seed": seed,
-        "device": device,
+        "device": device if workers is None else torch.device(device).type,
         "num_checkpoints": num_checkpoints,
         "eval_episodes": eval_episodes,
         "compile": compile,
@@ -176,7 +180,8 @@ def train(
         "versions": versions(),
         "commit": commit(),
     }
-    _check_folder(run, config, resume)
+    if writes:
+        _check_folder(run, config, resume)
     if track:
         tracker(track)
     try:
@@ -194,29 +199,31 @@ def train(
     if setup.kind == "language" and isinstance(settings, OnPolicy):
         from markovia.algos.on_policy.memory import before_run
 
-        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens)
-        if progress:
+        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens, 1 if workers is None else workers.size)
+        if progress and writes:
             print(needed)
-    driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
+    driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile, workers)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
     if load_checkpoint(run, driver):
         driver.boundary()
-    _open_folder(run, config)
-    if setup.note:
-        write_text(run / "data.txt", setup.note + "\n")
-        if progress:
-            print(setup.note)
-    for filename, content in setup.files.items():
-        write_text(run / filename, content)
     metrics = Metrics(run)
-    metrics.cut(driver.iteration)
+    if writes:
+        _open_folder(run, config)
+        if setup.note:
+            write_text(run / "data.txt", setup.note + "\n")
+            if progress:
+                print(setup.note)
+        for filename, content in setup.files.items():
+            write_text(run / filename, content)
+        metrics.cut(driver.iteration)
     small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
     # A reset before the time limit would cut every episode: none would end, and no return would be seen.
     places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
     loop = _Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
-    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress)
+    loop.workers = workers
+    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if writes else []
     usual = torch.get_num_threads()
     try:
         # Threads that wait for each other cost small networks far more than they bring, most of all on a busy machine.
@@ -227,6 +234,8 @@ def train(
         for sink in loop.sinks:
             sink.close()
         setup.collector.close()
+    if not writes:
+        return RunResult(run, setup.agent, {})
     done = {
         "ended": why,
         "iteration": driver.iteration,
@@ -302,6 +311,7 @@ class _Loop:
     """Iterations until the budget, a callback or the clock ends them."""
 
     sinks: list[Sink]
+    workers: Workers | None = None  # the processes that share the run
 
     def __init__(
         self,
@@ -343,7 +353,14 @@ class _Loop:
             verdict = self._ask(stats)
             if self.max_seconds is not None and now - self.began >= self.max_seconds and verdict is None:
                 verdict = "seconds"
+            verdict = verdict if self.workers is None else self.workers.first(verdict)
             due = driver.finished or verdict is not None or self._part() > part
+            if self.workers is not None and self.workers.rank > 0:
+                if due:
+                    driver.boundary()
+                if verdict is not None and not driver.finished:
+                    return str(verdict)
+                continue
             if due and self.eval_episodes:
                 found = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))
                 stats |= {"eval_return": found["mean"]} | {f"eval_{k}": found[k] for k in ("pass@1", "pass@8") if k in found}

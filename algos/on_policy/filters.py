@@ -55,7 +55,7 @@ def join(parts: Sequence[Rollout]) -> Rollout:
         if isinstance(values[0], Tensor):
             out[f.name] = torch.cat(values)
         elif isinstance(values[0], dict):
-            out[f.name] = {k: _joined([v[k] for v in values]) for k in values[0]}
+            out[f.name] = {k: joined([v[k] for v in values]) for k in values[0]}
     start, groups = 0, []
     for p in parts:
         if p.group is not None:
@@ -64,11 +64,12 @@ def join(parts: Sequence[Rollout]) -> Rollout:
     return replace(parts[0], **{**out, "group": torch.cat(groups) if groups else None})
 
 
-def _joined(values: list[Any]) -> Any:
+def joined(values: Sequence[Any]) -> Any:
+    """Tensors, lists, or dictionaries of them, one behind the other."""
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if isinstance(values[0], dict):
-        return {k: _joined([v[k] for v in values]) for k in values[0]}
+        return {k: joined([v[k] for v in values]) for k in values[0]}
     return [x for v in values for x in v]
 
 

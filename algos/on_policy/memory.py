@@ -20,7 +20,7 @@ from markovia.agents.language import CHUNK_LOGITS, LanguageAgent
 from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
-from markovia.algos.optimizer import Rule
+from markovia.algos.optimizer import LONG, PIECE, Rule
 
 GB = 1e9
 SAMPLED = 4 + 4 + 8  # bytes per logit of a sampling step: logits, probabilities, their sums in float64
@@ -47,6 +47,7 @@ class Memory:
     distributions: int = 0  # whole distributions that the record holds for each decision
     wide: bool = False  # whether the loss reads entropies or distributions, not log-probs alone
     packed: bool = False
+    cpu: bool = True
     chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
 
     @property
@@ -80,8 +81,9 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """The clipped gradient, and three vectors of Adam's division."""
-        return (4 if self.slots else 2) * self.trainable * self.item
+        """The clipped gradient, and three vectors of Adam's division; on a CPU of a long vector only a piece at a time."""
+        at_once = PIECE if self.cpu and self.trainable > LONG else self.trainable
+        return (4 if self.slots else 2) * at_once * self.item
 
     @property
     def lasting(self) -> int:
@@ -100,11 +102,15 @@ class Memory:
         return f"about {self.total / GB:.3g} GB: {told[0]}; then the largest of {told[1]}"
 
 
-def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int) -> Memory:
-    """The sizes of a run with prompts and responses of at most so many tokens; a few tokens are passed through the model to find them."""
+def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, processes: int = 1) -> Memory:
+    """The sizes of a run with prompts and responses of at most so many tokens, for each of the processes that share its rows.
+
+    A few tokens are passed through the model to find them.
+    """
     solver, descents = method.solver, [s for s in (method.solver, method.value.separate) if isinstance(s, Descent)]
     trained = agent.parameters("policy") + (agent.parameters("value") if agent.critic is not None else [])
-    part = max((s.micro or s.minibatch or method.num_envs) for s in descents)
+    share = [-(-min(s.minibatch or method.num_envs, method.num_envs) // processes) for s in descents]
+    part = max(min(s.micro or n, n) for s, n in zip(descents, share, strict=True))
     # A minibatch that is the whole batch keeps the responses to a prompt together, so that a pack reads it once for all of them.
     sharing = method.group_size if agent.options.packed and isinstance(solver, Descent) and solver.minibatch is None else 1
     weights, (activation, once) = tensor_bytes(agent), activation_bytes(agent, -(-prompt // sharing) + new - 1)
@@ -113,11 +119,11 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int) -> M
         weights=weights, reference=weights if "ref" in method.references and agent.options.lora is None else 0,
         trainable=sum(p.numel() for p in trained), item=trained[0].element_size(),
         slots=Rule(solver.optimizer).slots if isinstance(solver, Descent) else 0,
-        rows=method.num_envs, part=min(part, method.num_envs), prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
+        rows=-(-method.num_envs // processes), part=part, prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
         cache=cache_bytes(agent), activation=activation, once=once,
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
-        packed=agent.options.packed,
+        packed=agent.options.packed, cpu=agent.device.type == "cpu",
     )  # fmt: skip
 
 
@@ -150,10 +156,10 @@ def check(memory: Memory, free: float, total: float) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int) -> str:
-    """One line about the memory that a run will need, after `check`."""
+def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int, processes: int = 1) -> str:
+    """One line about the memory that a run (each of its processes) will need, after `check`."""
     assert isinstance(agent, LanguageAgent)
-    memory = estimate(agent, method, prompt, new)
+    memory = estimate(agent, method, prompt, new, processes)
     free, total = available(agent.device)
     check(memory, free, total)
     return f"memory: {memory}" + (f"; {free / GB:.3g} GB are free beside the weights" if free < math.inf else "")

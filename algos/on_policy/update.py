@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from markovia.algos.on_policy.tokens import Partner
 from markovia.algos.optimizer import Optimizer
 from markovia.algos.statistics import Stats
 
+if TYPE_CHECKING:
+    from markovia.algos.distributed import Workers
+
 LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-MEANS = ("approx_kl", "clip_fraction", "entropy", "kl_mean")  # statistics that are means over a piece, where others are sums of weighted terms
+# Statistics that are means over a piece, and what they are means over; others are sums of weighted terms.
+MEANS = {"approx_kl": "omega", "clip_fraction": "tokens", "entropy": "tokens", "kl_mean": "tokens"}
 
 
 class _Around(nn.Module):
@@ -39,7 +43,10 @@ class Update:
     """Minibatch steps of one loss with one optimiser over a record (`begin`), the same numbers eagerly and compiled to rounding.
 
     Compiled, a short last minibatch is filled up with decisions that are masked out, so that all have one shape.
+    With `workers` (algos.distributed) each process differentiates its share of a minibatch, and all step along the sum of their gradients.
     """
+
+    workers: Workers | None = None
 
     def __init__(
         self,
@@ -140,13 +147,18 @@ class Update:
         n = batch.shape[0]
         micro = min(self.solver.micro or n, n)
         pieces: list[dict[str, Tensor]] = []
-        for piece in torch.arange(n, device=index.device).split(micro):
+        rows = torch.arange(n, device=index.device)
+        rows = rows if self.workers is None else self.workers.own(rows)
+        for piece in rows.split(micro) if len(rows) else ():
             part = batch if len(piece) == n else batch.rows(piece)
             loss, stats = self._terms(part, omega[piece], coef)
             loss.backward()
-            pieces.append(stats)
-        out = {k: _joined(k, [p[k] for p in pieces]) for k in pieces[0]}
-        if self.extra is not None and extra is not None:
+            pieces.append({**stats, "tokens": part.mask.sum(), "omega": omega[piece].sum()})
+        if self.workers is not None:
+            self.workers.add(self.optimizer.grad)
+            pieces = self.workers.pieces(pieces, index.device)
+        out = {k: _joined(k, pieces) for k in pieces[0] if k not in ("tokens", "omega")}
+        if self.extra is not None and extra is not None:  # everyone takes it whole, so it comes after the sum
             aux = self.method.aux(self.agent, self.extra.rows(extra))  # type: ignore[misc]
             aux.backward()
             out["aux_loss"] = aux.detach()
@@ -182,11 +194,14 @@ class Update:
         return (told.values,)
 
 
-def _joined(name: str, pieces: list[Tensor]) -> Tensor:
+def _joined(name: str, pieces: list[dict[str, Tensor]]) -> Tensor:
     """A statistic of a minibatch from those of its pieces."""
     if len(pieces) == 1:
-        return pieces[0]
-    stacked = torch.stack(pieces)
+        return pieces[0][name]
+    values = torch.stack([p[name] for p in pieces])
     if name.endswith("_max"):
-        return stacked.max()
-    return stacked.mean() if name in MEANS else stacked.sum()
+        return values.max()
+    if name not in MEANS:
+        return values.sum()
+    size = torch.stack([p[MEANS[name]] for p in pieces]).to(values)
+    return (values * size).sum() / size.sum().clamp(min=1e-12)

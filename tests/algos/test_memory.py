@@ -169,15 +169,16 @@ def test_too_little_memory_is_told_before_the_run():
     sizes = Memory(
         weights=2 * 10**9, reference=2 * 10**9, trainable=5 * 10**8, item=4, slots=2, rows=8, part=8, prompt=8, new=8, vocab=10, cache=1, activation=1
     )
-    assert sizes.total == 2 * 10**9 + 2 * 10**9 + 3 * 2 * 10**9 + 4 * 2 * 10**9
+    assert sizes.step == 4 * 4 * 2**16  # in pieces
+    assert sizes.total == 2 * 10**9 + 2 * 10**9 + 3 * 2 * 10**9 + sizes.step
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(sizes, 20e9, 24e9)
         check(sizes, math.inf, math.inf)
-    with pytest.warns(UserWarning, match=r"needs about 18 GB: weights 2, .* is 16 GB .* 10 GB are free of 24; try smaller solver.micro"):
-        check(sizes, 10e9, 24e9)
-    with pytest.raises(ValueError, match="needs about 18 GB"):
-        check(sizes, 10e9, 16e9)
+    with pytest.warns(UserWarning, match=r"needs about 10 GB: weights 2, .* is 8 GB .* 9 GB are free of 24; try smaller solver.micro"):
+        check(sizes, 9e9, 24e9)
+    with pytest.raises(ValueError, match="needs about 10 GB"):
+        check(sizes, 6e9, 8e9)
 
 
 def test_the_line_at_the_start_names_its_parts():
