@@ -152,7 +152,9 @@ class SharedTask:
         return torch.cat([score for score, _ in found])
 
 
-def shared_driver(method: OnPolicy, agent: Agent, collector: Any, seed: int, workers: Workers, references: Any = None) -> OnPolicyDriver:
+def shared_driver(
+    method: OnPolicy, agent: Agent, collector: Any, seed: int, workers: Workers, references: Any = None, texts: Rollout | None = None
+) -> OnPolicyDriver:
     """The driver of one process of several. Raises ValueError for what is not text made whole, and for methods that step outside of minibatches."""
     from markovia.algos.on_policy.driver import OnPolicyDriver
     from markovia.algos.on_policy.method import DualAscent
@@ -164,7 +166,7 @@ def shared_driver(method: OnPolicy, agent: Agent, collector: Any, seed: int, wor
     workers.share_weights(agent)
     collector.task = SharedTask(collector.task, workers)
     given = {name: SharedAgent(policy, workers) for name, policy in (references or {}).items()}
-    driver = OnPolicyDriver(method, SharedAgent(agent, workers), collector, seed, references=given)  # type: ignore[arg-type]
+    driver = OnPolicyDriver(method, SharedAgent(agent, workers), collector, seed, references=given, texts=texts)  # type: ignore[arg-type]
     for update in driver.updates.values():
         update.workers = workers
     return driver

@@ -149,7 +149,7 @@ def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = Fal
     if workers is not None:
         if not isinstance(method, OnPolicy):
             raise ValueError(f"{type(method).__name__} trains in one process; torchrun is for on-policy methods on text, such as grpo")
-        return shared_driver(method, setup.agent, setup.collector, seed, workers, setup.references)
+        return shared_driver(method, setup.agent, setup.collector, seed, workers, setup.references, setup.texts)
     if isinstance(method, AdjointMatching):
         return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, DenoisingPreference):

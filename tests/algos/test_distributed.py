@@ -56,6 +56,7 @@ CASES = {
     "ppo-rlhf": {"group_size": 1},
     "grpo/dapo": {"filter": {"low": -5.0, "high": 1.0}},
     "siren": {},
+    "dph-rl": {},
 }
 
 
