@@ -153,14 +153,17 @@ class SharedTask:
 
 
 def shared_driver(
-    method: OnPolicy, agent: Agent, collector: Any, seed: int, workers: Workers, references: Any = None, texts: Rollout | None = None
+    method: Any, agent: Agent, collector: Any, seed: int, workers: Workers, references: Any = None, texts: Rollout | None = None
 ) -> OnPolicyDriver:
     """The driver of one process of several. Raises ValueError for what is not text made whole, and for methods that step outside of minibatches."""
     from markovia.algos.on_policy.driver import OnPolicyDriver
     from markovia.algos.on_policy.method import DualAscent
 
-    if agent.kind != "language":
-        raise ValueError(f"several processes share the rows of text, this is a {agent.kind} task; train it in one process")
+    if agent.kind != "language" or not isinstance(method, OnPolicy):
+        raise ValueError(
+            f"several processes share the rows of on-policy methods on text such as grpo, but this is {type(method).__name__} on a {agent.kind} task; "
+            "train it in one process"
+        )
     if isinstance(method.controller, DualAscent):
         raise ValueError("DualAscent's fix-up phase is written for one process; choose Constant, Doubling or MirrorStep")
     workers.share_weights(agent)

@@ -19,7 +19,6 @@ from markovia.algos.denoising.driver import AdjointDriver
 from markovia.algos.denoising.methods import ChainMethod
 from markovia.algos.denoising.preference import DenoisingPreference, DenoisingPreferenceDriver
 from markovia.algos.diffusion_policy.method import Imitation, TwoLayer
-from markovia.algos.distributed import Workers, shared_driver
 from markovia.algos.off_policy.driver import OffPolicyDriver, check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.offline.method import Offline
@@ -144,12 +143,8 @@ def _build(
         return _sequences(kind, env_id, method, env_kwargs, options, device)
 
 
-def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False, workers: Workers | None = None) -> Any:
-    """The driver whose slots the method fills, by the class of its settings. Raises ValueError for several processes (`workers`) without text."""
-    if workers is not None:
-        if not isinstance(method, OnPolicy):
-            raise ValueError(f"{type(method).__name__} trains in one process; torchrun is for on-policy methods on text, such as grpo")
-        return shared_driver(method, setup.agent, setup.collector, seed, workers, setup.references, setup.texts)
+def make_driver(method: Method, setup: Setup, seed: int = 0, compile: bool = False) -> Any:
+    """The driver whose slots the method fills, by the class of its settings."""
     if isinstance(method, AdjointMatching):
         return AdjointDriver(method, setup.agent, setup.collector, seed)  # type: ignore[arg-type]
     if isinstance(method, DenoisingPreference):

@@ -137,7 +137,7 @@ def train(
     """
     import torch
 
-    from markovia.algos.distributed import launched
+    from markovia.algos.distributed import launched, shared_driver
     from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.setup import build, make_driver, worth_compiling
 
@@ -202,7 +202,10 @@ def train(
         needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens, 1 if workers is None else workers.size)
         if progress and writes:
             print(needed)
-    driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile, workers)
+    if workers is None:
+        driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
+    else:
+        driver = shared_driver(settings, setup.agent, setup.collector, seed, workers, setup.references, setup.texts)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.

@@ -178,7 +178,7 @@ def test_what_is_not_text_is_refused():
     class Chain:
         kind = "denoising"
 
-    with pytest.raises(ValueError, match="this is a denoising task; train it in one process"):
+    with pytest.raises(ValueError, match="this is OnPolicy on a denoising task; train it in one process"):
         shared_driver(find("rloo").value, Chain(), None, 0, None)
 
 
