@@ -248,7 +248,7 @@ def _boot(agent: Agent, finals: list[tuple[np.ndarray, int, Any]], value: Tensor
 
 
 class SequenceTask(Protocol):
-    """What a token or denoising task offers to the collector."""
+    """What a token or denoising task offers to the collector; text tasks have numbered prompts and their `batch` beside it."""
 
     def starts(self, n: int, generator: torch.Generator | None) -> dict[str, Any]: ...
     def score(self, rollout: Rollout) -> Any: ...
@@ -294,14 +294,15 @@ class SequenceCollector(Stateless):
 
         Raises ValueError for a task without prompts.
         """
-        if not hasattr(self.task, "prompts"):
-            raise ValueError(f"{type(self.task).__name__} has no prompts to try out; text tasks have")
-        chosen = torch.randperm(len(self.task.prompts), generator=generator, device=agent.device if generator else "cpu")[:prompts].tolist()
+        task: Any = self.task
+        if not hasattr(task, "prompts"):
+            raise ValueError(f"{type(task).__name__} has no prompts to try out; text tasks have")
+        chosen = torch.randperm(len(task.prompts), generator=generator, device=agent.device if generator else "cpu")[:prompts].tolist()
         at_once, parts = max(1, self.num_rows // per_prompt), []
         for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
             index, group = [p for p in some for _ in range(per_prompt)], [g for g in range(len(some)) for _ in range(per_prompt)]
-            rollout = agent.generate(self.task.batch(index, group), generator)
-            parts.append(paid_at_end(rollout, check_score(self.task.score(rollout), rollout.shape[0])))
+            rollout = agent.generate(task.batch(index, group), generator)
+            parts.append(paid_at_end(rollout, check_score(task.score(rollout), rollout.shape[0])))
         return join(parts), chosen
 
     @torch.no_grad()

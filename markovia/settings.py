@@ -118,7 +118,7 @@ def task_arguments(
 
     if is_pipeline(env):
         return pipeline_arguments(env_kwargs, data, reward, weights)
-    own = {"rewards": list(reward) or None, "weights": list(weights) if weights else None}
+    own: dict[str, Any] = {"rewards": list(reward) or None, "weights": list(weights) if weights else None}
     own |= {} if isinstance(method, FromPreferences) or data is None else {"data": str(data)}
     given = {k: v for k, v in own.items() if v is not None}
     if not given:

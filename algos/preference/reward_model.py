@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from markovia.agents.reward_model import RewardModel
 from markovia.algos.on_policy.method import Descent
 from markovia.algos.preference.method import FromPreferences
 from markovia.algos.preference.sources import FileItems
+from markovia.algos.setup import Request, Setup
 from markovia.algos.statistics import Statistics
 from markovia.algos.table import Row, table
 from markovia.algos.trainer import Trainer
@@ -96,16 +98,14 @@ class RewardModelDriver(Trainer):
         """The mean over items of the mean over their pairs; items whose scores are all equal count as 0."""
         ranked = self.source.kind == "lists"
         score = self.model.scores([i.prompt + r for i in items for r in i.responses])
-        start, item_of, better, worse = 0, [], [], []
-        for n, item in enumerate(items):
-            for i, j in pairs_of(item, ranked):
-                item_of.append(n), better.append(start + i), worse.append(start + j)
-            start += len(item.responses)
-        if not better:
+        starts = [0, *accumulate(len(i.responses) for i in items)]
+        found = [(n, starts[n] + i, starts[n] + j) for n, item in enumerate(items) for i, j in pairs_of(item, ranked)]
+        if not found:
             return 0.0 * score.sum(), {}
+        item_of = [n for n, _, _ in found]
         owner = torch.tensor(item_of, device=score.device)
         weight = 1.0 / torch.bincount(owner, minlength=len(items)).to(score.dtype)[owner] / len(items)
-        chosen, rejected = score[better], score[worse]
+        chosen, rejected = score[[i for _, i, _ in found]], score[[j for _, _, j in found]]
         margin, q = (score.new_tensor([items[n].values.get(k, d) for n in item_of]) for k, d in (("margin", 0.0), ("q", 1.0)))
         weight = weight * score.new_tensor([items[n].values.get("weight", 1.0) for n in item_of])
         loss = (weight * bradley_terry(chosen, rejected, margin=margin, q=q, centre=self.method.centre)).sum()
@@ -134,17 +134,16 @@ def judge_items(model: RewardModel, items: Sequence[Item], ranked: bool) -> dict
     return {"returns": returns, "log_loss": sum(losses) / count, "margin": sum(diffs) / count}
 
 
-def build_reward_model(env_id: str | None, options: dict[str, Any], data: dict[str, Any] | None, device: str) -> Any:
+def build_reward_model(method: RewardTraining, request: Request) -> Setup:
     """What a run needs. Raises ValueError for a missing file or model, and for an env, which has no say here."""
-    from markovia.algos.setup import Setup
-
-    if data is None or env_id is not None:
+    options, data = dict(request.agent_options), request.data
+    if data is None or request.env_id is not None:
         raise ValueError("a reward model learns from a file alone: markovia train reward-model --data prefs.jsonl --model minilm")
     base = options.pop("model", None)
     if base is None:
         raise ValueError("say what the head stands on: --model minilm (sentence embeddings), smollm2, a Hugging Face name, or a folder")
     agent = RewardModel.from_name(base, **options)
-    agent.to(device)
+    agent.to(request.device)
     reading = DataOptions(**{"max_length": agent.options.max_length, "max_prompt_length": agent.options.max_length // 2, **data.get("options", {})})
     found = load_preferences(data["path"], agent.tokenizer, reading)
     train, held_out = found.parts(reading.held_out)

@@ -76,7 +76,8 @@ def _prompts(seed: int) -> tuple[TreeCollector, Any]:
         chosen = rng.permutation(M)[:RIGHT]
         p = np.full(M, (1 - q) / (M - RIGHT))
         p[chosen] = q * rng.dirichlet(np.full(RIGHT, 4.0))
-        wanted.append(p), right.append(np.isin(np.arange(M), chosen).astype(float))
+        wanted.append(p)
+        right.append(np.isin(np.arange(M), chosen).astype(float))
     prompt = torch.randn(EASY + HARD, 16, generator=g, dtype=torch.float64)
     features = torch.cat([prompt.repeat_interleave(N, 0), torch.eye(N, dtype=torch.float64).repeat(EASY + HARD, 1)], 1)
     network, target = Shared(features, 64, seed), torch.from_numpy(np.stack(wanted))
@@ -101,7 +102,8 @@ def _described(collector: TreeCollector, agent: Any) -> dict[str, float]:
     support, one = [], []
     for k, tree in enumerate(collector.trees):
         p = np.exp(tree.sequence_logp(collector.table(agent, k)))
-        support.append(float(((p > 0.02) & (tree.R > 0)).sum())), one.append(float(p @ tree.R))
+        support.append(float(((p > 0.02) & (tree.R > 0)).sum()))
+        one.append(float(p @ tree.R))
     easy, hard = np.array(one[:EASY]), np.array(one[EASY:])
     eight = 1.0 - (1.0 - easy) ** 8
     return {"support": float(np.mean(support[:EASY])), "easy": float(easy.mean()), "hard": float(hard.mean()), "easy_pass@8": float(eight.mean())}
@@ -110,8 +112,9 @@ def _described(collector: TreeCollector, agent: Any) -> dict[str, float]:
 def dph_rl_support(method: str = "dph-rl", bound: float = 0.9, seeds: int = 3, steps: int = 200) -> dict[str, Any]:
     """Right answers above .02 on easy prompts against the start's, at least `bound` of them, where GRPO without a divergence keeps at most .75.
 
-    A network shared by 32 easy and 32 hard prompts, 4 right answers each, 8 responses a prompt, Adam .003; means of 3 seeds. A prompt counts as solved
-    from 6 of 8 on, which finds the easy half; stored responses are rehearsed 256 a step. pass@1 on the hard half is within .03 of GRPO's. Also exact: one prompt without a split ends at the maximiser of E R - eta D_f(pi || p0) (total variation < 1e-3). (E4)
+    A network shared by 32 easy and 32 hard prompts, 4 right answers each, 8 responses a prompt, Adam .003; means of 3 seeds. A prompt counts as
+    solved from 6 of 8 on, which finds the easy half; stored responses are rehearsed 256 a step. pass@1 on the hard half is within .03 of GRPO's.
+    Also exact: one prompt without a split ends at the maximiser of E R - eta D_f(pi || p0) (total variation < 1e-3). (E4)
     """
     size: dict[str, Any] = {"num_envs": 256, "num_env_steps": 10**9, "solver": {"lr": 3e-3}, "aux": {"rows": 256, "threshold": 0.75}}
     value = override(find(method).value, size)

@@ -97,7 +97,7 @@ def prompt_text(tokenizer: Tokenizer, prompt: Any, chat: bool, where: str) -> st
 def _task(rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], **settings: Any) -> TextTask:
     columns = [k for k in rows[0] if k != "prompt"]
 
-    def part(which: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
+    def part(which: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Sequence[Any]]]:
         return [r["prompt"] for r in which], {c: [r[c] for r in which] for c in columns}
 
     (prompts, told), (others, told_others) = part(rows), part(held)

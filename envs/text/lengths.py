@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from markovia.envs.text.rewards import written
+from markovia.envs.text.rewards import RewardFn, written
 from markovia.envs.text.tasks import TextTask, make_task
 
 INSTRUCTION = "{prompt}\nWrite about {budget} tokens.\n"
@@ -66,7 +66,7 @@ def with_budgets(
         return texts, told | ({"budget": [n for _ in prompts for n in budgets]} if texts else {})
 
     (prompts, columns), (held, held_columns) = each(base.prompts, base.columns), each(base.held_out, base.held_out_columns)
-    rewards = [Correct(base), off_budget if mode == "exact" else WithinBudget(base, rate)]
+    rewards: list[RewardFn | str] = [Correct(base), off_budget if mode == "exact" else WithinBudget(base, rate)]
     return TextTask(
         prompts=prompts, columns=columns, held_out=held, held_out_columns=held_columns, tokenizer=base.tokenizer, rewards=rewards,
         weights=[1.0, rate] if mode == "exact" else [0.0, 1.0], max_new_tokens=max(base.max_new_tokens, *budgets) + max(budgets) // 2,
