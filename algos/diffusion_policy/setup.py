@@ -77,7 +77,8 @@ def build_two_layer(method: TwoLayer, request: Request) -> Setup:
     chain, start, env_id = method.chain, load_start(method.chain.start), request.task
     options = {
         "tuned_steps": chain.tuned_steps, "noise_clip": chain.noise_clip, "reduce": chain.reduce,
-        "entry_range": None if chain.entry_range is None else list(chain.entry_range), "critic_hidden": list(chain.critic_hidden), **request.agent_options,
+        "entry_range": None if chain.entry_range is None else list(chain.entry_range), "critic_hidden": list(chain.critic_hidden),
+        **request.agent_options,
     }  # fmt: skip
     agent = start.tuned(kernel=floored(start.kernel, chain.min_std), **options)
     agent.to(request.device)

@@ -20,7 +20,7 @@ from markovia.algos.offline.method import Offline
 from markovia.algos.offline.sequences import ReturnConditioned, make_sequences
 from markovia.algos.offline.source import make_source
 from markovia.algos.offline.warm_start import Phases, WarmStart
-from markovia.algos.setup import Setup, evaluate_stepped
+from markovia.algos.setup import Request, Setup, evaluate_stepped
 from markovia.algos.streams import stream_seed
 from markovia.envs.control.vector import make_env, make_vec
 from markovia.envs.offline.scores import Reference, references
@@ -30,14 +30,17 @@ from markovia.envs.offline.transitions import Transitions
 TRANSFORM = "transform.json"
 
 
-def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[str, Any], options: dict[str, Any], device: str) -> Setup:
-    """Everything for a run on `dataset`; `env_id` names the task of the evaluation. Raises ValueError when data and task do not fit."""
-    data = load(dataset)
+def build_offline(method: Offline, request: Request) -> Setup:
+    """Everything for a run on a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
+    assert request.dataset is not None
+    env_id, env_kwargs = request.task, request.env_kwargs
+    data = load(request.dataset)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
     check_action_box(action_space)
-    agent = make_agent(method, observation_space, action_space, device=device, normalize_obs=method.data.normalize_obs, **options)
+    options = {"device": request.device, "normalize_obs": method.data.normalize_obs, **request.agent_options}
+    agent = make_agent(method, observation_space, action_space, **options)
     source = make_source(data, method.data, agent, method.gamma)
     scale = reference_of(data, env_id, spec.max_episode_steps if spec is not None else None)
 
@@ -49,11 +52,10 @@ def build_offline(env_id: str, method: Offline, dataset: str, env_kwargs: dict[s
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
 
 
-def build_sequences(
-    env_id: str, method: ReturnConditioned, dataset: str, env_kwargs: dict[str, Any], options: dict[str, Any], device: str
-) -> Setup:
-    """Everything for imitation given returns, on `dataset`."""
-    return build_from(load(dataset), env_id, method, env_kwargs, options, device)
+def build_sequences(method: ReturnConditioned, request: Request) -> Setup:
+    """Everything for imitation given returns, on a dataset."""
+    assert request.dataset is not None
+    return build_from(load(request.dataset), request.task, method, request.env_kwargs, request.agent_options, request.device)
 
 
 def build_from(
@@ -105,12 +107,10 @@ def evaluate_asked(
     return {"returns": returns.tolist(), "lengths": lengths.tolist(), "target_return": asked}
 
 
-def build_warm_start(
-    env_id: str, method: WarmStart, dataset: str, seed: int, env_kwargs: dict[str, Any], options: dict[str, Any], vectorization: str, device: str
-) -> Setup:
+def build_warm_start(method: WarmStart, request: Request) -> Setup:
     """As `build_offline`, with the environment itself behind the dataset; the reward transform of the data holds for both."""
-    setup = build_offline(env_id, method.offline, dataset, env_kwargs, options, device)
-    venv = make_vec(env_id, method.online.num_envs, vectorization=vectorization, seed=seed, kwargs=env_kwargs)
+    setup, seed = build_offline(method.offline, request), request.seed
+    venv = make_vec(request.task, method.online.num_envs, vectorization=request.vectorization, seed=seed, kwargs=request.env_kwargs)
     capacity = min(method.online.replay_size, method.online.num_env_steps + method.online.num_envs)
     collector = ReplayCollector(venv, setup.agent, Replay(capacity), seed)  # type: ignore[arg-type]
     collector.reward = setup.collector.transform.reward

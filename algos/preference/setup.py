@@ -12,7 +12,7 @@ from markovia.algos.preference.data import prepare, samples_beside
 from markovia.algos.preference.evaluation import HeldOut, prompt_task, unscored
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples
-from markovia.algos.setup import Setup, evaluate_sequences, sample_sequences
+from markovia.algos.setup import Request, Setup, evaluate_sequences, sample_sequences
 from markovia.envs.registry import kind_of
 from markovia.envs.text.preferences import DataOptions, PreferenceData, load_preferences
 from markovia.envs.text.rewards import resolve
@@ -21,16 +21,15 @@ from markovia.envs.text.tasks import TextTask, make_task
 SAMPLED_PROMPTS = 256  # prompts of a file that samples are drawn for
 
 
-def build_preference(
-    env_id: str | None, method: Preference, env_kwargs: dict[str, Any], options: dict[str, Any], data: dict[str, Any] | None, device: str
-) -> Setup:
+def build_preference(method: Preference, request: Request) -> Setup:
     """Agent, source of items and evaluation. Prompts are the file's, or those of a text task, whose score then judges sampled rounds.
 
     Raises ValueError for a missing file, model or judge, for columns that the method misses, and for a task that is not text.
     """
     from markovia.agents.language import LanguageAgent
 
-    task = None if env_id is None else _text_task(env_id, env_kwargs)
+    env_id, options, data = request.env_id, dict(request.agent_options), request.data
+    task = None if env_id is None else _text_task(env_id, request.env_kwargs)
     if data is None and isinstance(method.sampler, Dataset):
         raise ValueError("this method learns from preferences, not from rewards; give it a file of them: --data prefs.jsonl (docs/preference.md)")
     base = options.pop("model", None if task is None else task.model)
@@ -40,7 +39,7 @@ def build_preference(
     judged = data is None or data.get("judge") is not None
     like_task = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens} if task is not None and data is None else {}
     agent = LanguageAgent.from_name(base, value_head="value" in method.needs, **{"packed": True, **like_task, **options})
-    agent.to(device)
+    agent.to(request.device)
     found = None if data is None else load_preferences(data["path"], agent.tokenizer, DataOptions(**data.get("options", {})))
     judge = None if data is None or data.get("judge") is None else resolve(data["judge"])
     note = "" if found is None else str(found.report)
