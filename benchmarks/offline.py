@@ -140,7 +140,8 @@ def table(rows: list[Cell]) -> str:
         beside = "; ".join(t["scores"][name][method] for t in published["tables"] if method in t["scores"].get(name, {}))
         each, minutes = ", ".join(format(m["last"], ".1f") for m in members), over_seeds([m["seconds"] for m in members])["mean"] / 60.0
         lines.append(
-            f"| {Path(dataset).name if is_file else dataset} | {members[0]['data_score']:.1f} | {method} | {min(m['done']['num_env_steps'] for m in members):,} "
+            f"| {Path(dataset).name if is_file else dataset} | {members[0]['data_score']:.1f} | {method} "
+            f"| {min(m['done']['num_env_steps'] for m in members):,} "
             f"| {last['mean']:.1f} ± {last['std']:.1f} | {each} | {last['iqm']:.1f} | {last['low']:.1f} to {last['high']:.1f} | {gain} "
             f"| {best:.1f} | {minutes:.1f} | {beside} |"
         )

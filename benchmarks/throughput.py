@@ -23,7 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
+import peers_offline
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
@@ -81,6 +83,40 @@ def off_policy(method_id: str, changes: dict[str, Any], env_id: str, updates: in
     return speed
 
 
+def logged_rows(n: int = 100_000, obs: int = 17, action: int = 6) -> dict[str, np.ndarray]:
+    """Random rows of HalfCheetah's sizes in episodes of 1000 steps; what is in them does not change what an update costs."""
+    rng = np.random.default_rng(0)
+    seen = rng.standard_normal((n + 1, obs), dtype=np.float32)
+    done = (np.arange(n) % 1000 == 999).astype(np.float32)
+    acted, reward = np.tanh(rng.standard_normal((n, action), dtype=np.float32)), rng.standard_normal(n, dtype=np.float32)
+    return {"obs": seen[:-1], "action": acted, "reward": reward, "next_obs": seen[1:], "done": done}
+
+
+def offline(method_id: str, changes: dict[str, Any], rows: dict[str, np.ndarray], updates: int, device: str) -> float:
+    """Updates per second of a row of the offline table on such rows, compiled, its sampling in it; batch 256 on 256-256 networks."""
+    from gymnasium import spaces
+
+    from markovia.algos.off_policy.driver import OffPolicyDriver
+    from markovia.algos.offline.setup import make_agent
+    from markovia.algos.offline.source import make_source
+    from markovia.algos.presets import override
+    from markovia.algos.systems import find
+    from markovia.envs.offline import Transitions
+
+    method = override(find(method_id).value, {"num_steps": 50, **changes})
+    boxes = (spaces.Box(low, -low, (rows[k].shape[1],), np.float32) for k, low in (("obs", -np.inf), ("action", -1.0)))
+    agent = make_agent(method, *boxes, normalize_obs=True, device=device)
+    flags = rows["done"].astype(bool)
+    episode = np.cumsum(np.append(0, flags[:-1]))
+    data = Transitions(rows["obs"], rows["action"], rows["reward"], rows["next_obs"], flags, np.zeros_like(flags), episode)
+    driver = OffPolicyDriver(method, agent, make_source(data, method.data, agent, method.gamma), seed=0, compile=True)
+    driver.step()  # compiles
+    before, began = driver.num_updates, time.perf_counter()
+    while driver.num_updates < before + updates:
+        driver.step()
+    return (driver.num_updates - before) / (time.perf_counter() - began)
+
+
 def comparisons(env_id: str, batches: int, updates: int) -> dict[str, Comparison]:
     """Every comparison by name."""
     out: dict[str, Comparison] = {}
@@ -101,6 +137,14 @@ def comparisons(env_id: str, batches: int, updates: int) -> dict[str, Comparison
             about = f"{name.upper()}, {env_id}, batch 256, 256-256, one update a step, {precision}"
             ours = partial(off_policy, name, {"precision": precision}, env_id, updates)
             out[f"{name}-{precision}"] = Comparison(about, "updates/s", ours, {"SB3": partial(peer, env_id, updates)})
+    rows = logged_rows()
+    for name, kind, single_file in (("td3-bc", "TD3PlusBC", peers_offline.single_file_td3_bc), ("iql", "IQL", peers_offline.single_file_iql)):
+        others: dict[str, Side] = {"single file": partial(single_file, rows, updates)}
+        if peers_offline.has_d3rlpy():
+            others["d3rlpy"] = partial(peers_offline.d3rlpy, kind, rows, updates)
+        for precision in ("float32", "bfloat16"):
+            about = f"{name} on a dataset, batch 256, 256-256, {precision}"
+            out[f"{name}-{precision}"] = Comparison(about, "updates/s", partial(offline, name, {"precision": precision}, rows, updates), others)
     return out
 
 
@@ -158,7 +202,7 @@ def main() -> None:
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--only", nargs="+", help="names of comparisons, e.g. ppo-8x256 sac-float32")
     parser.add_argument("--batches", type=int, default=8, help="batches timed in each turn")
-    parser.add_argument("--updates", type=int, default=600, help="off-policy updates timed in each turn")
+    parser.add_argument("--updates", type=int, default=600, help="off-policy and offline updates timed in each turn")
     parser.add_argument("--turns", type=int, default=3, help="turns of (ours, theirs)")
     parser.add_argument("--device", default="cpu", help="where networks and updates live: cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)

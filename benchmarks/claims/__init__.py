@@ -28,8 +28,8 @@ _SAFE = "markovia.claims.safe:"
 _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
 _ENTROPY = "markovia.claims.language_entropy:"
-_TILTING = "markovia.claims.tilting:"
 _AUXILIARY = "markovia.claims.language_auxiliary:"
+_TILTING = "markovia.claims.tilting:"
 _PREFERENCE = "markovia.claims.preference:"
 _PREFERENCE_SAMPLES = "markovia.claims.preference_samples:"
 _PREFERENCE_GAMES = "markovia.claims.preference_games:"
@@ -52,12 +52,12 @@ CLAIMS: dict[str, Claim] = {
     "ppo-max": Claim(_LANGUAGE + "ppo_max_entropy", "slow"),
     "p3o": Claim(_LANGUAGE + "p3o_frontier"),
     "p3o@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o"}),
-    "apa": Claim(_LANGUAGE + "apa_fixed_point"),
     "p3o/joint": Claim(_LANGUAGE + "p3o_frontier", "fast", {"method": "p3o/joint"}),
     "p3o/joint@gradient": Claim(_LANGUAGE + "expected_gradients", "fast", {"method": "p3o/joint"}),
     **{m: Claim(_AUXILIARY + "ptx_fixed_point", "fast", {"method": m}) for m in ("ppo-max/ptx", "ppo-rlhf/ptx")},
     "dph-rl": Claim(_AUXILIARY + "dph_rl_support", "slow"),
     "dph-rl/forward-kl": Claim(_AUXILIARY + "dph_rl_support", "slow", {"method": "dph-rl/forward-kl", "bound": 0.75}),
+    "apa": Claim(_LANGUAGE + "apa_fixed_point"),
     "apa/initial": Claim(_LANGUAGE + "apa_fixed_point", "fast", {"anchor": "ref"}),
     **{f"{m}@arithmetic": Claim("markovia.claims.arithmetic:arithmetic", "slow", {"method": m}) for m in ("grpo", "rloo", "ppo")},
     "rto": Claim(_TARGETS + "rto_fixed_point"),
@@ -137,6 +137,8 @@ CLAIMS: dict[str, Claim] = {
     "bc": Claim(_OFFLINE + "imitation"),
     "filtered-bc": Claim(_OFFLINE + "best_episodes"),
     "td3-bc": Claim(_OFFLINE + "better_than_imitation", "fast", {"method": "td3-bc"}),
+    "td3-bc@bfloat16": Claim(_OFFLINE + "precision_kept", "slow"),
+    "iql@bfloat16": Claim(_OFFLINE + "precision_kept", "slow", {"method": "iql"}),
     "rebrac": Claim(_OFFLINE + "at_least", "slow", {"method": "rebrac", "other": "td3-bc", "tier": "medium", "slack": 3.0}),
     "spot": Claim(_OFFLINE_EXACT + "support", "slow"),
     "cfpi": Claim(_OFFLINE_EXACT + "improved_actions"),

@@ -71,6 +71,17 @@ def at_least(method: str, other: str, tier: str, slack: float, seeds: int = 2) -
     return {"measured": measured, "bound": -slack, "holds": measured >= -slack, method: own, other: theirs}
 
 
+def precision_kept(method: str = "td3-bc", tier: str = "blend", slack: float = 3.0, seeds: int = 2) -> dict[str, Any]:
+    """Score with products in bfloat16 minus that in float32 on the same data, at least -slack; worst of the seeds."""
+    scores: dict[str, list[float]] = {"bfloat16": [], "float32": []}
+    for precision, found in scores.items():
+        for seed in range(seeds):
+            _, setup = _trained(override(configure(method, POINT), {"precision": precision}), tier, seed)
+            found.append(float(np.mean(setup.evaluate(setup.agent, 200, seed)["score_pct"])))
+    measured = min(a - b for a, b in zip(*scores.values(), strict=True))
+    return {"measured": measured, "bound": -slack, "holds": measured >= -slack, **scores}
+
+
 def evaluation_policy(slack: float = 1.0, seeds: int = 2, episodes: int = 200) -> dict[str, Any]:
     """MCEP on medium data: score of the policy that acts minus that of the policy that enters the targets, worst of the seeds."""
     acting: list[float] = []

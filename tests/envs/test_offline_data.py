@@ -232,6 +232,15 @@ def test_faulty_minari_is_reported(minari_root):
     with pytest.raises(DatasetError, match="observations, row 3"):
         load("faulty-v0")
     file = minari_root / "faulty-v0" / "data" / "main_data.hdf5"
+    images = [EpisodeBuffer(observations=np.zeros((4, 16, 16, 3)), actions=x, rewards=np.ones(3), **flags)]
+    minari.create_dataset_from_buffers(
+        "images-v0", images, observation_space=spaces.Box(0, 1, (16, 16, 3), np.float64), action_space=box
+    )
+    assert "note   episode 0: observations, row 0: images of shape (16, 16, 3) as float64" in str(check_minari("images-v0"))
+    with h5py.File(file, "a") as whole:
+        del whole["episode_1"]["rewards"]
+    missing = str(check_minari("faulty-v0"))
+    assert "fault" in missing and "rewards" in missing
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert "main_data.hdf5: can't be read" in str(check_minari("faulty-v0"))
 
