@@ -161,7 +161,7 @@ def shared_driver(
 
     if agent.kind != "language" or not isinstance(method, OnPolicy):
         raise ValueError(
-            f"several processes share the rows of on-policy methods on text such as grpo, but this is {type(method).__name__} on a {agent.kind} task; "
+            f"several processes share the rows of on-policy methods on text (grpo), but this is {type(method).__name__} on a {agent.kind} task; "
             "train it in one process"
         )
     if isinstance(method.controller, DualAscent):
