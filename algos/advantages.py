@@ -7,6 +7,7 @@ to the same prompt) and `entropy` (of the sampling policy at each decision).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -167,16 +168,52 @@ class BatchReturn:
     scale: bool = True  # divide by the batch's standard deviation
     clip: float = 5.0  # bound on the absolute advantage
     reward_to_go: bool = False  # from each decision on, against the batch's mean of that step; exact for penalties inside the reward
+    per_prompt: int = 0  # mean and deviation of a condition's own last rewards, once it has so many (16 in the published code); 0: of the batch
     needs_critic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.per_prompt < 0 or self.per_prompt == 1 or (self.per_prompt and self.reward_to_go):
+            raise ValueError(
+                f"per_prompt={self.per_prompt} keeps so many rewards of each prompt, 2 or more (0: none), and standardises whole returns; "
+                "leave reward_to_go at False with it"
+            )
 
     def __call__(self, reward: Tensor, rollout: Rollout, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         returns = _row_returns(reward, rollout)[:, None].expand_as(reward)
+        if self.per_prompt:
+            mean, std = prompt_statistics(returns[:, 0], _condition_names(rollout), state, keep=self.per_prompt)
+            adv = (returns - mean[:, None]) / ((std[:, None] + 1e-8) if self.scale else 1.0)
+            return adv.clamp(-self.clip, self.clip), returns
         if self.reward_to_go:
             returns = (reward * rollout.valid).flip(1).cumsum(1).flip(1)
         adv = returns - returns.mean(dim=0, keepdim=True)
         if self.scale:
             adv = adv / (returns.std(dim=0, keepdim=True) + 1e-8)
         return adv.clamp(-self.clip, self.clip), returns
+
+
+def prompt_statistics(returns: Tensor, names: list[str], state: dict[str, Any], *, keep: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (divisor n) of each row's prompt over its last `keep` returns, these ones included: (B,), (B,).    [arXiv 2305.13301]
+
+    A prompt with fewer than `keep` has the batch's, so that nobody is judged by two or three rewards. `state` keeps the returns between batches;
+    a hard prompt is then not punished for being hard.
+    """
+    kept = {name: list(values) for name, values in state.get("prompts", {}).items()}
+    for name, value in zip(names, returns.tolist(), strict=True):
+        kept[name] = [*kept.get(name, []), value][-keep:]
+    state["prompts"] = kept
+    own = {name: torch.tensor(kept[name], dtype=returns.dtype) for name in set(names) if len(kept[name]) >= keep}
+    pairs = [(own[n].mean(), own[n].std(correction=0)) if n in own else (returns.mean().cpu(), returns.std(correction=0).cpu()) for n in names]
+    mean, std = (torch.stack(column).to(returns) for column in zip(*pairs, strict=True))
+    return mean, std
+
+
+def _condition_names(rollout: Rollout) -> list[str]:
+    """A name for the condition of each chain, short and the same in every batch. Raises ValueError for records without conditions."""
+    if not isinstance(rollout.obs, dict) or "cond" not in rollout.obs:
+        raise ValueError("per_prompt needs chains with a condition (DigitsConditional, a pipeline with prompts); leave it at 0 without")
+    rows = rollout.obs["cond"][:, 0].detach().cpu().contiguous().numpy()
+    return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in rows]
 
 
 def group_normalised(returns: Tensor, group: Tensor, *, scale: str, eps: float) -> Tensor:

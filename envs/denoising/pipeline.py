@@ -110,6 +110,7 @@ def pipeline(
     """
     where = None if hasattr(folder, "scheduler") else folder if folder == EXAMPLE else str(Path(folder).resolve())
     pipe = with_scheduler(folder if where is None else load_pipeline(where), scheduler)
+    pipe.set_progress_bar_config(disable=True)
     asked = read_prompts(prompts)
     kernel = GaussianKernel.from_scheduler(pipe.scheduler, num_steps, eta=eta, final=final)
     network, shape = PipelineDenoiser.from_pipeline(pipe, asked, where, **call)

@@ -13,7 +13,7 @@ from markovia.agents.interface import Agent
 from markovia.algos.collect import SequenceCollector
 from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.presets import configure, override
-from markovia.algos.setup import build, make_driver
+from markovia.algos.setup import Setup, build, make_driver
 from markovia.envs.denoising.average import WeightAverage
 from markovia.envs.denoising.pipeline import pipeline
 from markovia.envs.denoising.pipeline_network import load_pipeline
@@ -201,3 +201,31 @@ def test_the_weight_average_by_hand():
 def test_bad_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("method_id", ["adjoint-matching", "ddpo", "spo-step"])
+def test_a_guided_latent_pipeline_is_trained_through_its_decoder(method_id):
+    # Latents, class labels, guidance and a decoder; adjoint matching needs the gradient of the reward through all of them.
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=4, patch_size=2, norm_num_groups=4,
+        num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=4,
+        sample_size=8, scaling_factor=0.5,
+    )  # fmt: skip
+    for p in transformer.parameters():
+        nn.init.normal_(p, std=0.1)
+    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    task = pipeline(pipe, prompts=[3, 7], guidance=2.0, num_steps=5, final="mid")
+    agent = DenoisingAgent.from_task(task, critic_hidden=None, lora=LORA, batch=16)
+    method = override(configure(method_id, "markovia/DigitsConditional-v0"), {"num_env_steps": 16, "num_envs": 8, "solver": {"lr": 1e-3}})
+    setup = Setup("denoising", agent, SequenceCollector(task, 8), lambda *a: {}, task)
+    driver = make_driver(method, setup, 0)
+    before = agent.state()
+    before = {k: v.clone() for k, v in before.items()}
+    stats = driver.step()
+    assert all(torch.isfinite(torch.tensor(list(stats.values()))))
+    moved = {k for k, v in agent.net.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all("lora_" in name for name in moved)
