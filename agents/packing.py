@@ -2,22 +2,26 @@
 
     row        | prompt x, p tokens | y1 without its last token | y2 without its last token | next prompt ...
     position   | 0 ... p - 1        | p, p + 1, ...             | p, p + 1, ...             | 0 ...
-    attention  a token sees its own prompt and what stands before it in its own response: a block mask
+    attention  a token sees its own prompt and what stands before it in its own response: a block mask, one block per prompt
 
 Whether a model computes this rightly is not read off its class but tried out, once: `unfit`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # Tokens of one row. Longer rows cost more attention to masked blocks, shorter ones make smaller matrix products.
 PACK_TOKENS = 1024
+SHORT = 256  # tokens of a block whose attention weights are small enough to be kept for the backward pass
 TOLERANCE = 1e-3  # of the probe, relative to the spread of the log-probs; a wrong mask or position is off by about 1
 
 
@@ -31,6 +35,7 @@ class Pack:
     at: Tensor  # (N,) places in the row
     row: Tensor  # (N,) int64
     column: Tensor  # (N,) int64
+    sizes: tuple[int, ...]  # tokens of each prompt with its responses; they sum to L
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """The additive mask (1, 1, L, L): 0 where allowed. A boolean one is silently misread by some attention implementations."""
@@ -68,6 +73,7 @@ def _pack(
     groups: Sequence[Sequence[int]], prompts: Sequence[list[int]], responses: Sequence[list[int]], columns: Sequence[list[int]], device: torch.device
 ) -> Pack:
     ids: list[int] = []
+    sizes: list[int] = []
     position: list[int] = []
     owner: list[int] = []  # which group a token belongs to
     part: list[int] = []  # which row, -1 for a prompt
@@ -87,10 +93,38 @@ def _pack(
             row, column = row + [i] * len(y), column + columns[i]
             ids, position = ids + y[:-1], position + list(range(len(x), len(x) + len(y) - 1))
             owner, part = owner + [number] * (len(y) - 1), part + [i] * (len(y) - 1)
+        sizes.append(len(ids) - sum(sizes))
     group_of, part_of = torch.tensor(owner, device=device), torch.tensor(part, device=device)
     same = (group_of[:, None] == group_of) & ((part_of == -1) | (part_of[:, None] == part_of))
     index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, position, at, row, column)]
-    return Pack(index[0][None], index[1][None], same.tril(), *index[2:])
+    return Pack(index[0][None], index[1][None], same.tril(), *index[2:], tuple(sizes))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **more: Any) -> Tensor:
+    """Softmax attention (..., L, d) of one block; under bfloat16 autocast by plain products where it is short: the fused kernel is slow there."""
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not bf16 or query.shape[-2] > SHORT or any(more.values()):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **more)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax((query * scale) @ key.transpose(-1, -2) + mask, dim=-1) @ value  # softmax in float32, products in bfloat16
+
+
+class ByPrompt(TorchFunctionMode):
+    """Attention over a pack, block by block: no token sees another prompt's, so most of the L x L products would be masked. The same numbers."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes, self.length = sizes, sum(sizes)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        call = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        mask = call.get("attn_mask")
+        if func is not F.scaled_dot_product_attention or len(args) > 4 or mask is None or mask.shape[-2:] != (self.length, self.length):
+            return func(*args, **(kwargs or {}))
+        q, k, v = (call.pop(name).split(self.sizes, dim=-2) for name in ("query", "key", "value"))
+        masks = [rows.split(self.sizes, dim=-1)[i] for i, rows in enumerate(mask.split(self.sizes, dim=-2))]
+        del call["attn_mask"]
+        return torch.cat([attend(*part, **call) for part in zip(q, k, v, masks, strict=True)], dim=-2)
 
 
 def hidden_states(lm: Any, pack: Pack) -> Tensor:
@@ -103,8 +137,11 @@ def hidden_states(lm: Any, pack: Pack) -> Tensor:
 
     handle = lm.get_output_embeddings().register_forward_pre_hook(catch)
     try:
+        # On an accelerator many small products take longer than one large one.
+        blocks = ByPrompt(pack.sizes) if len(pack.sizes) > 1 and pack.ids.device.type == "cpu" else contextlib.nullcontext()
         dtype = next(lm.parameters()).dtype
-        lm(input_ids=pack.ids, attention_mask=pack.bias(dtype), position_ids=pack.position, use_cache=False, logits_to_keep=pack.at)
+        with blocks:
+            lm(input_ids=pack.ids, attention_mask=pack.bias(dtype), position_ids=pack.position, use_cache=False, logits_to_keep=pack.at)
     finally:
         handle.remove()
     return caught[0][0]

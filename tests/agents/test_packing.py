@@ -1,9 +1,12 @@
 """Packed evaluation equals the padded one, in values and gradients, and is left alone where a model can't do it."""
 
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from markovia.agents import language
 from markovia.agents.language import LanguageAgent
@@ -93,6 +96,24 @@ def test_packed_equals_padded_in_values_and_gradients(family, attention, options
     assert gradient.keys() == gradient2.keys() and gradient
     for name in gradient:
         assert (gradient[name] - gradient2[name]).abs().max() < 1e-5 * max(1.0, float(gradient[name].abs().max())), name
+
+
+def test_attention_goes_prompt_by_prompt():
+    class Seen(TorchFunctionMode):
+        lengths: ClassVar[list[int]] = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                query = args[0] if args else kwargs["query"]
+                self.lengths.append(query.shape[-2])
+            return func(*args, **(kwargs or {}))
+
+    agent = LanguageAgent(model("llama", attn_implementation="sdpa"), CharTokenizer(LETTERS), packed=True)
+    agent.evaluate(record(), ["logp"])  # tries packing out
+    with Seen():
+        agent.evaluate(record(), ["logp"])
+    # One pack of 10 + 5 + 6 tokens, in each of the layers.
+    assert Seen.lengths == [10, 5, 6] * agent.net["policy"].config.num_hidden_layers
 
 
 def test_values_hidden_states_and_distributions_too():
