@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from markovia.algos.systems import Method
 
 COMPILE_STEPS = 30_000  # optimiser steps; each saves a little under a millisecond
+THREAD_WORK = 10_000_000  # parameters times rows of an optimiser step, from which on several threads are worth it
 Evaluate = Callable[[Agent, int, int], dict[str, Any]]
 
 
@@ -145,6 +146,15 @@ def worth_compiling(method: Method, setup: Setup) -> bool:
     if setup.kind == "language" or not family_of(method).compiles or getattr(method, "num_optimizer_steps", 0) < COMPILE_STEPS:
         return False
     return can_compile(setup.agent.device.type)
+
+
+def num_threads(method: Method, setup: Setup, available: int) -> int:
+    """Threads that a run computes on: threads that wait for each other cost small networks far more than they bring, most of all on a busy machine."""
+    settings: Any = method
+    minibatch = getattr(settings, "batch_size", None) or getattr(getattr(settings, "solver", None), "minibatch", None)
+    rows = minibatch or settings.num_envs * getattr(settings, "num_steps", 1)
+    work = rows * sum(p.numel() for p in setup.agent.net.parameters())
+    return available if work >= THREAD_WORK else 1
 
 
 def stepped_setup(kind: str, agent: Agent, collector: Any, venv: VectorEnv, request: Request) -> Setup:

@@ -62,13 +62,13 @@ def profile(
     import torch
 
     from markovia.algos.presets import agent_options, configure, override
-    from markovia.algos.setup import build, make_driver
+    from markovia.algos.setup import build, make_driver, num_threads
 
     value = override(configure(method, env), settings or {})
     setup = build(env, value, 0, agent_options=agent_options(method, env), vectorization=vectorization)
     driver = make_driver(value, setup, 0, compile and setup.kind != "language")
     usual = torch.get_num_threads()
-    torch.set_num_threads(usual if setup.kind == "language" else 1)
+    torch.set_num_threads(num_threads(value, setup, usual))
     try:
         driver.step()
         while driver.num_env_steps <= getattr(value, "learning_starts", 0):

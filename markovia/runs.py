@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from markovia.algos.systems import Method
 
 SCHEMA = 1
-SMALL = 1_000_000  # parameters; below this a run computes on one thread
 # What may differ between the run that was stopped and the one that goes on.
 _NOT_COMPARED = ("versions", "commit", "python")
 
@@ -139,7 +138,7 @@ def train(
 
     from markovia.algos.distributed import launched, shared_driver
     from markovia.algos.on_policy.method import OnPolicy
-    from markovia.algos.setup import build, make_driver, worth_compiling
+    from markovia.algos.setup import build, make_driver, num_threads, worth_compiling
 
     if env is not None:
         env_spec(env)
@@ -221,7 +220,6 @@ def train(
         for filename, content in setup.files.items():
             write_text(run / filename, content)
         metrics.cut(driver.iteration)
-    small = sum(p.numel() for p in setup.agent.net.parameters()) < SMALL
     # A reset before the time limit would cut every episode: none would end, and no return would be seen.
     places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
     loop = _Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
@@ -229,8 +227,7 @@ def train(
     loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if writes else []
     usual = torch.get_num_threads()
     try:
-        # Threads that wait for each other cost small networks far more than they bring, most of all on a busy machine.
-        torch.set_num_threads(1 if small else usual)
+        torch.set_num_threads(num_threads(driver.method, setup, usual))
         why = loop.run_to_end()
     finally:
         torch.set_num_threads(usual)

@@ -18,7 +18,7 @@ from markovia.algos.on_policy.method import Descent
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.optimizer import Optimizer, Rule
 from markovia.algos.presets import configure, override
-from markovia.algos.setup import build
+from markovia.algos.setup import build, num_threads
 
 F64 = torch.float64
 TREE = "markovia/TokenTree-v0"
@@ -188,3 +188,11 @@ def test_compiled_and_eager_agree_after_a_hundred_steps() -> None:
     moved = torch.cat([p.detach().flatten() for p in eager.agent.net.parameters()])
     other = torch.cat([p.detach().flatten() for p in fast.agent.net.parameters()])
     assert float((moved - other).norm() / moved.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("method_id", "env_id", "threads"), [("ppo", "Pendulum-v1", 1), ("sac", "Pendulum-v1", 1), ("sac", "HalfCheetah-v5", 2)])
+def test_several_threads_where_an_optimiser_step_is_large(method_id: str, env_id: str, threads: int) -> None:
+    method = configure(method_id, env_id)
+    setup = build(env_id, method)
+    assert num_threads(method, setup, 2) == threads and num_threads(method, setup, 1) == 1
+    setup.collector.close()
