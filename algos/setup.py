@@ -149,9 +149,10 @@ def worth_compiling(method: Method, setup: Setup) -> bool:
 
 
 def num_threads(method: Method, setup: Setup, available: int) -> int:
-    """Threads that a run computes on: threads that wait for each other cost small networks far more than they bring, most of all on a busy machine."""
+    """Threads that a run computes on. Those that wait for each other cost small networks far more than they bring, most of all on a busy machine."""
     settings: Any = method
-    minibatch = getattr(settings, "batch_size", None) or getattr(getattr(settings, "solver", None), "minibatch", None)
+    solver = getattr(settings, "solver", None)
+    minibatch = getattr(settings, "batch_size", None) or getattr(solver, "minibatch", None)
     rows = minibatch or settings.num_envs * getattr(settings, "num_steps", 1)
     work = rows * sum(p.numel() for p in setup.agent.net.parameters())
     return available if work >= THREAD_WORK else 1
