@@ -6,7 +6,10 @@ import importlib
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from markovia.texts import TextBatch
 
 
 class Sink(Protocol):
@@ -31,6 +34,12 @@ class TensorBoard:
     def write(self, stats: dict[str, Any]) -> None:
         for name, value in numbers(stats).items():
             self.writer.add_scalar(name, value, int(stats["num_env_steps"]))
+
+    def texts(self, batch: TextBatch, num_env_steps: int, with_samples: bool) -> None:
+        """The spread of a batch's rewards, and some of its texts."""
+        self.writer.add_histogram("reward", batch.rewards, num_env_steps)
+        if with_samples:
+            self.writer.add_text("samples", batch.markdown(), num_env_steps)
 
     def close(self) -> None:
         self.writer.close()

@@ -4,6 +4,7 @@
     metrics.jsonl      one line per iteration
     events.out.*       the same for TensorBoard
     checkpoints/N/     agent/ (Agent.save), driver.safetensors and the run's config.json after iteration N; the last two are kept
+    samples/N.*        what the policy made at iteration N, where a checkpoint was written: texts with rewards (jsonl), images (png)
     done.json          present when the run has ended: evaluation, seconds, why it ended
 """
 

@@ -14,10 +14,11 @@ from markovia.chains import watch
 from markovia.envs.control.vector import env_spec
 from markovia.envs.text.rewards import RewardError
 from markovia.provenance import commit, versions
-from markovia.report import Sink, sinks, tracker
+from markovia.report import Sink, TensorBoard, sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, save_checkpoint, sweep, write_json, write_text
 from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
+from markovia.texts import text_batch
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
@@ -366,6 +367,7 @@ class _Loop:
                 stats |= {"eval_return": found["mean"]} | {f"eval_{k}": found[k] for k in ("pass@1", "pass@8") if k in found}
             if due and self.watch is not None:
                 stats |= self.watch.look(stats["iteration"])
+            self._show_texts(stats, due)
             self.metrics.append(stats)
             for sink in self.sinks:
                 sink.write(stats)
@@ -376,6 +378,18 @@ class _Loop:
                 why = verdict
                 break
         return why
+
+    def _show_texts(self, stats: dict[str, Any], due: bool) -> None:
+        """Of text runs the spread of the batch's rewards, and at checkpoints some of its texts: samples/<iteration>.jsonl."""
+        batch = text_batch(self.driver)
+        if batch is None:
+            return
+        stats["reward_histogram"] = batch.histogram()
+        if due:
+            batch.write(self.run / "samples" / f"{stats['iteration']:06d}.jsonl")
+        for sink in self.sinks:
+            if isinstance(sink, TensorBoard):
+                sink.texts(batch, stats["num_env_steps"], due)
 
     def _ask(self, stats: dict[str, Any]) -> str | None:
         info = RunInfo(self.run, stats["iteration"], stats["num_env_steps"], stats["seconds"], stats, self.setup.agent)

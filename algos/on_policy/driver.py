@@ -73,6 +73,7 @@ class OnPolicyDriver(Budget):
         self.beta = 0.0 if method.divergence is None else method.divergence.schedule.start(method.divergence.beta)
         self.advantage_state: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}  # of reward transforms and the entropy anchor
+        self.outcome: dict[str, Any] = {}  # what the last batch was, for those who want to see it: texts or samples, and returns
         self._check()
         self.constraint = None if method.constraint is None else ConstraintHandler.for_agent(method.constraint, method.advantage, agent)
         self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
@@ -143,7 +144,9 @@ class OnPolicyDriver(Budget):
         found: dict[str, float] = {}
         if self.constraint is not None:
             self.constraint.measure(*finished(self.collector))
+        self.outcome = {}
         if rollout.shape[0]:
+            self.outcome = {**rollout.outcome, "returns": rollout.returns()} if rollout.outcome else {}
             reward = self.prepare(rollout)
             self.advantages(rollout, reward)
             self._set_lr()
@@ -324,7 +327,10 @@ class OnPolicyDriver(Budget):
 
     @torch.no_grad()
     def describe(self, rollout: Rollout) -> dict[str, float]:
-        """What is logged about the batch: returns of finished episodes, length, KL to the reference, explained variance, coefficient."""
+        """What is logged about the batch: returns of finished episodes, length, KL to the reference, explained variance, coefficient.
+
+        The entropy of text is the mean of -log pi over the tokens drawn, in nats: unbiased and free (the exact one where the loss reads it).
+        """
         out: dict[str, float] = {"coef": self.coef} | ({"beta": self.beta} if self.method.divergence is not None else {})
         if self.collector.episodes:
             out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
@@ -342,6 +348,7 @@ class OnPolicyDriver(Budget):
             out["explained_variance"] = float(1.0 - masked_mean(error.square(), rollout.mask) / variance) if variance > 1e-12 else math.nan
         if rollout.per_row:
             out["length"] = float(rollout.mask.sum(1).float().mean())
+            out["entropy"] = -float(masked_mean(rollout.logp_old, rollout.mask))
         told = rollout.outcome.get("rewards", {})  # of several reward functions each one's mean, before weights
         return out | ({f"reward/{name}": float(x.mean()) for name, x in told.items()} if len(told) > 1 else {})
 

@@ -4,7 +4,7 @@
     register_policy_loss("dapo-of-markovia")(verl_policy_loss(find("grpo/dapo").value))        actor.policy_loss.loss_mode=dapo-of-markovia
 
 verl computes advantages, sums and the divergence to the reference itself: choose its `algorithm.adv_estimator`, `actor.loss_agg_mode` (the row's own
-is `.loss_agg_mode` of the function) and `actor.use_kl_loss`. Surrogate, ratio level, token rule and a divergence to the sampling policy are the row's.
+is `.loss_agg_mode` of the function) and `actor.use_kl_loss`. Surrogate, ratio level, token rule and divergence to the sampling policy are the row's.
 """
 
 from __future__ import annotations

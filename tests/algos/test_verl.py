@@ -143,7 +143,9 @@ def test_signature_is_verls():
     assert names == ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"]
 
 
-REFUSED = {"ppo/kl": "distributions", "steer": "Steer reads more", "siren": "anchor", "apa/initial": "a reference", "kdrl": "'teacher'", "p3o": "Partner"}
+REFUSED = {
+    "ppo/kl": "distributions", "steer": "Steer reads more", "siren": "anchor", "apa/initial": "a reference", "kdrl": "'teacher'", "p3o": "Partner",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "why"), REFUSED.items())
