@@ -297,7 +297,7 @@ class SequenceCollector(Stateless):
         task: Any = self.task
         if not hasattr(task, "prompts"):
             raise ValueError(f"{type(task).__name__} has no prompts to try out; text tasks have")
-        chosen = torch.randperm(len(task.prompts), generator=generator, device=agent.device if generator else "cpu")[:prompts].tolist()
+        chosen = torch.randperm(len(task.prompts), generator=generator, device="cpu" if generator is None else generator.device)[:prompts].tolist()
         at_once, parts = max(1, self.num_rows // per_prompt), []
         for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
             index, group = [p for p in some for _ in range(per_prompt)], [g for g in range(len(some)) for _ in range(per_prompt)]

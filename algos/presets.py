@@ -40,6 +40,8 @@ def _data() -> dict[str, Any]:
 def override(value: Any, changes: dict[str, Any]) -> Any:
     """`value` (a nested frozen dataclass) with changes; a nested dictionary changes a part, with "type" it replaces it by another class.
 
+    Parts of a tuple are changed by their number: {"reward": {"0": {"rate": 0.05}}}.
+
     Raises ValueError for a field that the class does not have.
     """
     names = {f.name for f in dataclasses.fields(value)}
@@ -48,7 +50,9 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
         if key not in names:
             raise ValueError(f"{type(value).__name__} has no field {key!r}{nearest(key, names)}")
         current = getattr(value, key)
-        if isinstance(change, dict):
+        if isinstance(change, dict) and isinstance(current, tuple):
+            change = tuple(override(part, change.get(str(i), {})) for i, part in enumerate(current))
+        elif isinstance(change, dict):
             change = dict(change)
             base = _CLASSES[change.pop("type")]() if "type" in change else current
             if not dataclasses.is_dataclass(base):

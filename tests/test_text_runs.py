@@ -146,6 +146,15 @@ def test_a_run_goes_on_after_a_reward_function_failed(sums, tmp_path):
     assert rows == rows2 and meta == meta2 and [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
+def test_presets_change_parts_of_a_tuple_by_number():
+    from markovia.algos.on_policy.rewards import LengthBudget
+    from markovia.algos.presets import configure, override
+
+    assert configure("lcpo", "markovia/LengthControl-v0").reward == (LengthBudget("exact", 0.05),)  # budgets of tens of tokens, not of thousands
+    with pytest.raises(ValueError, match="has no field 'rates'; did you mean 'rate'"):
+        override(configure("lcpo", "markovia/LengthControl-v0"), {"reward": {"0": {"rates": 1.0}}})
+
+
 # -- policies that a method reads ----------------------------------------------------------------------------------------------------------
 
 
