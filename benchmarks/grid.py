@@ -76,6 +76,23 @@ def arguments(doc: str | None, *, tasks: Sequence[str], methods: Sequence[str], 
     return parser
 
 
+def _take_core(cores: Any) -> None:
+    """Keep this worker to one core: simulations that start a thread for every core would wait for those of the other workers."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def _workers(jobs: int) -> ProcessPoolExecutor:
+    """`jobs` fresh processes, each on a core of its own where the system can say so and there are as many."""
+    context = multiprocessing.get_context("spawn")
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if not 1 < jobs <= len(allowed):
+        return ProcessPoolExecutor(jobs, mp_context=context)
+    cores = context.Queue()
+    for core in allowed[:jobs]:
+        cores.put(core)
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_core, initargs=(cores,))
+
+
 def measure(
     cell: Callable[..., Cell],
     grid: Iterable[tuple[Any, ...]],
@@ -93,7 +110,7 @@ def measure(
     known = {tuple(r[k] for k in key) for r in cells(out)}
     left = [entry for entry in grid if tuple(entry[: len(key)]) not in known]
     if left:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with _workers(jobs) as pool:
             for future in as_completed([pool.submit(cell, *entry) for entry in left]):
                 record(future.result(), out, key)
                 print(told(future.result()), flush=True)
