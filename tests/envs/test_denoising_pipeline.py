@@ -84,6 +84,7 @@ def made(name, tmp_path):
     return {
         "ddpm": lambda: (ddpm_pipeline(), None, 1.0),
         "ddim": lambda: (ddim_pipeline(), None, 1.0),
+        "flow ddpm": lambda: (diffusers.DDPMPipeline(unet(), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)), None, 1.0),
         "dit": lambda: (dit_pipeline(), [3, 7], 1.0),
         "dit guided": lambda: (dit_pipeline(), [3, 7], 3.0),
         "stable diffusion": lambda: (stable_diffusion(tmp_path), PROMPTS, 1.0),
@@ -92,7 +93,7 @@ def made(name, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- our chain is the pipeline's
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dit", "dit guided", "stable diffusion", "stable diffusion guided"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "flow ddpm", "dit", "dit guided", "stable diffusion", "stable diffusion guided"])
 def test_our_chain_gives_the_images_of_the_pipelines_own_call(name, tmp_path):
     pipe, prompts, guidance = made(name, tmp_path)
     task = pipeline(pipe, prompts=prompts, guidance=guidance, num_steps=4)
@@ -279,3 +280,21 @@ def test_unets_take_images_with_and_without_channels_and_conditions(shape, cond_
 def test_bad_pipelines_are_explained(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
+
+
+def test_a_conditional_unet_learns_to_denoise_what_it_is_asked_for():
+    from markovia.envs.denoising.tasks import scheduler
+    from markovia.envs.denoising.train_networks import denoiser
+
+    data = torch.stack([torch.ones(8, 8), -torch.ones(8, 8)]).repeat(16, 1, 1)
+    torch.manual_seed(0)
+    network = UNetDenoiser((8, 8), (8, 16), cond_dim=2)
+    average, log = denoiser(network, data, 60, 1e-2, seed=0, conditions=torch.eye(2).repeat(16, 1), batch=16)
+    assert log["updates"] == 60 and not any(p.requires_grad for p in average.parameters())
+    generator, t = torch.Generator().manual_seed(1), torch.full((16,), 600)
+    abar, eps = scheduler().alphas_cumprod[600], torch.randn(16, 8, 8, generator=generator)
+    x = abar.sqrt() * data[:1] + (1 - abar).sqrt() * eps  # of the white image
+    with torch.no_grad():
+        white, black = (average(x, t, torch.eye(2)[[k] * 16]) for k in (0, 1))
+    assert float((white - eps).square().mean()) < 0.7 < 1.0  # 1 for a network that says nothing
+    assert float(white.mean()) < float(black.mean())  # white: more of x is signal, so the noise is darker
