@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from markovia.agents.checkpoint import find_agent
+from markovia.agents.checkpoint import HEADER, find_agent
 from markovia.agents.interface import Agent, Evaluation
 from markovia.agents.pretrained import plain_model, weights_hash, with_lora
 from markovia.agents.records import Rollout
@@ -163,10 +164,16 @@ def reward_of_run(folder: str) -> RewardModel:
     Raises ValueError for a folder that holds none.
     """
     place = find_agent(folder)
-    agent = None if place is None else Agent.load(place)
+    agent = None if place is None else _loaded(place, (place / HEADER).stat().st_mtime_ns)
     if not isinstance(agent, RewardModel):
         found = "nothing of the kind" if agent is None else f"a {agent.kind} agent"
         raise ValueError(f"run:{folder} should be a trained reward model (markovia train reward-model --data prefs.jsonl), found {found}")
     agent.net.requires_grad_(False)
     agent.__name__ = f"run:{Path(folder).name}"
     return agent
+
+
+@lru_cache(maxsize=4)
+def _loaded(place: Path, stamp: int) -> Agent:
+    """Several environments of one task share a reward model; `stamp` tells a newer checkpoint from the one that was read."""
+    return Agent.load(place)

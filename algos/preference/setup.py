@@ -16,7 +16,7 @@ from markovia.algos.setup import Request, Setup, evaluate_sequences, sample_sequ
 from markovia.envs.registry import kind_of
 from markovia.envs.text.preferences import DataOptions, PreferenceData, load_preferences
 from markovia.envs.text.rewards import resolve
-from markovia.envs.text.tasks import TextTask, make_task
+from markovia.envs.text.tasks import TextTask, make_task, takes
 
 SAMPLED_PROMPTS = 256  # prompts of a file that samples are drawn for
 
@@ -29,7 +29,7 @@ def build_preference(method: Preference, request: Request) -> Setup:
     from markovia.agents.language import LanguageAgent
 
     env_id, options, data = request.env_id, dict(request.agent_options), request.data
-    task = None if env_id is None else _text_task(env_id, request.env_kwargs)
+    task = None if env_id is None else _text_task(env_id, request.env_kwargs, options.get("model"))
     if data is None and isinstance(method.sampler, Dataset):
         raise ValueError("this method learns from preferences, not from rewards; give it a file of them: --data prefs.jsonl (docs/preference.md)")
     base = options.pop("model", None if task is None else task.model)
@@ -65,10 +65,12 @@ def build_preference(method: Preference, request: Request) -> Setup:
     return Setup("language", agent, source(train, found.kind), evaluate, task, note=str(found.report))
 
 
-def _text_task(env_id: str, env_kwargs: dict[str, Any]) -> TextTask:
+def _text_task(env_id: str, env_kwargs: dict[str, Any], model: str | None) -> TextTask:
+    """The environment's task, with the tokenizer of the model that is trained where any model can do it."""
     if kind_of(env_id) != "language":
         raise ValueError(f"preferences are learnt on text here; {env_id} is a {kind_of(env_id)} task")
-    return make_task(**{**gym.spec(env_id.rpartition(":")[2]).kwargs, **env_kwargs})
+    kwargs = {**gym.spec(env_id.rpartition(":")[2]).kwargs, **env_kwargs}
+    return make_task(**kwargs, **({"model": model} if model is not None and takes(kwargs["task"], "model") else {}))
 
 
 def _online(method: Preference, agent: Any, task: TextTask | None, found: PreferenceData | None, judge: Any, note: str) -> Setup:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from markovia.envs.text.rewards import RewardFn, written
-from markovia.envs.text.tasks import TextTask, make_task
+from markovia.envs.text.tasks import TextTask, make_task, takes
 
-INSTRUCTION = "{prompt}\nWrite about {budget} tokens.\n"
+INSTRUCTION = "Answer with {budget} tokens. {prompt}"
+GO_ON = "Go on with this text: {}"
 
 
 def off_budget(
@@ -80,31 +82,31 @@ def length_control(
     budgets: Sequence[int] = (8, 16, 24),
     mode: str = "exact",
     rate: float = 0.05,
-    instruction: str | None = None,
+    instruction: str = INSTRUCTION,
     group_size: int = 1,
     model: str = "smollm2",
+    chat: bool = True,
     **kwargs: Any,
 ) -> TextTask:
     """LCPO's task: so many tokens as the prompt asks for. `base` is the task whose prompts and correctness are taken, with its own arguments.
 
-    Without one: openings of film reviews to be continued through the model's chat template, where any text is right, so that only the length counts.
-    A rate of 3e-4 suits budgets of thousands of tokens.                                                                         [arXiv 2503.04697]
+    Without one: openings of film reviews to go on with, where any text is right, so that only the length counts. With `chat` the model reads all of
+    it through its chat template, where it has one. A rate of 3e-4 suits budgets of thousands of tokens.                            [arXiv 2503.04697]
     """
-    if base is not None:
-        from markovia.envs.text.tasks import takes
-
-        task = make_task(base, **({"model": model} if takes(base, "model") else {}), **kwargs)
-        return with_budgets(task, budgets, mode, rate, instruction or INSTRUCTION, group_size)
     from markovia.envs.text.files import prompt_text
     from markovia.envs.text.openings import HELD_OUT, TRAIN
     from markovia.envs.text.pretrained import load_tokenizer
     from markovia.envs.text.tokens import as_tokenizer
 
-    tokenizer = as_tokenizer(load_tokenizer(model))
-    chat = bool(getattr(getattr(tokenizer, "inner", None), "chat_template", None))
-    plain = TextTask(TRAIN, tokenizer, written, max_new_tokens=max(budgets, default=1), held_out=HELD_OUT, model=model, temperature=0.7, **kwargs)
-    task = with_budgets(plain, budgets, mode, rate, instruction or "Continue this text with {budget} tokens: {prompt}", group_size)
-    if chat:
-        task.prompts = [prompt_text(tokenizer, p, True, "prompt") for p in task.prompts]
-        task.held_out = [prompt_text(tokenizer, p, True, "prompt") for p in task.held_out]
-    return task
+    if base is None:
+        longest = max(budgets, default=1)
+        train, held = ([GO_ON.format(p) for p in part] for part in (TRAIN, HELD_OUT))
+        plain = TextTask(train, load_tokenizer(model), written, longest, held_out=held, model=model, temperature=0.7, **kwargs)
+    else:
+        plain = make_task(base, **{k: v for k, v in (("model", model), ("chat", False)) if takes(base, k)}, **kwargs)
+    task = with_budgets(plain, budgets, mode, rate, instruction, group_size)
+    tokenizer = as_tokenizer(task.tokenizer)
+    if not chat or not getattr(getattr(tokenizer, "inner", None), "chat_template", None):
+        return task
+    told = [[prompt_text(tokenizer, p, True, "a prompt") for p in part] for part in (task.prompts, task.held_out)]
+    return replace(task, prompts=told[0], held_out=told[1])

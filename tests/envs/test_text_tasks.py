@@ -174,6 +174,17 @@ def test_length_budgets_by_hand():
             with_budgets(base, **{"budgets": [2], **changes})
 
 
+def test_lengths_are_asked_for_within_the_chat_template(words, tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"question": "Ann has 3 apples", "answer": "#### 3"}])
+    task = make_task("length_control", base="gsm8k", data=path, model=words, budgets=(4, 8))
+    assert len(task.prompts) == 2 and task.prompts[1].startswith(" Answer with 8 tokens. Question: Ann has") and task.prompts[1].endswith("[END]")
+    assert task.columns["budget"] == [4, 8] and task.columns["answer"] == ["#### 3"] * 2 and task.solved == "correct"
+    told = task.rewards_apart(["p"] * 2, ["3", "4"], {"answer": ["#### 3"] * 2, "budget": [4, 8]}, [[1, 2], [1]])
+    assert told.tolist() == [[1.0, -2.0], [0.0, -7.0]]
+    plain = make_task("length_control", base="arithmetic", digits=1, budgets=(2,), instruction="{prompt}")
+    assert plain.model == "arithmetic" and plain.prompts[0] == "0+0="
+
+
 def test_the_length_method_reads_what_the_task_calls_right():
     from markovia.agents.language import LanguageAgent
     from markovia.algos.on_policy.rewards import LengthBudget
