@@ -70,7 +70,8 @@ def _text_task(env_id: str, env_kwargs: dict[str, Any], model: str | None) -> Te
     if kind_of(env_id) != "language":
         raise ValueError(f"preferences are learnt on text here; {env_id} is a {kind_of(env_id)} task")
     kwargs = {**gym.spec(env_id.rpartition(":")[2]).kwargs, **env_kwargs}
-    return make_task(**kwargs, **({"model": model} if model is not None and takes(kwargs["task"], "model") else {}))
+    named = {"model": model} if model is not None and takes(kwargs["task"], "model") else {}
+    return make_task(**{**kwargs, **named})
 
 
 def _online(method: Preference, agent: Any, task: TextTask | None, found: PreferenceData | None, judge: Any, note: str) -> Setup:
