@@ -144,6 +144,18 @@ class Optimizer:
         """`move` along the gradients that backward passes have added up; returns their norm, ()."""
         return self.move(self.tensors(), self.grad, groups)
 
+    @torch.no_grad()
+    def live_in(self, tensors: Sequence[Tensor]) -> None:
+        """Hold `tensors`, laid out as `tensors()`, from now on in the place of the own ones, with the values of these."""
+        for own, new in zip(self.tensors(), tensors, strict=True):
+            new.copy_(own)
+        rest = iter(tensors)
+        self.flat = next(rest)
+        for p, view in zip(self.params, self.views(self.flat), strict=True):
+            p.data = view
+        for group in self.groups:
+            group.count, group.lr, group.averages = next(rest), next(rest), [next(rest) for _ in group.averages]
+
     def zero_grad(self) -> None:
         self.grad.zero_()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,7 @@ def train(
     progress: bool = True,
     method_id: str | None = None,
     prepare: Callable[[Any], None] | None = None,
+    together: Callable[[Any], str] | None = None,
 ) -> RunResult:
     """Train `method` (an id, or a settings value) on the Gymnasium id `env`, or on a file of preferences; everything is written to the folder `out`.
 
@@ -133,6 +134,7 @@ def train(
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
     callbacks        called with a `RunInfo` after each iteration; False ends the run
     prepare          called with the `Setup` before its first step, to wrap its collector's environments (`setup.collector.venv`)
+    together         called with the loop of iterations in the place of running it; returns why it ended (several seeds at once: markovia.seeds)
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
     """
     import torch
@@ -229,7 +231,7 @@ def train(
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads(driver.method, setup, usual))
-        why = loop.run_to_end()
+        why = loop.run_to_end() if together is None else together(loop)
     finally:
         torch.set_num_threads(usual)
         for sink in loop.sinks:
@@ -337,9 +339,19 @@ class _Loop:
 
     def run_to_end(self) -> str:
         """Why the run ended: "budget", "callback" or "seconds"."""
+        rounds = self.rounds()
+        while True:
+            try:
+                next(rounds)
+            except StopIteration as end:
+                return str(end.value)
+
+    def rounds(self) -> Generator[None, None, str]:
+        """The same, handed over before each iteration."""
         driver, why = self.driver, "budget"
         while not driver.finished:
             part, before, clock, compiled = self._part(), driver.num_env_steps, time.monotonic(), driver.compile_seconds
+            yield
             try:
                 stats: dict[str, Any] = dict(driver.step())
             except RewardError as e:

@@ -24,6 +24,7 @@ class TrainFlags:
     texts: Path | None = None  # file of texts whose likelihood is kept up beside the reward (ppo-max/ptx, ppo-rlhf/ptx)
     data_options: str = "{}"  # JSON object of how the file is read, e.g. '{"max_length": 512, "held_out": 200}'
     seed: int = 0  # of everything that is random
+    num_seeds: int = 1  # so many seeds from there on as one batch, each in a run folder of its own (methods that learn from a dataset)
     out: Path | None = None  # folder of the run; by default runs/<env>/<method>-seed<seed>
     resume: bool = False  # go on from the last checkpoint of that folder, or start when there is none
     env_kwargs: str = "{}"  # JSON object of the environment's arguments, e.g. '{"wanted": 8}'

@@ -330,7 +330,7 @@ class ActorCritic(nn.Module):
 
     def evaluation_loss(self, batch: Batch) -> Loss:
         """Mean objective of the slot `evaluation`, on the same critics."""
-        assert self.method.evaluation is not None
+        assert isinstance(self.method.evaluation, Held)
         loss, found = held_loss(self, self.method.evaluation, batch, self.deployed)
         return loss, {f"evaluation_{name}": value for name, value in found.items()}
 

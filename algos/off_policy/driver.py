@@ -16,8 +16,8 @@ from torch import Tensor
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
-from markovia.algos.off_policy.replay import Replay
-from markovia.algos.off_policy.slots import Behaviour, Weighted
+from markovia.algos.off_policy.replay import Batch, Replay
+from markovia.algos.off_policy.slots import Ascent, Behaviour, Weighted
 from markovia.algos.off_policy.update import Update
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream_seed
@@ -83,10 +83,19 @@ class OffPolicyDriver(Budget):
             self.num_env_steps += self.collector.step(self.agent, action, uniform=before < m.learning_starts and m.start == "uniform")
             while self.num_updates < self.updates_due():
                 stats.add(self.improve(minibatch))
-            if m.mirrors and self.num_env_steps // m.actor.refresh_steps > before // m.actor.refresh_steps:  # type: ignore[union-attr]
-                self.update.refresh()
+            self.refresh_if_due(before)
             if self.finished:
                 break
+        return self.report(stats)
+
+    def refresh_if_due(self, before: int) -> None:
+        """pi_k <- pi when the steps since `before` passed a multiple of refresh_steps."""
+        actor = self.method.actor
+        if isinstance(actor, Ascent) and self.method.mirrors and self.num_env_steps // actor.refresh_steps > before // actor.refresh_steps:
+            self.update.refresh()
+
+    def report(self, stats: Statistics) -> dict[str, float]:
+        """Count the iteration; its statistics."""
         self.iteration += 1
         return {**self.describe(), **stats.means(), "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
 
@@ -96,15 +105,32 @@ class OffPolicyDriver(Budget):
 
     def improve(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One update on one minibatch."""
-        m = self.method
-        batch = self.collector.replay.sample(m.batch_size, generator)
-        noise = torch.randn((m.num_noises, *batch.action.shape), generator=generator).to(batch.action)
+        batch, noise = self.draw(generator)
         self.num_updates += 1
-        if isinstance(m.behaviour, Behaviour) and self.num_updates <= m.behaviour.steps:
+        if self.models_behaviour:
             return self.update.fit_behaviour(batch, noise)
-        if isinstance(m.actor, Weighted) and m.actor.cosine:
+        self.set_lr()
+        return self.update(batch, noise, self.moves_actor)
+
+    def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """A minibatch and the noise of its update."""
+        batch = self.collector.replay.sample(self.method.batch_size, generator)
+        return batch, torch.randn((self.method.num_noises, *batch.action.shape), generator=generator).to(batch.action)
+
+    @property
+    def models_behaviour(self) -> bool:
+        """Does this update fit the behaviour model alone?"""
+        return isinstance(self.method.behaviour, Behaviour) and self.num_updates <= self.method.behaviour.steps
+
+    @property
+    def moves_actor(self) -> bool:
+        """Does this update move the actor?"""
+        return self.num_updates % self.method.policy_delay == 0
+
+    def set_lr(self) -> None:
+        """Learning rate of this update's actor step."""
+        if isinstance(self.method.actor, Weighted) and self.method.actor.cosine:
             self.update.optimizers["actor"].scale_lr(0.5 * (1.0 + math.cos(math.pi * self.progress)))
-        return self.update(batch, noise, self.num_updates % m.policy_delay == 0)
 
     def describe(self) -> dict[str, float]:
         """What is logged beside the update's statistics: returns of finished episodes, number of updates."""

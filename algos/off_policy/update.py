@@ -15,7 +15,7 @@ from torch.func import functional_call
 from markovia.algos.compiled import Compiled
 from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.replay import Batch
-from markovia.algos.off_policy.slots import JointBehaviour
+from markovia.algos.off_policy.slots import Held, JointBehaviour
 from markovia.algos.optimizer import Optimizer, Rule
 
 # The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model: see `num_noises`.
@@ -40,24 +40,36 @@ class Update:
     def __init__(self, nets: ActorCritic, compile: bool = False) -> None:
         m = nets.method
         self.nets = nets
+        second = m.evaluation if isinstance(m.evaluation, Held) else None
         wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor),
-                  "evaluation": (nets.evaluation, m.evaluation), "behaviour": (nets.behaviour, m.behaviour)}  # fmt: skip
+                  "evaluation": (nets.evaluation, second), "behaviour": (nets.behaviour, m.behaviour)}  # fmt: skip
         self.optimizers = {
             name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
         if nets.log_lam is not None:
             self.optimizers["temperature"] = _adam([nets.log_lam], m.temperature.lr)  # type: ignore[union-attr]
         self.sources = [nets.followed] * (nets.target is not None) + ["actor"] * ("target" in nets.references)
-        self.followers = [] if nets.target is None else [_tied(nets.target, self.optimizers[nets.followed])]
-        for name in nets.references:
-            tied = _tied(nets.reference_policies[name], self.optimizers["actor"])
-            if name == "target":
-                self.followers.append(tied)
-            else:
-                self.old = tied
+        self.followers: list[Tensor] = []
+        for i, (net, layout) in enumerate(self.tied_nets()):
+            self.replace_vector(i, tied(net, self.optimizers[layout]))
         self.compiled: Compiled | None = None
         if compile:
-            self._prepare_compiled()
+            self.prepare()
+            self.compiled = Compiled(self.pure, static=sum(len(o.tensors()) for o in self.optimizers.values()) + len(self._vectors))
+
+    def tied_nets(self) -> list[tuple[nn.Module, str]]:
+        """The networks that are copies of others, and the optimiser whose layout each has: targets in the order of `sources`, then pi_k."""
+        nets = self.nets
+        followers: list[tuple[nn.Module, str]] = [] if nets.target is None else [(nets.target, nets.followed)]
+        names = [name for name in ("target", "old") if name in nets.references]
+        return followers + [(nets.reference_policies[name], "actor") for name in names]
+
+    def replace_vector(self, i: int, vector: Tensor) -> None:
+        """Hold `vector` as the weights of the i-th of `tied_nets`."""
+        if i < len(self.sources):
+            self.followers[i : i + 1] = [vector]
+        else:
+            self.old = vector
 
     def __call__(self, batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
         """Move everything by one minibatch (b rows, noise (num_noises, b, d)); actor, temperature and targets only when `move_actor`."""
@@ -125,29 +137,33 @@ class Update:
 
     # -- the same as one compiled function ----------------------------------------------------------------------------------------------
 
-    def _prepare_compiled(self) -> None:
+    def prepare(self) -> None:
+        """What `arguments` and `pure` need, once the networks are where they stay."""
         self._module = _Body(self)
         names = {id(p): name for name, p in self._module.named_parameters()}
         self._names = {name: [names[id(p)] for p in o.params] for name, o in self.optimizers.items()}
-        frozen = [*([] if self.nets.target is None else [self.nets.target]), *self.nets.reference_policies.values()]
-        self._frozen_names = [[names[id(p)] for p in net.parameters()] for net in frozen]
-        # The vectors of `frozen`, in its order, and whose layout each has.
+        self._frozen_names = [[names[id(p)] for p in net.parameters()] for net, _ in self.tied_nets()]
+        self._layouts = [layout for _, layout in self.tied_nets()]
         self._vectors = [*self.followers, *([self.old] if "old" in self.nets.references else [])]
-        self._layouts = [*self.sources, *(["actor"] if "old" in self.nets.references else [])]
         self._stats: dict[bool, list[str]] = {}
-        self.compiled = Compiled(self._pure, static=sum(len(o.tensors()) for o in self.optimizers.values()) + len(self._vectors))
+
+    def arguments(self, batch: Batch, noise: Tensor, move_actor: bool) -> list[Tensor]:
+        """What `pure` takes: tensors of the optimisers, targets and pi_k, the minibatch's columns, noise."""
+        self._template, self._move_actor = batch, move_actor
+        return [*(t for o in self.optimizers.values() for t in o.tensors()), *self._vectors, *batch.named().values(), noise]
+
+    def stat_names(self, move_actor: bool) -> list[str]:
+        """What the numbers are that `pure` returned."""
+        return self._stats[move_actor]
 
     def _compiled_step(self, batch: Batch, noise: Tensor, move_actor: bool) -> Stats:
         assert self.compiled is not None
-        self._template, self._move_actor = batch, move_actor
-        columns = list(batch.named().values())
-        args = [*(t for o in self.optimizers.values() for t in o.tensors()), *self._vectors, *columns, noise]
-        (stats,) = self.compiled((move_actor, noise.shape), args)
+        (stats,) = self.compiled((move_actor, noise.shape), self.arguments(batch, noise, move_actor))
         if stats.device.type == "cuda":
             stats = stats.clone()  # the next replay of the graph writes to the same place
-        return dict(zip(self._stats[move_actor], stats.unbind(), strict=True))
+        return dict(zip(self.stat_names(move_actor), stats.unbind(), strict=True))
 
-    def _pure(self, *args: Tensor) -> tuple[Tensor, ...]:
+    def pure(self, *args: Tensor) -> tuple[Tensor, ...]:
         """`body` on tensors alone: those of the optimisers, targets and pi_k (changed in place), the minibatch's columns, noise."""
         rest = list(args)
 
@@ -174,9 +190,12 @@ def _adam(params: list[nn.Parameter], lr: float) -> Optimizer:
     return Optimizer([(params, lr)], Rule(eps=1e-8), math.inf)
 
 
-def _tied(net: nn.Module, layout: Optimizer) -> Tensor:
-    """A vector laid out like an optimiser's, of which the parameters of `net`, a copy of the network it moves, become views."""
-    vector = torch.zeros_like(layout.flat)
+def tied(net: nn.Module, layout: Optimizer, vector: Tensor | None = None) -> Tensor:
+    """A vector (a new one, or the one that is given) laid out like an optimiser's, of which the parameters of `net`, a copy of the network it moves,
+
+    become views.
+    """
+    vector = torch.zeros_like(layout.flat) if vector is None else vector
     with torch.no_grad():
         for p, view in zip(net.parameters(), layout.views(vector), strict=True):
             view.copy_(p)

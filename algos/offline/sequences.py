@@ -87,7 +87,7 @@ class SequenceSource(DatasetSource):
         first, end = data.bounds()
         lengths = end - first
         to_go = torch.from_numpy(data.returns_to_go(1.0, cut="zero"))
-        super().__init__(as_batch(data, agent, {"to_go": to_go.numpy()}), transform)
+        super().__init__(as_batch(data, agent, {"to_go": to_go.numpy()}), transform)  # type: ignore[arg-type]
         device = agent.device
         self.step_of = torch.from_numpy(np.arange(len(data)) - np.repeat(first, lengths)).to(device)
         self.end_of = torch.from_numpy(np.repeat(end, lengths)).to(device)

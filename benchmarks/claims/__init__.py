@@ -147,6 +147,7 @@ CLAIMS: dict[str, Claim] = {
     "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
     "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),
     "decision-transformer": Claim(_OFFLINE + "asked_returns", "slow"),
+    "decision-transformer@best-return": Claim(_OFFLINE + "asked_for_the_best", "slow"),
     "wsrl": Claim("markovia.claims.warm_start:pendulum", "slow"),
     "awac": Claim(_OFFLINE_EXACT + "weighted_regression"),
     "iql": Claim(_OFFLINE_EXACT + "in_sample_value"),

@@ -115,17 +115,31 @@ def guided(margin: float = 10.0, tier: str = "mix", seeds: int = 2) -> dict[str,
     return {"measured": measured, "bound": margin, "holds": holds, "a2pr": own, "td3-bc": plain, "advantage_of_the_model_minus_logged": gains}
 
 
-def asked_returns(targets: int = 5, rank: float = 0.9, slack: float = 5.0, seeds: int = 2, episodes: int = 100) -> dict[str, Any]:
-    """Decision Transformer on all tiers together: rank correlation of the returns asked for and achieved, worst of the seeds; and the score at the
+def asked_returns(targets: int = 5, rank: float = 0.9, seeds: int = 2) -> dict[str, Any]:
+    """Decision Transformer on all tiers together: rank correlation of the returns asked for and achieved, worst of the seeds."""
+    found = _asked(targets, seeds)
+    measured = min(float(stats.spearmanr(found["asked"], achieved).statistic) for achieved in found["achieved"])
+    return {"measured": measured, "bound": rank, "holds": measured >= rank, **found}
 
-    largest, which is the best of the data, against the 90th percentile of the data's episodes.
+
+def asked_for_the_best(slack: float = 5.0, seeds: int = 2) -> dict[str, Any]:
+    """The same asked for the data's best return: mean score minus the 90th percentile of the data's episodes, at least -slack; worst of the seeds.
+
+    That percentile is above what the expert reaches on average, which is 100: the return of an episode depends on where it starts.
     """
+    found = _asked(2, seeds)
+    measured = min(found["top_scores"]) - found["score_of_the_90th_percentile"]
+    return {"measured": measured, "bound": -slack, "holds": measured >= -slack, **found}
+
+
+def _asked(targets: int, seeds: int, episodes: int = 100) -> dict[str, Any]:
+    """Mean returns achieved when `targets` returns between the random tier's and the best of the data are asked for, per seed."""
     data = concatenate([pointmass_data(tier) for tier in TIERS], "pointmass2d/all")
     scale = data.about.reference
     assert scale is not None
     high = float(np.quantile(scale.score_pct(data.returns()), 0.9))
     asked = np.linspace(scale.minimum, float(data.returns().max()), targets)
-    ranks, tops, achieved = [], [], []
+    tops, achieved = [], []
     method = configure("decision-transformer", POINT)
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
@@ -135,12 +149,9 @@ def asked_returns(targets: int = 5, rank: float = 0.9, slack: float = 5.0, seeds
         while not driver.finished:
             driver.step()
         returns = [float(np.mean(evaluate_asked(setup.agent, POINT, episodes, seed, {}, r)["returns"])) for r in asked]  # type: ignore[arg-type]
-        ranks.append(float(stats.spearmanr(asked, returns).statistic))
         tops.append(float(scale.score_pct(returns[-1])))
         achieved.append(returns)
-    holds = min(ranks) >= rank and min(tops) >= high - slack
-    return {"measured": min(ranks), "bound": rank, "holds": holds, "asked": asked.tolist(), "achieved": achieved, "top_scores": tops,
-            "score_of_the_90th_percentile": high}  # fmt: skip
+    return {"asked": asked.tolist(), "achieved": achieved, "top_scores": tops, "score_of_the_90th_percentile": high}
 
 
 # -- pointmass: what ensembles know of actions that were not logged -------------------------------------------------------------------------
