@@ -133,10 +133,13 @@ def prompts(
     rows = [{"prompt": p} for p in TRAIN] if data is None else read_rows(data, ["prompt"], limit)
     rows = [{**r, "prompt": prompt_text(tokenizer, r["prompt"], chat, f"row {i} of {data}")} for i, r in enumerate(rows, start=1)]
     train, held = apart(rows, held_out)
-    return _task(
+    task = _task(
         train, held, tokenizer=tokenizer, rewards="markovia.envs.text.rewards:vader_compound" if rewards is None else rewards, weights=weights,
         max_new_tokens=max_new_tokens, group_size=group_size, model=model, temperature=temperature, solved=solved, reward_timeout=timeout,
     )  # fmt: skip
+    if task.solved != solved:
+        raise ValueError(f"solved names the reward function {solved!r}, the task has {', '.join(task.reward_names)}")
+    return task
 
 
 INSTRUCTION = f"Think step by step. Write the final number behind {MARK} in the last line."

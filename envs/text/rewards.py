@@ -6,7 +6,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,8 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def sample(i: int, prompts: Sequence[str], completions: Sequence[str]) -> str:
-    """Which sample a message is about."""
-    return f"completion {i} (prompt {_short(prompts[i])}, text {_short(completions[i])})"
+    """ (prompt ..., text ...), the texts of the sample that a message is about, shortened."""
+    return f" (prompt {_short(prompts[i])}, text {_short(completions[i])})"
 
 
 def _within(seconds: float | None, call: Callable[[], Any]) -> Any:
@@ -104,7 +104,7 @@ def _ask(
             except Exception as alone:
                 what = "took too long" if isinstance(alone, TimeoutError) else "failed"
                 raise RewardError(
-                    f"reward function {name_of(fn)!r} {what} on {sample(i, prompts, completions)}: {type(alone).__name__}: {alone}"
+                    f"reward function {name_of(fn)!r} {what} on completion {i}{sample(i, prompts, completions)}: {type(alone).__name__}: {alone}"
                 ) from error
         together = f"failed on {len(completions)} completions together, on none of them alone"
         raise RewardError(f"reward function {name_of(fn)!r} {together}: {type(error).__name__}: {error}") from error
@@ -112,23 +112,23 @@ def _ask(
 
 def _checked(fn: Callable[..., Any], values: Any, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
     """The values of one function as (n,) float64; raises RewardError that names the function and the sample."""
-    name, n = name_of(fn), len(completions)
+    name, n, which = name_of(fn), len(completions), partial(sample, prompts=prompts, completions=completions)
     if not isinstance(values, list | tuple) and (values is None or np.ndim(values) == 0):
         raise RewardError(f"reward function {name!r} returned {values!r}, expected a list of {n} numbers, one per completion")
     values = list(values)
     if len(values) != n:
-        missing = f"; the first without one is {sample(len(values), prompts, completions)}" if len(values) < n else ""
+        missing = f"; the first without one is completion {len(values)}{which(len(values))}" if len(values) < n else ""
         raise RewardError(f"reward function {name!r} returned {len(values)} values for {n} completions; return one per completion{missing}")
     out = np.empty(n, dtype=np.float64)
     for i, value in enumerate(values):
         if value is None:
-            raise RewardError(f"reward function {name!r} returned None for {sample(i, prompts, completions)}; return 0.0 where it does not apply")
+            raise RewardError(f"reward function {name!r} returned None for completion {i}; return 0.0 where it does not apply{which(i)}")
         try:
             out[i] = float(value)
         except (TypeError, ValueError) as e:
-            raise RewardError(f"reward function {name!r} returned {value!r}, which is no number, for {sample(i, prompts, completions)}") from e
+            raise RewardError(f"reward function {name!r} returned {value!r}, which is no number, for completion {i}{which(i)}") from e
         if not np.isfinite(out[i]):
-            raise RewardError(f"reward function {name!r} returned {out[i]} for {sample(i, prompts, completions)}; rewards must be finite")
+            raise RewardError(f"reward function {name!r} returned {out[i]} for completion {i}; rewards must be finite{which(i)}")
     return out
 
 

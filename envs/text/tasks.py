@@ -26,7 +26,7 @@ class TextTask:
     `rewards` follow TRL's signature `(prompts, completions, **columns) -> list[float]`; each column has one entry per prompt.
     `allowed(prompt_ids, response_ids) -> (V,) bool` may forbid next tokens. `model` and `temperature` say what the task was made for.
     `solved` names the reward function whose value above 0.5 says that a response is right: evaluations then draw `eval_samples` responses to each
-    prompt and tell pass@k. `reward_timeout` (seconds) bounds each reward function's time for a batch.
+    prompt and tell pass@k; a name that no function has is dropped. `reward_timeout` (seconds) bounds each reward function's time for a batch.
     Raises ValueError for no prompts, columns of another length, an empty encoded prompt, a response length or group size below 1, and for
     another number of weights than of reward functions.
     """
@@ -58,8 +58,8 @@ class TextTask:
             given = f"{self.max_new_tokens}, {self.group_size} and {self.eval_samples}"
             raise ValueError(f"max_new_tokens, group_size and eval_samples must be >= 1, got {given}")
         check_weights(self.rewards, self.weights)
-        if self.solved is not None and self.solved not in self.reward_names:
-            raise ValueError(f"solved names the reward function {self.solved!r}, the task has {', '.join(self.reward_names)}")
+        if self.solved not in self.reward_names:  # a ready task's reward was replaced by one that can't tell what is right
+            self.solved = None
         for split, prompts, columns in (("train", self.prompts, self.columns), ("held_out", self.held_out, self.held_out_columns)):
             for name, values in columns.items():
                 if len(values) != len(prompts):

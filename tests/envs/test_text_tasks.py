@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -222,7 +223,8 @@ def test_names_are_told_apart():
     with pytest.raises(ValueError, match="did you mean 'gsm8k'"):
         make_task("gsm8")
     with pytest.raises(ValueError, match=r"solved names the reward function 'right', the task has short"):
-        TextTask(["a"], CharTokenizer("abc"), [short], 2, solved="right")
+        prompts(rewards=short, model="smollm2", solved="right")
+    assert replace(arithmetic(1), rewards=[short]).solved is None  # another reward can't tell what is right
     with pytest.raises(ValueError, match="2 weights"):
         TextTask(["a"], CharTokenizer("abc"), [short], 2, weights=[1.0, 2.0])
 
@@ -250,8 +252,8 @@ def only_alone(prompts, completions):
         (fails_on_b, r"'fails_on_b' failed on completion 1 \(prompt 'q', text 'xb'\): KeyError: 'no such answer'"),
         (slow_on_b, r"'slow_on_b' took too long on completion 1 \(prompt 'q', text 'xb'\)"),
         (only_alone, "'only_alone' failed on 3 completions together, on none of them alone: MemoryError: too many"),
-        (lambda prompts, completions: [0.0, None, 0.0], r"None for completion 1 \(prompt 'q', text 'xb'\)"),
-        (lambda prompts, completions: [0.0, float("nan"), 0.0], r"nan for completion 1 \(prompt 'q', text 'xb'\).*finite"),
+        (lambda prompts, completions: [0.0, None, 0.0], r"None for completion 1; return 0.0 .* \(prompt 'q', text 'xb'\)"),
+        (lambda prompts, completions: [0.0, float("nan"), 0.0], r"nan for completion 1; rewards must be finite \(prompt 'q', text 'xb'\)"),
         (lambda prompts, completions: [0.0, "x", 0.0], r"'x', which is no number, for completion 1 \(prompt 'q'"),
         (lambda prompts, completions: [0.0], r"1 values for 3.*first without one is completion 1 \(prompt 'q'"),
         (lambda prompts, completions: [0.0] * 4, "4 values for 3"),
