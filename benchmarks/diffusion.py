@@ -1,7 +1,7 @@
 """Reward over KL of every way to align a denoiser, at equal compute, resumable: `python benchmarks/diffusion.py --seeds 0 1`.
 
 Compute is the number of samples that pass through a denoiser (policy, reference or the task's own; forward passes of sampling and training),
-the same for every cell: a first iteration tells what a chain costs, and the length of the run follows. A training method is measured at eight
+the same for every cell: a first iteration tells what a chain costs, and the length of the run follows. A training method is measured at five
 points of its run, for three strengths of its own regulariser; rlg trains by adjoint matching and goes on beyond it; fk-steering trains nothing
 and pays particles x steps for each sample instead. All methods see one kernel (final="mid", every step has a density), one reward and the
 presets of the task. itps steers paths by a sketch, which neither task has.
@@ -42,7 +42,8 @@ TRAINED = {
 DECODED = {"rlg": (0.5, 1.0, 1.5, 2.0, 3.0), "fk-steering": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)}  # w, lam
 METHODS = (*TRAINED, *DECODED)
 STRENGTHS = (0.3, 1.0, 3.0)
-POINTS = 8
+POINTS = 5
+NUM_STEPS = 20  # of both tasks' chains
 PENALTY = {"type": "KL", "estimator": "exact", "place": "loss", "beta": 0.1}  # of ddpo and ppo where the task's preset has none
 
 
@@ -63,13 +64,15 @@ class Meter:
         return self
 
 
-def settings(task: str, method: str, factor: float) -> Any:
-    """The presets' settings with the strength times `factor`."""
+def settings(task: str, method: str, factor: float, budget: int = 400_000) -> Any:
+    """The presets' settings with the strength times `factor`; data that a method draws first may cost half the budget."""
     from markovia.algos.presets import configure, override
 
     value = configure(method, task)
     if method in ("ddpo", "ppo") and value.divergence is None:
         value = override(value, {"divergence": PENALTY})
+    if method == "diffusion-dpo":
+        value = override(value, {"source": {"num_pairs": max(1, min(value.source.num_pairs, budget // (4 * NUM_STEPS)))}})
     path = TRAINED[method].split(".")
     now: Any = value
     for name in path:
@@ -115,7 +118,7 @@ def trained(task: str, method: str, factor: float, seed: int, budget: int, n: in
     from markovia.algos.denoising.measure import real_samples
     from markovia.algos.presets import override
 
-    value = settings(task, method, factor)
+    value = settings(task, method, factor, budget)
     value = override(value, {"num_env_steps": affordable(task, value, seed, budget)})
     setup, driver, meter = prepared(task, value, seed)
     data, part = real_samples(setup.agent, setup.task, seed), 0
@@ -195,10 +198,13 @@ def cell(task: str, method: str, strength: float, seed: int, budget: int, n: int
 
 
 def entries(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
-    """Every cell with budget and samples, seeds outermost, so that a grid that is stopped early has each method once."""
-    for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods):
-        for strength in {"rlg": (1.0,), "fk-steering": (4.0, 16.0)}.get(method, STRENGTHS):
-            yield task, method, strength, seed, args.budget, args.samples
+    """Every cell with budget and samples; first each method with the strength of its presets, so that a grid stopped early has all of them."""
+    others = {"rlg": (), "fk-steering": (16.0,)}
+    first = {"fk-steering": 4.0}
+    for seed, turn, task, method in itertools.product(args.seeds, range(len(STRENGTHS)), args.tasks, args.methods):
+        strengths = (first.get(method, 1.0), *others.get(method, [s for s in STRENGTHS if s != 1.0]))
+        if turn < len(strengths):
+            yield task, method, strengths[turn], seed, args.budget, args.samples
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -240,7 +246,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         low = {seed: [p["sample_return"] for m in members if m["seed"] == seed for p in m["points"] if p["kl_nats"] <= KL_LIMIT[task]]
                for seed in {m["seed"] for m in members}}  # fmt: skip
         below = [max(values) for values in low.values() if values]
-        paid = 20 * usual[0]["strength"] if name.startswith("fk") else mean("evaluations")
+        paid = NUM_STEPS * usual[0]["strength"] if name.startswith("fk") else mean("evaluations")
         best = f"{np.mean(below):.3f}" if below else "none"
         judge = f"{mean('sample_judge'):.3f}" if "sample_judge" in ends[0] else ""
         lines.append(

@@ -56,6 +56,7 @@ def test_strengths_multiply_the_presets(bench):
     assert bench.settings(MIXTURE, "ddpo", 3.0).divergence.beta == pytest.approx(0.3)
     assert bench.settings("markovia/Digits-v0", "adjoint-matching", 0.3).lam == pytest.approx(9.0)
     assert bench.settings(MIXTURE, "diffusion-dpo", 3.0).loss.beta == pytest.approx(15.0)
+    assert bench.settings(MIXTURE, "diffusion-dpo", 1.0, budget=8_000).source.num_pairs == 100  # 2 samples of 20 steps each: half of 8,000
 
 
 def test_the_front_holds_what_no_other_point_beats(bench):
