@@ -16,6 +16,7 @@ from markovia.agents.improved import improve
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.regularised import advantage_weight, calibrated, conservative_gap, expectile
 from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.slots import Behaviour
 from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.method import Offline
 from markovia.algos.offline.setup import make_agent
@@ -235,7 +236,7 @@ def _bandit_actor(method: Offline, q: Callable[[Tensor], Tensor], steps: int, lr
         batch = rows.sample(method.batch_size, generator)
         return batch, torch.randn((method.num_noises, *batch.action.shape), generator=generator)
 
-    if method.behaviour is not None:
+    if isinstance(method.behaviour, Behaviour):
         update = Update(nets)
         for _ in range(method.behaviour.steps):
             update.fit_behaviour(*draw())
