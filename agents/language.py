@@ -244,7 +244,7 @@ class LanguageAgent(Agent):
         watch: Callable[[Tensor], object] | None = None,
     ) -> Rollout:
         """One response per row of `starts` (prompt_ids (B, P) padded left, prompt_mask; optional texts, columns, group, max_new_tokens,
-        uniforms (B, T) in place of the generator's).
+        uniforms (B, T) in place of the generator's, goes_on(bool) -> bool that decides whether there is another step).
 
         Repeated prompts are read once and share their cache. The record has T = max_new_tokens columns; its reward is zero until scored.
         `watch` is called with each step's tokens (B,) as they are drawn. Raises ValueError when starts lack the prompts.
@@ -254,6 +254,7 @@ class LanguageAgent(Agent):
         device, tok = self.device, self.tokenizer
         prompt, mask = starts["prompt_ids"].to(device), starts["prompt_mask"].to(device).bool()
         B, T, V = len(prompt), int(starts.get("max_new_tokens") or self.options.max_new_tokens), tok.vocab_size
+        goes_on: Callable[[bool], bool] = starts.get("goes_on", bool)
         u = starts.get("uniforms")
         if u is None:  # drawn all at once, so an early stop leaves the generator where a full run would
             u = torch.rand((B, T), generator=generator, device=generator.device if generator else device, dtype=torch.float64)
@@ -286,7 +287,7 @@ class LanguageAgent(Agent):
             if watch is not None:
                 watch(token)
             alive = alive & (token != tok.eos_token_id)
-            if t + 1 == T or not bool(alive.any()):
+            if t + 1 == T or not goes_on(bool(alive.any())):
                 break
             seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
             with self._forward_mode():

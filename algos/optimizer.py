@@ -121,12 +121,16 @@ class Optimizer:
         """Everything that a step changes or reads, in a fixed order: what a compiled update takes as its first arguments."""
         return [self.flat, *(t for g in self.groups for t in (g.count, g.lr, *g.averages))]
 
+    def norm(self, grad: Tensor) -> Tensor:
+        """The length of the gradient (n,), ()."""
+        return torch.linalg.vector_norm(grad)
+
     def move(self, tensors: Sequence[Tensor], grad: Tensor, groups: int | None = None) -> Tensor:
         """One step in place on `tensors` (laid out as `tensors()`) along grad (n,); returns the gradient's norm before clipping, ().
 
         grad is scaled by min(1, max_grad_norm / (norm + 1e-6)). `groups` moves the first so many groups only.
         """
-        norm = torch.linalg.vector_norm(grad)
+        norm = self.norm(grad)
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         rest = iter(tensors[1:])
         for group in self.groups[:groups]:

@@ -103,6 +103,7 @@ def train(
     agent_options: dict[str, Any] | None = None,
     vectorization: str = "auto",
     device: str = "cpu",
+    shard: bool = False,
     num_checkpoints: int = 10,
     eval_episodes: int = 10,
     eval_checkpoints: bool = False,
@@ -125,6 +126,7 @@ def train(
                      agent.save, or a Hugging Face name
     dataset          what offline methods learn from (docs/offline-data.md): a Minari id, a D4RL file or "fixture:<name>"; env is then the task
                      that the policy is evaluated in
+    shard            under torchrun (docs/scaling.md): cut the language model over the processes instead of holding it whole in each
     num_checkpoints  at most so many, spread evenly over num_env_steps; environments are reseeded and reset at each, in every run, so that a run
                      that was killed and goes on with resume=True gives the same numbers as one that was never killed (CPU, same versions).
                      Fewer where the reset would come before an episode of full length can end (num_envs x the environment's time limit)
@@ -155,7 +157,7 @@ def train(
     for flag, value, least in (("seed", seed, 0), ("num_checkpoints", num_checkpoints, 1), ("eval_episodes", eval_episodes, 0)):
         if value < least:
             raise ValueError(f"{flag} must be >= {least}, got {value}")
-    workers, device = launched(device)
+    workers, device = launched(device, shard)
     writes = workers is None or workers.rank == 0  # of several processes the first one keeps the run folder
     _check_device(device)
     logged = None if dataset is None else str(dataset)
@@ -190,7 +192,8 @@ def train(
         judged = None if file is None else {**file, "judge": judge}
         beside: dict[str, Any] = {"references": references, "texts": None if texts is None else str(texts)}
         kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
-        setup = build(env, settings, seed, **kwargs, device=device, data=judged, dataset=logged, **beside)
+        at_first = "cpu" if shard else device  # a model that is cut goes to its device in parts
+        setup = build(env, settings, seed, **kwargs, device=at_first, data=judged, dataset=logged, **beside)
     except TypeError as e:
         if "unexpected keyword argument" not in str(e):
             raise
@@ -201,13 +204,14 @@ def train(
     if setup.kind == "language" and isinstance(settings, OnPolicy):
         from markovia.algos.on_policy.memory import before_run
 
-        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens, 1 if workers is None else workers.size)
+        size = 1 if workers is None else workers.size
+        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens, size, shard)
         if progress and writes:
             print(needed)
     if workers is None:
         driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
     else:
-        driver = shared_driver(settings, setup.agent, setup.collector, seed, workers, setup.references, setup.texts)
+        driver = shared_driver(settings, setup.agent, setup.collector, seed, workers, setup.references, setup.texts, device)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
 
     # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
@@ -237,6 +241,7 @@ def train(
         for sink in loop.sinks:
             sink.close()
         setup.collector.close()
+    evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
     if not writes:
         return RunResult(run, setup.agent, {})
     done = {
@@ -245,7 +250,7 @@ def train(
         "num_env_steps": driver.num_env_steps,
         "seconds": round(time.monotonic() - loop.began, 3),
         "compile_seconds": round(driver.compile_seconds, 3),
-        "evaluation": summary(setup.evaluate(setup.agent, eval_episodes, seed)) if eval_episodes else None,
+        "evaluation": None if evaluation is None else summary(evaluation),
     }
     if eval_checkpoints and eval_episodes:
         scores = [row["eval_return"] for row in metrics.read() if row.get("eval_return") is not None]
@@ -368,14 +373,15 @@ class _Loop:
                 verdict = "seconds"
             verdict = verdict if self.workers is None else self.workers.first(verdict)
             due = driver.finished or verdict is not None or self._part() > part
+            evaluation = self.setup.evaluate(self.agent, self.eval_episodes, self.driver.seed) if due and self.eval_episodes else None
             if self.workers is not None and self.workers.rank > 0:
                 if due:
-                    driver.boundary()
+                    self._follow()
                 if verdict is not None and not driver.finished:
                     return str(verdict)
                 continue
-            if due and self.eval_episodes:
-                found = summary(self.setup.evaluate(self.setup.agent, self.eval_episodes, self.driver.seed))
+            if evaluation is not None:
+                found = summary(evaluation)
                 stats |= {"eval_return": found["mean"]} | {f"eval_{k}": found[k] for k in ("pass@1", "pass@8") if k in found}
             if due and self.watch is not None:
                 stats |= self.watch.look(stats["iteration"])
@@ -390,6 +396,18 @@ class _Loop:
                 why = verdict
                 break
         return why
+
+    @property
+    def agent(self) -> Any:
+        """The agent that samples for an evaluation: of several processes, all together."""
+        return self.setup.agent if self.workers is None else self.driver.agent
+
+    def _follow(self) -> None:
+        """What the other processes do while the first one writes a checkpoint: their parts of a model that is cut are asked for in the same order."""
+        if self.workers is not None and self.workers.sharded:
+            self.setup.agent.state()
+            self.driver.state()
+        self.driver.boundary()
 
     def _show_texts(self, stats: dict[str, Any], due: bool) -> None:
         """Of text runs the spread of the batch's rewards, and at checkpoints some of its texts: samples/<iteration>.jsonl."""

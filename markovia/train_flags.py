@@ -31,6 +31,7 @@ class TrainFlags:
     agent_options: str = "{}"  # JSON object of the agent's options, e.g. '{"hidden": [256, 256]}'
     vectorization: str = "auto"  # sync, async, mujoco (one batch), envpool or auto (control)
     device: str = "cpu"  # where the networks live
+    shard: bool = False  # under torchrun: cut the language model over the processes instead of holding it whole in each
     num_checkpoints: int = 10  # at most; spread over num_env_steps, never closer than an episode of full length
     eval_episodes: int = 10  # greedy episodes or samples at the end; 0 leaves the evaluation out
     eval_checkpoints: bool = False  # evaluate at every checkpoint too

@@ -7,7 +7,7 @@ This is the only place with loops, optimisers and side effects.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -92,9 +92,12 @@ class OnPolicyDriver(Budget):
             self.dual_optimizer = Optimizer([([self.dual], method.controller.lr)], Rule(eps=1e-8), math.inf)
         self.collector.reset(stream_seed(seed, "env", 0))
 
+    def _make_optimizer(self, solver: Descent, groups: Sequence[tuple[list[nn.Parameter], float]]) -> Optimizer:
+        return make_optimizer(solver, groups)
+
     def _add_update(self, name: str, solver: Descent, loss: LossFn, roles: tuple[Role, ...], compile: bool) -> None:
         lrs = {"policy": solver.lr, "value": solver.lr if solver.value_lr is None else solver.value_lr}
-        optimizer = make_optimizer(solver, [(self.agent.parameters(role), lrs[role]) for role in roles])
+        optimizer = self._make_optimizer(solver, [(self.agent.parameters(role), lrs[role]) for role in roles])
         extra, joint = self.extra if name == "main" else None, "value" in roles and name == "main"
         self.updates[name] = Update(name, self.method, self.agent, solver, loss, joint, optimizer, compile, extra)
 

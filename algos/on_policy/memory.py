@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from markovia.agents.checkpointing import layers_of
 from markovia.agents.interface import Agent
 from markovia.agents.language import CHUNK_LOGITS, LanguageAgent
 from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
@@ -102,8 +103,10 @@ class Memory:
         return f"about {self.total / GB:.3g} GB: {told[0]}; then the largest of {told[1]}"
 
 
-def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, processes: int = 1) -> Memory:
+def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, processes: int = 1, shard: bool = False) -> Memory:
     """The sizes of a run with prompts and responses of at most so many tokens, for each of the processes that share its rows.
+
+    With `shard` a process holds its part of the model, and the layer that it computes.
 
     A few tokens are passed through the model to find them.
     """
@@ -114,10 +117,12 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
     # A minibatch that is the whole batch keeps the responses to a prompt together, so that a pack reads it once for all of them.
     sharing = method.group_size if agent.options.packed and isinstance(solver, Descent) and solver.minibatch is None else 1
     weights, (activation, once) = tensor_bytes(agent), activation_bytes(agent, -(-prompt // sharing) + new - 1)
+    layer = weights // len(layers_of(agent.net["policy"])) if shard else 0
+    cut = processes if shard else 1
     exact = isinstance(method.divergence, KL) and method.divergence.estimator == "exact"
     return Memory(
-        weights=weights, reference=weights if "ref" in method.references and agent.options.lora is None else 0,
-        trainable=sum(p.numel() for p in trained), item=trained[0].element_size(),
+        weights=weights // cut + layer, reference=weights if "ref" in method.references and agent.options.lora is None else 0,
+        trainable=sum(p.numel() for p in trained) // cut, item=trained[0].element_size(),
         slots=Rule(solver.optimizer).slots if isinstance(solver, Descent) else 0,
         rows=-(-method.num_envs // processes), part=part, prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
         cache=cache_bytes(agent), activation=activation, once=once,
@@ -156,10 +161,10 @@ def check(memory: Memory, free: float, total: float) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int, processes: int = 1) -> str:
+def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int, processes: int = 1, shard: bool = False) -> str:
     """One line about the memory that a run (each of its processes) will need, after `check`."""
     assert isinstance(agent, LanguageAgent)
-    memory = estimate(agent, method, prompt, new, processes)
+    memory = estimate(agent, method, prompt, new, processes, shard)
     free, total = available(agent.device)
     check(memory, free, total)
     return f"memory: {memory}" + (f"; {free / GB:.3g} GB are free beside the weights" if free < math.inf else "")

@@ -65,10 +65,12 @@ class Update:
         self.optimizer = optimizer
         self.compiled = Compiled(self._pure, static=len(optimizer.tensors())) if compile else None
         self._names: tuple[str, ...] = ()
-        names = {id(p): name for name, p in agent.net.named_parameters()}
-        self._param_names = [f"net.{names[id(p)]}" for p in optimizer.params]
         self._module = _Around(agent.net)
         self._paired = isinstance(method.tokens, Partner) and loss is policy_loss
+
+    def _param_names(self) -> list[str]:
+        names = {id(p): name for name, p in self.agent.net.named_parameters()}
+        return [f"net.{names[id(p)]}" for p in self.optimizer.params]
 
     def begin(self, rollout: Rollout, chance: torch.Generator | None = None) -> None:
         """Take the record whose minibatches follow; `chance` draws the rows of the auxiliary loss."""
@@ -155,7 +157,7 @@ class Update:
             loss.backward()
             pieces.append({**stats, "tokens": part.mask.sum(), "omega": omega[piece].sum()})
         if self.workers is not None:
-            self.workers.add(self.optimizer.grad)
+            self.workers.sum_gradients(self.optimizer)
             pieces = self.workers.pieces(pieces, index.device)
         out = {k: _joined(k, pieces) for k in pieces[0] if k not in ("tokens", "omega")}
         if self.extra is not None and extra is not None:  # everyone takes it whole, so it comes after the sum
@@ -178,7 +180,7 @@ class Update:
         part, omega = self._prepared(replace(part, mask=part.mask & real[:, None]))
         with torch.enable_grad():
             params = [v.detach().requires_grad_() for v in self.optimizer.views(state[0])]
-            named = dict(zip(self._param_names, params, strict=True))
+            named = dict(zip(self._param_names(), params, strict=True))
             if self._surveys:
                 part.columns |= functional_call(self._module, named, (self._survey, part))
             loss, stats = functional_call(self._module, named, (self._terms, part, omega, coef))

@@ -1,5 +1,6 @@
 """Several processes that share a batch: records, statistics and parameters are those of one process with all rows."""
 
+import json
 import os
 import pickle
 import socket
@@ -19,10 +20,12 @@ from markovia.algos.collect import SequenceCollector
 from markovia.algos.distributed import SharedAgent, SharedTask, Workers, launched, shared_driver
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.presets import override
+from markovia.algos.sharding import local
 from markovia.algos.systems import find
 from markovia.envs.text.tasks import TextTask
 from markovia.envs.text.tokens import CharTokenizer
 from markovia.rundir import Metrics, checkpoints
+from markovia.runs import load_run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +159,77 @@ def test_the_record_is_that_of_one_process_and_the_work_is_shared():
         assert outcome["rewards"].keys() == want.outcome["rewards"].keys()
 
 
+# -- a model that is cut over the processes ----------------------------------------------------------------------------------------------
+
+CUT: dict[str, tuple] = {  # row, agent options, settings
+    "grpo with LoRA": ("grpo", {"lora": {"r": 2}}, {}),
+    "dr-grpo": ("grpo/dr-grpo", {"gradient_checkpointing": True}, {"solver": {"max_grad_norm": 0.1}}),
+    "ppo with Adam": (
+        "ppo-rlhf", {"lora": {"r": 2}, "value_head": True}, {"group_size": 1, "solver": {"optimizer": "adam", "eps": 1e-3, "lr": 1e-2}},
+    ),
+}
+
+
+def cut_run(case, workers=None, steps=2):
+    """Weights, the optimiser's state and statistics after some iterations, and what a new driver makes of the first two."""
+    name, options, changes = CUT[case]
+    settings = override(override(method(name), {"refresh": {"type": "Fixed"}, "solver": {"micro": 2}}), changes)
+
+    def driver():
+        collector = SequenceCollector(task(settings.group_size), settings.num_envs)
+        agent = tiny(**options)
+        return OnPolicyDriver(settings, agent, collector) if workers is None else shared_driver(settings, agent, collector, 0, workers)
+
+    first = driver()
+    stats = [first.step() for _ in range(steps)]
+    state, averages = first.agent.state(), first.updates["main"].optimizer.state()
+    second = driver()
+    second.load_state(*first.state())
+    again = second.agent.state(), second.updates["main"].optimizer.state()
+    clone = [{k: v.clone() for k, v in x.items()} for x in (state, averages, *again)]
+    parts = {n: tuple(local(p).shape) for n, p in first.agent.net.named_parameters()}
+    return (*clone, stats, parts)
+
+
+def cut_cases(workers):
+    workers.sharded = True
+    return {case: cut_run(case, workers) for case in CUT}
+
+
+@pytest.fixture(scope="module")
+def cut():
+    return together(cut_cases)
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_model_cut_over_two_processes_learns_as_a_whole_one(case, cut):
+    state, averages, _, _, stats, whole_shapes = cut_run(case)
+    for rank in (0, 1):
+        got, got_averages, again, again_averages, found, shapes = cut[rank][case]
+        assert got.keys() == state.keys() and got_averages.keys() == averages.keys()
+        for k in state:
+            torch.testing.assert_close(got[k], state[k], rtol=1e-4, atol=1e-5)
+        for k in averages:
+            torch.testing.assert_close(got_averages[k], averages[k], rtol=1e-3, atol=1e-5)
+        assert all(torch.equal(again[k], got[k]) for k in got) and all(torch.equal(again_averages[k], got_averages[k]) for k in averages)
+        for one, other in zip(stats, found, strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-4, nan_ok=True)
+        table = next(n for n in shapes if "embed_tokens" in n)
+        assert shapes[table] == (6, 16) and whole_shapes[table] == (12, 16)  # half of the rows each
+
+
+def test_what_a_cut_model_cannot_do_is_told():
+    from markovia.algos.distributed import _check_sharded
+
+    grpo = override(find("grpo").value, {"num_envs": 12, "group_size": 4})
+    with pytest.raises(ValueError, match="train LoRA"):
+        _check_sharded(grpo, tiny(), 2)
+    with pytest.raises(ValueError, match=r"2 processes take equally many rows .* \(got \[3\]\)"):
+        _check_sharded(override(grpo, {"solver": {"minibatch": 3}}), tiny(lora={"r": 2}), 2)
+    with pytest.raises(ValueError, match="can't be a filter"):
+        _check_sharded(override(find("grpo/dapo").value, {"num_envs": 12, "group_size": 4}), tiny(lora={"r": 2}), 2)
+
+
 def fewer_rows_than_processes(workers):
     settings = override(find("rloo").value, {"num_envs": 2, "group_size": 2, "solver": {"optimizer": "sgd", "lr": 0.1, "minibatch": None}})
     driver = shared_driver(settings, tiny(), SequenceCollector(task(2), 2), 0, workers)
@@ -182,25 +256,39 @@ def test_what_is_not_text_is_refused():
         shared_driver(find("rloo").value, Chain(), None, 0, None)
 
 
+def torchrun(*flags, size=2):
+    """A command on several processes; its output."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
+    command = [sys.executable, *launcher, "-m", "markovia", *flags]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+FLAGS = ["train", "grpo", "--env", "markovia/Arithmetic-v0", "--num-envs", "16", "--num-env-steps", "64", "--solver.optimizer", "sgd"]
+FLAGS += ["--solver.lr", "0.1", "--eval-episodes", "3", "--num-checkpoints", "2", "--agent-options", '{"lora": {"r": 4}}']
+
+
 @pytest.mark.slow
-def test_torchrun_writes_the_run_of_one_process(tmp_path):
-    """The command line: one run folder, the numbers of one process, and two processes go on with the folder of one."""
-    flags = ["train", "grpo", "--env", "markovia/Arithmetic-v0", "--num-envs", "16", "--num-env-steps", "64", "--solver.optimizer", "sgd"]
-    flags += ["--solver.lr", "0.1", "--eval-episodes", "4", "--num-checkpoints", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, "-m", "markovia", *flags, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("64 steps in") == 1
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["whole", "cut"])
+def test_torchrun_writes_the_run_of_one_process(more, tmp_path):
+    """The command line: one run folder, the numbers and the evaluation of one process, and two processes go on with the folder of one."""
+    torchrun(*FLAGS, "--out", str(tmp_path / "one"), size=1)
+    assert torchrun(*FLAGS, *more, "--out", str(tmp_path / "two")).count("64 steps in") == 1
     one, two = (Metrics(tmp_path / name).read() for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
-        told = {k for k in a if k not in ("seconds", "steps_per_second")}
+        told = {k for k in a if k not in ("seconds", "steps_per_second", "reward_histogram")}
         assert {k: b[k] for k in told} == pytest.approx({k: a[k] for k in told}, rel=1e-3, abs=1e-4)
     weights = [load_tensors(checkpoints(tmp_path / name)[-1] / "driver.safetensors")[0] for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
     assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-5
-    assert (tmp_path / "two" / "done.json").is_file() and not [p for p in tmp_path.iterdir() if p.name not in ("one", "two")]
-    command = [sys.executable, *torchrun, "-m", "markovia", *flags, "--out", str(tmp_path / "one"), "--resume"]
-    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300).returncode == 0
+    done = [json.loads((tmp_path / name / "done.json").read_text())["evaluation"] for name in ("one", "two")]
+    assert done[0]["completions"] == done[1]["completions"]
+    assert load_run(tmp_path / "two").agent.state().keys() == load_run(tmp_path / "one").agent.state().keys()
+    torchrun(*FLAGS, *more, "--out", str(tmp_path / "one"), "--resume")
+
+
+def test_cutting_a_model_needs_several_processes():
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        launched("cpu", shard=True)
