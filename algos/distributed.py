@@ -224,7 +224,7 @@ def shared_driver(
 
 def _check_sharded(method: OnPolicy, agent: Any, size: int) -> None:
     solvers = [s for s in (method.solver, method.value.separate) if isinstance(s, Descent)]
-    uneven = [n for n in (s.minibatch or method.num_envs for s in solvers) if n % size or method.num_envs % n]
+    uneven = [n for n in (min(s.minibatch or method.num_envs, method.num_envs) for s in solvers) if n % size or method.num_envs % n]
     if uneven or method.filter is not None:
         raise ValueError(
             f"with a sharded model {size} processes take equally many rows of every minibatch: num_envs={method.num_envs} must be a multiple of the "
