@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from markovia.algos.denoising.methods import DENOISING, ChainMethod
-from markovia.algos.diffusion_policy.method import Imitation
+from markovia.algos.diffusion_policy.method import Imitation, TwoLayer
 from markovia.algos.diffusion_policy.methods import DIFFUSION_POLICY
 from markovia.algos.measures import MEASURES
 from markovia.algos.off_policy.method import OffPolicy
@@ -23,7 +23,7 @@ from markovia.algos.safe.methods import SAFE
 from markovia.algos.table import Row, nearest, table
 
 # What a driver can be built for, one settings class per family.
-Method = OnPolicy | OffPolicy | Offline | WarmStart | ReturnConditioned | ChainMethod | Preference | Imitation | RewardTraining
+Method = OnPolicy | OffPolicy | Offline | WarmStart | ReturnConditioned | ChainMethod | Preference | Imitation | TwoLayer | RewardTraining
 
 
 def rows() -> dict[str, Row]:

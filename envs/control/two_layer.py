@@ -44,7 +44,7 @@ class TwoLayerEnv(gym.Env, gym.utils.RecordConstructorArgs):
             raise ValueError(f"expected num_steps >= 1 and act_steps <= horizon, got {num_steps}, {act_steps} and {horizon}")
         self.env, self.num_steps, self.act_steps = ChunkEnv(env, act_steps, obs_steps), num_steps, act_steps
         self._inner: Any = env.action_space
-        self._shape = (horizon, int(np.prod(self._inner.shape)))
+        self._shape = (horizon, int(spaces.flatdim(self._inner)))
         self.action_space = spaces.Box(-bound, bound, self._shape, np.float32)
         self.observation_space = spaces.Dict(
             obs=self.env.observation_space, sample=spaces.Box(-np.inf, np.inf, self._shape, np.float32), step=spaces.Discrete(num_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from typing import Any
 
@@ -33,12 +34,14 @@ from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.surrogates import ChainClip, Clip, chain_clip
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, evaluate_stepped, make_driver
+from markovia.algos.systems import Method, find
 from markovia.envs.control.chunks import ChunkEnv, make_chunk_vec
 from markovia.envs.control.two_layer import TwoLayerEnv
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.exact.linear_control import LinearControl, best_gains, linear_return
 from markovia.envs.exact.offline import obstacle_data, pointmass_data
 from markovia.runs import train
+from markovia.settings import from_json, to_json
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -523,11 +526,10 @@ def test_settings_say_what_is_wrong(make, message):
         make()
 
 
-def test_rows_are_whole():
-    from markovia.algos.systems import find
-
+def test_rows_are_whole_and_survive_the_run_folder():
     for name, row in DIFFUSION_POLICY.items():
         assert find(name) is row and find(row.parent) and row.kinds == ("control",)
+        assert from_json(Method, json.loads(json.dumps(to_json(row.value)))) == row.value
 
 
 def test_obstacle_data_hold_both_ways():
