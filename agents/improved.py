@@ -69,22 +69,22 @@ def slope(q: ActionValue, raw: Tensor) -> Tensor:
         return torch.autograd.grad(q(torch.tanh(raw)).sum(), raw)[0]
 
 
-@torch.no_grad()
 def improve(q: ActionValue, log_weight: Tensor, mean: Tensor, cov: Tensor, *, log_tau: float, min_weight: float) -> Tensor:
     """The best by Q of one candidate per mode and of Jensen's, (b, d) before the tanh: the mixture operator.           [arXiv 2211.15956]
 
     A mode counts with a weight of at least `min_weight`, the heaviest always. One mode alone is the single-Gaussian operator; log_tau = 0 gives the
     best mode's mean.
     """
-    weight = log_weight.exp()
-    counts = (weight >= min_weight) | (weight >= weight.amax(-1, keepdim=True))
-    modes = ellipsoid_step(mean, cov, slope(q, mean), (2.0 * mode_budgets(log_weight, cov, log_tau=log_tau)).sqrt())
-    center, whole, square = jensen_ellipsoid(log_weight, mean, cov, log_tau=log_tau)
-    joint = ellipsoid_step(center, whole, slope(q, center[:, None])[:, 0], square.clamp(min=0.0).sqrt())
-    found = torch.cat([modes, joint[:, None]], 1)
-    allowed = torch.cat([counts, (square >= 0.0)[:, None]], 1)
-    best = q(torch.tanh(found)).masked_fill(~allowed, -torch.inf).argmax(1)
-    return found[torch.arange(len(best), device=best.device), best]
+    with torch.no_grad():
+        weight = log_weight.exp()
+        counts = (weight >= min_weight) | (weight >= weight.amax(-1, keepdim=True))
+        modes = ellipsoid_step(mean, cov, slope(q, mean), (2.0 * mode_budgets(log_weight, cov, log_tau=log_tau)).sqrt())
+        center, whole, square = jensen_ellipsoid(log_weight, mean, cov, log_tau=log_tau)
+        joint = ellipsoid_step(center, whole, slope(q, center[:, None])[:, 0], square.clamp(min=0.0).sqrt())
+        found = torch.cat([modes, joint[:, None]], 1)
+        allowed = torch.cat([counts, (square >= 0.0)[:, None]], 1)
+        best = q(torch.tanh(found)).masked_fill(~allowed, -torch.inf).argmax(1)
+        return found[torch.arange(len(best), device=best.device), best]
 
 
 def lower_bound(q: Tensor, *, pessimism: float) -> Tensor:
