@@ -26,7 +26,7 @@ from markovia.agents.distributions import Categorical
 from markovia.agents.export import export
 from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.packing import hidden_states, make_packs, probe, unfit
-from markovia.agents.pretrained import LanguageOptions, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
+from markovia.agents.pretrained import LanguageOptions, matrices_in_bfloat16, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
 from markovia.agents.records import Rollout
 from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, response_valid, token_logp, unpack
 from markovia.envs.text.tokens import as_tokenizer
@@ -375,6 +375,17 @@ class LanguageAgent(Agent):
         ref = copy.copy(self)
         ref._adapters_off = True
         return ref
+
+    def compact(self) -> LanguageAgent:
+        """This frozen copy with its matrices in bfloat16, as autocast makes them at every pass: the same numbers, half the memory.
+
+        Not for weights that will move. Raises ValueError without bf16, where the numbers would change.
+        """
+        if not self.options.bf16:
+            raise ValueError("matrices are kept in bfloat16 only where the network runs in it; build the agent with bf16=True")
+        self._packing()  # is tried out in float32
+        matrices_in_bfloat16(self._lm)
+        return self
 
     def config(self) -> dict[str, Any]:
         """Plain JSON: options, the base's name with the hash of its weights (LoRA), or the architecture and tokenizer themselves."""

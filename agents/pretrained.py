@@ -54,6 +54,15 @@ class LanguageOptions:
             raise ValueError(f"expected max_new_tokens >= 1 and num_costs >= 0, got {self.max_new_tokens} and {self.num_costs}")
 
 
+def matrices_in_bfloat16(network: nn.Module) -> None:
+    """Convert the linear layers of a frozen network in place; a weight that is an embedding's too stays, since autocast leaves embeddings alone."""
+    embedded = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in embedded:
+            for p in module.parameters():
+                p.data = p.data.bfloat16()
+
+
 def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     """The model with trainable low-rank adapters, its own weights frozen; `lora` holds peft's settings.
 

@@ -104,7 +104,7 @@ def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str
             if len(marks) == WARM:
                 _reset_peak()
 
-    tokenizer = load_tokenizer("smollm2").inner
+    tokenizer = load_tokenizer("smollm2")
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, per_device_train_batch_size=PAIRS, max_steps=steps + WARM, learning_rate=1e-6, bf16=precision == "bf16", use_cpu=True,

@@ -188,3 +188,16 @@ def test_a_wrong_result_is_noticed():
     assert unfit(network, lambda: right, lambda: right) is None
     assert "off by" in unfit(network, lambda: right + torch.tensor([0.0, 0.5, 0.0, 0.0]), lambda: right)
     assert "IndexError" in unfit(network, lambda: [][0], lambda: right)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compact_copy_says_the_same_to_the_bit(packed):
+    agent = LanguageAgent(model("llama", tie_word_embeddings=True), CharTokenizer(LETTERS), bf16=True, packed=packed)
+    reference = agent.reference()
+    before = reference.evaluate(record(), ["logp", "entropy"])
+    kinds = {p.dtype for p in reference.compact().net.parameters()}
+    after = reference.evaluate(record(), ["logp", "entropy"])
+    assert kinds == {torch.float32, torch.bfloat16} and torch.equal(before.logp, after.logp) and torch.equal(before.entropy, after.entropy)
+    assert {p.dtype for p in agent.net.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="bf16=True"):
+        LanguageAgent(model(), CharTokenizer(LETTERS)).reference().compact()
