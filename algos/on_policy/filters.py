@@ -67,7 +67,7 @@ def join(parts: Sequence[Rollout]) -> Rollout:
 def joined(values: Sequence[Any]) -> Any:
     """Tensors, lists, or dictionaries of them, one behind the other."""
     if isinstance(values[0], Tensor):
-        return torch.cat(values)
+        return torch.cat(list(values))
     if isinstance(values[0], dict):
         return {k: joined([v[k] for v in values]) for k in values[0]}
     return [x for v in values for x in v]
