@@ -18,6 +18,7 @@ from markovia.envs.denoising.unet import chosen_row
 
 Prompts = Sequence[str] | Sequence[int]
 EXAMPLE = "example"
+CHUNK = 32  # prompts that are encoded together
 
 
 class _Reached(Exception):
@@ -167,31 +168,35 @@ class PipelineDenoiser(nn.Module):
                 if name is None
                 else f"{type(pipe).__name__} draws what it is asked for: give prompts, a list of {'texts' if name == 'prompt' else 'class numbers'}."
             )
-        alone = recorded_call(pipe, prompts, guidance=1.0, **call)
-        sample, time = alone.pop("sample"), alone.pop("timestep")
-        n = 0 if prompts is None else len(prompts)
-        tensors = {k: v for k, v in flat(alone).items() if isinstance(v, Tensor) and v.ndim > 0 and len(v) == max(n, 1)}
-        fixed = {k: v for k, v in flat(alone).items() if k not in tensors and v is not None}
-        none = cls._none(pipe, prompts, tensors, **call) if n else {}
-        rows = {k: torch.cat([none[k] if none else torch.zeros_like(v[:1]), v]).detach() for k, v in tensors.items()}
-        first = float(torch.as_tensor(pipe.scheduler.timesteps[0]))
-        scale = float(torch.as_tensor(time).flatten()[0]) / first
-        source = {"folder": folder, "prompts": None if prompts is None else list(prompts), "call": call}
+        asked: list[Any] = list(prompts or ())
+        parts = [flat(recorded_call(pipe, asked[i : i + CHUNK], guidance=1.0, **call)) for i in range(0, max(len(asked), 1), CHUNK)]
+        sample, time = (parts[0].pop(key) for key in ("sample", "timestep"))
+        size = len(asked[:CHUNK]) or 1
+        names = [k for k, v in parts[0].items() if isinstance(v, Tensor) and v.ndim > 0 and len(v) == size]
+        fixed = {k: v for k, v in parts[0].items() if k not in names and v is not None}
+        none = cls._none(pipe, asked[:1], {k: parts[0][k][:1] for k in names}, **call) if asked else {}
+        try:
+            rows = {k: torch.cat([none[k] if none else torch.zeros_like(parts[0][k][:1]), *(p[k] for p in parts)]).detach() for k in names}
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(pipe).__name__} pads its prompts to different lengths ({error}); give at most {CHUNK} prompts, or prompts of one length."
+            ) from error
+        scale = float(torch.as_tensor(time).flatten()[0]) / float(torch.as_tensor(pipe.scheduler.timesteps[0]))
+        source = {"folder": folder, "prompts": asked or None, "call": call}
         return cls(denoiser_of(pipe)[1], rows, fixed, scale, bool(none), source), tuple(sample.shape[1:])
 
     @staticmethod
-    def _none(pipe: Any, prompts: Any, tensors: dict[str, Tensor], **call: Any) -> dict[str, Tensor]:
-        """The pipeline's own unconditional inputs: the other half of a guided call; empty where it does not double its batch.
+    def _none(pipe: Any, prompts: Any, rows: dict[str, Tensor], **call: Any) -> dict[str, Tensor]:
+        """The pipeline's own unconditional inputs, one row: the other half of a guided call; empty where it does not double its batch.
 
-        Which half that is differs between pipelines; it is the one that does not hold what the unguided call held.
+        Which half that is differs between pipelines; it is the one that does not hold what the unguided call held (`rows`).
         """
         both = flat(recorded_call(pipe, prompts, guidance=2.0, **call))
-        n = len(prompts)
-        if len(both["sample"]) != 2 * n:
+        if len(both["sample"]) != 2:
             return {}
-        halves = [{k: both[k][part] for k in tensors} for part in (slice(0, n), slice(n, None))]
-        same = [all(torch.equal(half[k], v) for k, v in tensors.items()) for half in halves]
-        return {k: v[:1] for k, v in halves[same.index(True) ^ 1].items()} if any(same) else {}
+        halves = [{k: both[k][i : i + 1] for k in rows} for i in (0, 1)]
+        same = [all(torch.allclose(half[k].double(), v.double(), rtol=1e-3, atol=1e-3) for k, v in rows.items()) for half in halves]
+        return halves[same.index(True) ^ 1] if any(same) else {}
 
     @classmethod
     def from_folder(cls, folder: str, prompts: Prompts | None, call: dict[str, Any]) -> PipelineDenoiser:
