@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 
@@ -20,6 +22,24 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward` now, and once more in the backward pass under the same function modes (packed attention is one), which torch does not do itself."""
+    modes = _get_current_function_mode_stack()
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _within(modes)
+
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextlib.contextmanager
+def _within(modes: list[Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
+
+
 @contextlib.contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Forward passes in here keep the inputs of the layers instead of what happens inside.
@@ -28,7 +48,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     """
     layers = layers_of(model)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = functools.partial(_again, layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
