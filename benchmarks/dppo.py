@@ -118,7 +118,8 @@ def verdict(rows: list[Cell], task: str) -> dict[str, Any] | None:
     mean = lambda m, key: float(np.mean([r[key] for r in found[m]]))  # noqa: E731
     improvement = {m: (mean(m, "after") - mean(m, "before")) / max(abs(mean(m, "before")), 1e-9) for m in METHODS}
     in_time = max(r["seconds"] for r in found["dppo"]) <= 60 * MINUTES * 1.05
-    return {"task": task, "improvement": improvement, "holds": bool(in_time and improvement["dppo"] >= max(0.5, improvement["ppo"]))}
+    holds = in_time and improvement["dppo"] >= 0.5 and improvement["dppo"] > improvement["ppo"]
+    return {"task": task, "improvement": improvement, "holds": bool(holds)}
 
 
 def table(rows: list[Cell]) -> str:
