@@ -276,24 +276,29 @@ def path(population: Population, loss: Any, steps: int, every: int, lr: float = 
     return out
 
 
-def equal_kl(bed: Bed, method_id: str, steps: int = 600, tries: int = 12) -> dict[str, Any]:
+def equal_kl(bed: Bed, method_id: str, steps: int = 600, tries: int = 9) -> dict[str, Any]:
     """Measures of a method where its policy is `bed.nats` from the reference.
 
-    The strength is found by halving its interval until the policy at the end of training is there (within 2 %); where no strength leads there, the
-    descent with the row's own setting is stopped where it passes, and where it never does, its end is told with reached = False.
+    The strength is searched for which the policy at the end of training is there (within 2 %): by secants of log KL over its logarithm, by halving
+    the interval where those leave the bracket. Where no strength leads there, the descent with the row's own setting is stopped where it passes, and
+    where it never does, its end is told with reached = False.
     """
     population, own = Population(method_id, bed), on_the_scale_of_logits(PREFERENCE[method_id].value.loss)
-    low, high = np.log(1e-2), np.log(30.0)
+    strength, low, high = 1.0, 1e-3, 1e3
+    before: tuple[float, float] | None = None
     for _ in range(tries):
-        strength = float(np.exp((low + high) / 2))
         end = path(population, with_strength(own, strength), steps, steps)[-1]
-        away = bed.kl(end) - bed.nats
-        if abs(away) <= 0.02 * bed.nats:
+        kl = max(bed.kl(end), 1e-9)
+        if abs(kl - bed.nats) <= 0.02 * bed.nats:
             return {**bed.measures(end), "strength": strength, "stopped": None, "reached": True}
-        low, high = (np.log(strength), high) if away > 0 else (low, np.log(strength))
+        low, high = (strength, high) if kl > bed.nats else (low, strength)
+        slope = -2.0 if before is None else np.log(kl / before[1]) / np.log(strength / before[0])
+        before = strength, kl
+        strength *= float((bed.nats / kl) ** (1.0 / np.clip(slope, -4.0, -0.2)))
+        if not low < strength < high:
+            strength = float(np.sqrt(low * high))
     walked = path(population, own, 2 * steps, 1, lr=0.01)  # small steps, so that it does not pass far
-    kl = [bed.kl(p) for p in walked]
-    passed = next((i for i, k in enumerate(kl) if k >= bed.nats), None)
+    passed = next((i for i, p in enumerate(walked) if bed.kl(p) >= bed.nats), None)
     end = walked[-1 if passed is None else passed]
     return {**bed.measures(end), "strength": None, "stopped": passed, "reached": passed is not None}
 

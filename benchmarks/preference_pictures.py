@@ -20,13 +20,12 @@ def _means(rows: list[Cell], bed: str, method: str, key: str) -> float:
 
 
 def equal_kl(rows: list[Cell], out: Path) -> None:
-    """A column per bed, a line per method: KL to the optimum, coloured by how far chosen responses moved."""
-    names = list(dict.fromkeys(r["method"] for r in rows))
-    beds = [b for b in NATS if any(r["bed"] == b for r in rows)]
-    # By the mean rank over beds, best first.
+    """A column per bed, a line per method that gets to that KL: KL to the optimum, coloured by how far chosen responses moved."""
+    names = list(dict.fromkeys(r["method"] for r in rows if r["reached"]))
+    beds = [b for b in NATS if any(r["bed"] == b and r["reached"] for r in rows)]
     table = np.array([[_means(rows, b, m, "kl_optimum") for b in beds] for m in names])
-    rank = np.nanmean(np.where(np.isnan(table), np.nan, table.argsort(0).argsort(0)), 1) if len(names) > 1 else np.zeros(1)
-    names = [names[i] for i in np.argsort(rank)]
+    rank = np.where(np.isnan(table), np.nan, table.argsort(0).argsort(0))
+    names = [names[i] for i in np.argsort(np.nanmean(rank, 1))]  # by the mean rank over beds, best first
     figure = Figure(figsize=(3.1 * len(beds) + 2.2, 0.2 * len(names) + 1.8), layout="constrained")
     axes = figure.subplots(1, len(beds), sharey=True, squeeze=False)[0]
     y = np.arange(len(names))
