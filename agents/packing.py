@@ -97,7 +97,7 @@ def _pack(
     group_of, part_of = torch.tensor(owner, device=device), torch.tensor(part, device=device)
     same = (group_of[:, None] == group_of) & ((part_of == -1) | (part_of[:, None] == part_of))
     index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, position, at, row, column)]
-    return Pack(index[0][None], index[1][None], same.tril(), *index[2:], tuple(sizes))
+    return Pack(index[0][None], index[1][None], same.tril(), index[2], index[3], index[4], tuple(sizes))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **more: Any) -> Tensor:
