@@ -162,11 +162,11 @@ def picture(rows: list[Cell], out: Path) -> None:
                 continue
             x = np.array(min((m["curve"]["num_env_steps"] for m in members), key=lambda g: g[-1]))
             y = np.stack([np.interp(x, m["curve"]["num_env_steps"], m["curve"]["return"]) for m in members])
-            (line,) = ax.plot(x, y.mean(0), label=f"{method} from {METHODS[method]}", linewidth=1.4)
-            ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+            (line,) = ax.plot(x / 1e3, y.mean(0), label=f"{method} from {METHODS[method]}", linewidth=1.4)
+            ax.fill_between(x / 1e3, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
             ends = [np.mean([m[k] for m in members]) for k in ("before", "after")]
-            ax.plot([0, x[-1]], ends, "o", color=line.get_color(), markersize=5)
-        ax.set(title=task, xlabel="environment steps", ylabel="return")
+            ax.plot([0, x[-1] / 1e3], ends, "o", color=line.get_color(), markersize=5)
+        ax.set(title=task, xlabel="thousand environment steps", ylabel="return")
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=120)
 
