@@ -158,8 +158,9 @@ def test_preset_files_name_known_kinds_methods_and_fields() -> None:
 
 def test_an_environment_takes_the_presets_of_the_one_that_it_is_like_and_changes_them() -> None:
     cheetah, swimmer = configure("ppo", "HalfCheetah-v5"), configure("ppo", "Swimmer-v5")
-    assert isinstance(swimmer.advantage, GAE) and swimmer.advantage.gamma == 0.9999
-    assert replace(swimmer, advantage=cheetah.advantage) == cheetah != configure("ppo", "Acrobot-v1")
+    assert configure("ppo", "Walker2d-v5") == cheetah != configure("ppo", "Acrobot-v1")
+    assert isinstance(swimmer.advantage, GAE) and (swimmer.advantage.gamma, swimmer.advantage.lam) == (0.9999, 0.98)
+    assert swimmer.value == cheetah.value and swimmer.solver == replace(cheetah.solver, lr=6e-4)
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
