@@ -56,7 +56,7 @@ class RunningNorm(nn.Module):
         self.count.fill_(count)
 
     def update_array(self, x: np.ndarray) -> None:
-        """The same merge of float64 rows on the buffers' own memory: for a few rows an operation's overhead is all there is, and numpy's is a fraction of torch's."""
+        """The same merge of float64 rows on the buffers' own memory; numpy's overhead per operation is a fraction of torch's."""
         mean, var, count = self.mean.numpy(), self.var.numpy(), self.count.numpy()
         n = len(x)
         before, total = float(count), float(count) + n
