@@ -44,6 +44,7 @@ METHODS = (*TRAINED, *DECODED)
 STRENGTHS = (0.3, 1.0, 3.0)
 POINTS = 5
 NUM_STEPS = 20  # of both tasks' chains
+LOOKS = 4  # of fk-steering at its particles' clean estimates, a call of the network each
 PENALTY = {"type": "KL", "estimator": "exact", "place": "loss", "beta": 0.1}  # of ddpo and ppo where the task's preset has none
 
 
@@ -247,7 +248,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         low = {seed: [p["sample_return"] for m in members if m["seed"] == seed for p in m["points"] if p["kl_nats"] <= KL_LIMIT[task]]
                for seed in {m["seed"] for m in members}}  # fmt: skip
         below = [max(values) for values in low.values() if values]
-        paid = NUM_STEPS * usual[0]["strength"] if name.startswith("fk") else mean("evaluations")
+        paid = (NUM_STEPS + LOOKS) * usual[0]["strength"] if name.startswith("fk") else mean("evaluations")
         best = f"{np.mean(below):.3f}" if below else "none"
         judge = f"{mean('sample_judge'):.3f}" if "sample_judge" in ends[0] else ""
         lines.append(
