@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import apart  # type: ignore[import-not-found]  # run as a script: its folder is on the path
+from apart import peak_mb, reset_peak
 
 PAIRS = 4  # of a step
 WARM = 2  # steps before the clock starts
@@ -46,24 +45,6 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": text(40).strip(), "chosen": text(rng.randint(20, 78)), "rejected": text(rng.randint(20, 78))} for _ in range(count)]
 
 
-def _reset_peak() -> None:
-    """Forget the peak of this process so far; without the permission (or outside Linux) it stays, and counts model loading."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        print("the peak of memory includes model loading here", file=sys.stderr)
-
-
-def _peak_mb() -> float:
-    """Peak resident memory in MB."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def ours(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str, Any]:
     """Our preference loop on a file of pairs."""
     from markovia.algos.preference.methods import PREFERENCE
@@ -79,10 +60,10 @@ def ours(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str, 
         made = build(None, settings, agent_options=agent, data={"path": str(file), "options": {"held_out": 0}})
         driver = make_driver(settings, made)
     losses = [driver.step()["loss"] for _ in range(WARM)]
-    _reset_peak()
+    reset_peak()
     began = time.perf_counter()
     losses += [driver.step()["loss"] for _ in range(steps)]
-    return {"pairs_per_second": PAIRS * steps / (time.perf_counter() - began), "peak_mb": _peak_mb(), "loss": losses}
+    return {"pairs_per_second": PAIRS * steps / (time.perf_counter() - began), "peak_mb": peak_mb(), "loss": losses}
 
 
 def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str, Any]:
@@ -102,7 +83,7 @@ def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append(time.perf_counter())
             if len(marks) == WARM:
-                _reset_peak()
+                reset_peak()
 
     tokenizer = load_tokenizer("smollm2")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +98,7 @@ def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str
         )  # fmt: skip
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"pairs_per_second": PAIRS * steps / (marks[-1] - marks[WARM - 1]), "peak_mb": _peak_mb(), "loss": losses}
+    return {"pairs_per_second": PAIRS * steps / (marks[-1] - marks[WARM - 1]), "peak_mb": peak_mb(), "loss": losses}
 
 
 SIDES = {"markovia": ours, "TRL": theirs}
@@ -131,17 +112,12 @@ def measure(name: str, steps: int, turns: int, threads: int) -> dict[str, Any]:
         for side in SIDES:
             flags = ["--precision", precision if side == "markovia" else their_precision, "--steps", str(steps)]
             flags += (["--adapters"] if adapters else []) + (["--stored"] if stored else [])
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-            result = subprocess.run([sys.executable, __file__, side, *flags], env=environment, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(f"the side {side} of {name} failed:\n{result.stderr[-2000:]}")
-            found[side].append(json.loads(result.stdout.strip().splitlines()[-1]))
-    both = list(zip(*(found[side] for side in SIDES), strict=True))
+            found[side].append(apart.side(__file__, side, *flags, threads=threads))
     return {
         "adapters": adapters, "precision": {"markovia": precision, "TRL": their_precision}, "stored_anchors": stored, "steps": steps,
         "threads": threads, "sides": found,
-        "speed_ratio": statistics.median(a["pairs_per_second"] / b["pairs_per_second"] for a, b in both),
-        "memory_ratio": statistics.median(a["peak_mb"] / b["peak_mb"] for a, b in both),
+        "speed_ratio": apart.median_ratio(*found.values(), "pairs_per_second"),
+        "memory_ratio": apart.median_ratio(*found.values(), "peak_mb"),
     }  # fmt: skip
 
 
