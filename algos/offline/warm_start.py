@@ -74,6 +74,10 @@ class WarmStart:
         return self.offline.num_env_steps + self.online.num_env_steps
 
     @property
+    def batch_size(self) -> int:
+        return max(self.offline.batch_size, self.online.batch_size)
+
+    @property
     def num_optimizer_steps(self) -> int:
         return self.offline.num_optimizer_steps + self.online.num_optimizer_steps
 
