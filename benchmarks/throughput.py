@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import apart
 import numpy as np
 import peers
 import peers_offline
@@ -176,13 +174,9 @@ def sides(comparison: Comparison) -> dict[str, Side]:
 
 
 def peak_memory(name: str, comparison: Comparison, args: argparse.Namespace) -> dict[str, float]:
-    """MiB that a process of each side holds at its peak, in a short run of its own."""
-    out = {}
-    for side in sides(comparison):
-        command = [sys.executable, __file__, "--env", args.env, "--device", args.device, "--batches", "2", "--updates", "200"]
-        done = subprocess.run([*command, "--peak", name, side], capture_output=True, text=True, check=True)
-        out[side] = float(done.stdout.split()[-1])
-    return out
+    """MB that a process of each side holds at its peak, in a short run of its own."""
+    flags = ["--env", args.env, "--device", args.device, "--batches", "2", "--updates", "200"]
+    return {who: apart.side(__file__, *flags, "--peak", name, who, threads=1)["peak_mb"] for who in sides(comparison)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -191,8 +185,8 @@ def table(results: dict[str, Any]) -> str:
     for r in results["comparisons"].values():
         for peer, ratio in r["median_ratio"].items():
             ours, theirs = (f"{statistics.median(r['speeds'][s]):,.0f} {r['unit']}" for s in ("markovia", peer))
-            peak = r.get("peak_mib", {})
-            memory = f"{peak['markovia']:.0f} ({peak['markovia, eager']:.0f}) MiB | {peak[peer]:.0f} MiB" if peak else " | "
+            peak = r.get("peak_mb", {})
+            memory = f"{peak['markovia']:.0f} ({peak['markovia, eager']:.0f}) MB | {peak[peer]:.0f} MB" if peak else " | "
             lines.append(f"| {r['about']} | {ours} | {peer} | {theirs} | **{ratio:.2f}** | {memory} |")
     return "\n".join(lines) + "\n"
 
@@ -206,7 +200,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="turns of (ours, theirs)")
     parser.add_argument("--device", default="cpu", help="where networks and updates live: cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIDE"), help="run one side once and print its peak memory in MiB")
+    parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIDE"), help="run one side once and print its peak memory in MB")
     args = parser.parse_args()
     found = comparisons(args.env, args.batches, args.updates)
     if unknown := set(args.only or ()) - set(found):
@@ -215,12 +209,12 @@ def main() -> None:
         name, side = args.peak
         torch.set_num_threads(1)
         sides(found[name])[side](args.device)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(json.dumps({"peak_mb": apart.peak_mb()}))
         return
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
     results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for name in args.only or found:
-        measured = measure(found[name], args.turns, args.device) | {"peak_mib": peak_memory(name, found[name], args)}
+        measured = measure(found[name], args.turns, args.device) | {"peak_mb": peak_memory(name, found[name], args)}
         results["comparisons"][name] = measured
         print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
