@@ -58,7 +58,7 @@ def load_pipeline(folder: str | Path) -> Any:
     logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a path that does not exist is refused as a malformed name
         raise ValueError(f"{folder} can't be read as a diffusers pipeline: {error}") from error
     finally:
         if shown:
