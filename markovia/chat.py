@@ -39,8 +39,9 @@ def language_agent(run: Path, what: str) -> LanguageAgent:
 
     agent, config = newest_agent(run), read_json(run / CONFIG)
     if not isinstance(agent, LanguageAgent):
+        taken = "language agents and diffusers pipelines" if what == "export" else "language agents"
         raise ValueError(
-            f"{what} works on language agents{' and diffusers pipelines' if what == 'export' else ''}, but {run} trained a {agent.kind} agent on {config['env']}; "
+            f"{what} works on {taken}, but {run} trained a {agent.kind} agent on {config['env']}; "
             f"`markovia video {run}` shows what it does, `markovia eval {run}` how well"
         )
     return agent
