@@ -39,7 +39,7 @@ def language_agent(run: Path, what: str) -> LanguageAgent:
 
     agent, config = newest_agent(run), read_json(run / CONFIG)
     if not isinstance(agent, LanguageAgent):
-        taken = "language agents and diffusers pipelines" if what == "export" else "language agents"
+        taken = "language agents and on diffusers pipelines" if what == "export" else "language agents"
         raise ValueError(
             f"{what} works on {taken}, but {run} trained a {agent.kind} agent on {config['env']}; "
             f"`markovia video {run}` shows what it does, `markovia eval {run}` how well"

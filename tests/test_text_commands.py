@@ -67,7 +67,8 @@ def test_a_run_without_language_is_told_what_to_do_instead(command, tmp_path, ca
     method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 16, "num_envs": 1, "num_steps": 16, "solver": {"epochs": 1}})
     train(method, "CartPole-v1", out=out, eval_episodes=0, progress=False)
     code, err = failure([command[0], str(out), *command[1:]], capsys)
-    assert code == 2 and f"{command[0]} works on language agents, but {out} trained a control agent on CartPole-v1" in err and "markovia video" in err
+    taken = "language agents" + " and on diffusers pipelines" * (command[0] == "export")
+    assert code == 2 and f"{command[0]} works on {taken}, but {out} trained a control agent on CartPole-v1" in err and "markovia video" in err
 
 
 # -- chat ------------------------------------------------------------------------------------------------------------------------------
