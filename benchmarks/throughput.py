@@ -214,7 +214,8 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
     results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for name in args.only or found:
-        measured = measure(found[name], args.turns, args.device) | {"peak_mb": peak_memory(name, found[name], args)}
+        measured = measure(found[name], args.turns, args.device) | {"batches": args.batches, "updates": args.updates}
+        measured["peak_mb"] = peak_memory(name, found[name], args)
         results["comparisons"][name] = measured
         print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
