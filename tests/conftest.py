@@ -1,6 +1,38 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and which check of a method each test is.
+
+`@pytest.mark.check("value")` says that a test is one of the six checks of the rows that its parameters name; `@pytest.mark.check("limit", "ppo")`
+names the rows itself. `pytest --collect-only --checks FILE` writes {row: {kind: [tests]}}, from which docs/systems.md and the sweep are made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--checks", type=Path, help="file for {row: {kind: [tests]}}, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "check(kind, *rows): which of the six checks of a method this test is, for the rows named here or by its parameters")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if (file := session.config.getoption("--checks")) is None:
+        return
+    from markovia.algos.systems import find, rows
+
+    known, found = rows(), {}
+    for item in session.items:
+        for mark in item.iter_markers("check"):
+            kind, *named = mark.args
+            parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            for row in named or [p for p in parameters if isinstance(p, str) and p in known]:
+                found.setdefault(find(row).id, {}).setdefault(kind, []).append(item.nodeid)
+    file.write_text(json.dumps(found))
 
 
 @pytest.fixture

@@ -88,6 +88,8 @@ def test_row_is_whole(method_id: str) -> None:
 # -- sampling and RL guidance --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "itps/rs")
+@pytest.mark.check("limit", "itps/rs")
 def test_denoise_is_the_chain_of_the_agent() -> None:
     task = make_task("linear_gaussian")
     agent = DenoisingAgent.from_task(task, critic_hidden=None)
@@ -109,6 +111,8 @@ def test_repeats_renoise_the_clean_estimate_to_the_same_level() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.check("value", "rlg")
+@pytest.mark.check("limit", "rlg")
 def test_rlg_between_and_at_its_ends(scale: float) -> None:
     task, tuned = gaussian_task(), gaussian_task(1.0, 0.4).network
     x = RLGuidance(scale).sample(task, tuned, 6, gen(1))["x"]
@@ -134,6 +138,7 @@ def test_rlg_is_exactly_beta_over_w_for_gaussians_with_a_linear_reward(scale: fl
 # -- Feynman-Kac steering --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "fk-steering")
 def test_potentials_by_hand() -> None:
     # one particle that saw 1 and 3 before, looks at 2 now, lam = 10
     one = torch.ones(1, 1)
@@ -144,6 +149,7 @@ def test_potentials_by_hand() -> None:
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.check("limit", "fk-steering")
 def test_without_resampling_every_potential_is_importance_sampling(potential: str) -> None:
     task = gaussian_task()
     found = FKSteering(num_particles=8, lam=1.7, potential=potential, threshold=0.0).sample(task, 3, gen())
@@ -160,6 +166,7 @@ def test_resampling_keeps_the_mean_weight_and_follows_the_weights() -> None:
     assert float(shares[1]) == pytest.approx(0.8, abs=0.02)
 
 
+@pytest.mark.check("invariance", "fk-steering")
 def test_populations_do_not_touch_each_other() -> None:
     """A population of bad particles next to one of good ones: copies stay at home."""
 
@@ -246,6 +253,7 @@ def test_conditional_populations_share_a_condition() -> None:
 # -- inference-time policy steering ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "itps", "itps/gd", "itps/pr")
 def test_path_functions_by_hand() -> None:
     sketch = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
     assert resample_path(sketch, 5).tolist() == [[0, 0], [0.5, 0], [1, 0], [1, 1], [1, 2]]
@@ -258,6 +266,7 @@ def test_path_functions_by_hand() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.check("invariance", "itps", "itps/gd")
 def test_a_pull_on_eps_is_the_same_whatever_the_network_predicts(prediction: str) -> None:
     kernel = GaussianKernel.from_scheduler(ddim(prediction_type=prediction), 10)
     x, m, change = torch.randn(3, 4, 2, dtype=F64, generator=gen()).unbind(0)
@@ -268,6 +277,7 @@ def test_a_pull_on_eps_is_the_same_whatever_the_network_predicts(prediction: str
     torch.testing.assert_close(moved, change, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.check("limit", "itps", "itps/gd", "itps/bi", "itps/pr")
 def test_strategies_in_their_limits() -> None:
     task = path_task()
     x = {s: ITPS(s, rho=2.0, repeats=2, candidates=16).sample(task, SKETCH, 12, gen())["x"] for s in STRATEGIES if s != "op"}
@@ -279,6 +289,7 @@ def test_strategies_in_their_limits() -> None:
     assert d["ss"] < d["gd"] < d["rs"] and d["pr"] < d["rs"] and d["bi"] < d["rs"]
 
 
+@pytest.mark.check("value", "itps/op")
 def test_output_perturbation_starts_where_the_sketch_starts() -> None:
     task = path_task(conditions=[[0.0, 0.0]])
     far = SKETCH + torch.tensor([0.0, 1.5])
@@ -338,6 +349,7 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
         (lambda: DenoisingAgent.from_task(make_task("mixture2d", eta=0.0)), "eta = 0"),
     ],
 )
+@pytest.mark.check("bad_input", "rlg", "fk-steering", "itps", "itps/gd", "itps/bi", "itps/pr", "itps/op", "itps/rs")
 def test_bad_input_is_explained(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -48,6 +48,8 @@ def small_driver(seed: int = 0, **options: Any) -> AdjointDriver:
     return AdjointDriver(method, agent, SequenceCollector(task, method.num_envs), seed)
 
 
+@pytest.mark.check("value", "adjoint-matching")
+@pytest.mark.check("gradient", "adjoint-matching")
 def test_matching_loss_by_hand_and_its_gradient() -> None:
     # u = (1, -2), a = (3, 1), s = 0.5: (1 + 1.5)^2 + (-2 + 0.5)^2 = 6.25 + 2.25 = 8.5
     u, a, s = torch.tensor([[1.0, -2.0]], dtype=F64, requires_grad=True), torch.tensor([[3.0, 1.0]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
@@ -77,6 +79,7 @@ def test_lean_adjoint_is_the_product_of_the_references_jacobians() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.check("limit", "adjoint-matching")
 def test_the_closed_form_optimum_is_the_fixed_point_of_the_next_index_only(num_steps: int) -> None:
     """Everything is affine, so E[a_{k+1} | x_k] is the adjoint of the noise-free continuation under the optimal policy."""
     problem = LinearGaussianDenoising([[1 - 0.5 / num_steps]], [0.1], num_steps**-0.5, [[1.0]], [0.8], beta=0.5, num_steps=num_steps)
@@ -136,6 +139,7 @@ def test_the_index_chooses_the_adjoint() -> None:
     assert torch.equal(columns[0][:, :-1], columns[1][:, 1:])
 
 
+@pytest.mark.check("resume", "adjoint-matching")
 def test_resumed_equals_uninterrupted(tmp_path: Any) -> None:
     options = {"steps_per_chain": 4, "drop_quantile": 0.9}
     whole, first, second = (small_driver(**options) for _ in range(3))
@@ -152,6 +156,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Any) -> None:
     assert second.state()[1] == whole.state()[1] and whole.num_env_steps == 64
 
 
+@pytest.mark.check("invariance", "adjoint-matching")
 def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
     driver = small_driver()
     driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
@@ -179,6 +184,7 @@ def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
         (lambda: adjoint_on(eta=0.3, final="mid"), "remembers its starting noise"),
     ],
 )
+@pytest.mark.check("bad_input", "adjoint-matching")
 def test_bad_input_is_explained(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -102,6 +102,7 @@ def test_every_row_has_small_settings_of_the_same_parts() -> None:
 # -- scores -------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("limit", "d3po", "rebel-diffusion")
 def test_control_ratio_is_the_difference_of_log_probs() -> None:
     task = make_task("linear_gaussian")
     agent, reference = agent_on(task, double=True), agent_on(task, double=True)
@@ -124,6 +125,7 @@ def test_clip_by_hand() -> None:
     assert clipped(ratio, None) is ratio
 
 
+@pytest.mark.check("value", "spo-step", "se-ppo")
 def test_pairs_by_hand() -> None:
     assert ranked(torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0, 4.0])).tolist() == [[1, 0], [2, 3]]
     assert ranked(torch.tensor([4.0, 4.0]), keep_ties=True).tolist() == [[0, 1]]
@@ -138,6 +140,7 @@ def test_pairs_by_hand() -> None:
         ranked(torch.zeros(3))
 
 
+@pytest.mark.check("value", "d3po")
 def test_d3po_value_by_hand() -> None:
     # Delta = (0.2, -0.3), held at log 1.1 = 0.0953 and log 0.9 = -0.1054: z = 0.5 * 0.2007 = 0.10034, -log s(z) = 0.64424
     ratio = clipped(torch.tensor([[0.2], [-0.3]], dtype=F64), 0.1)
@@ -146,6 +149,7 @@ def test_d3po_value_by_hand() -> None:
     assert loss.tolist() == pytest.approx([0.64424], abs=1e-4)
 
 
+@pytest.mark.check("value", "rebel-diffusion")
 def test_rebel_value_by_hand() -> None:
     # chains of 2 steps with log-ratios 0.3 and -0.1 in sum, rewards 1.5 and 1: (1/2 * 0.4 - 0.5)^2 = 0.09
     loss = Pairwise(0.5, Difference(Score(anchors=(("old", 1.0),))), Residual(), margin=ScoreGap(1.0))
@@ -155,6 +159,7 @@ def test_rebel_value_by_hand() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.check("value", "diffusion-dpo")
 def test_diffusion_dpo_value_against_the_published_form(prediction: str) -> None:
     """-log s(-beta ((e_w - e_ref,w) - (e_l - e_ref,l))), e the mean squared error of the noise, written out here from the network's output."""
     task = point_task(prediction)
@@ -182,6 +187,7 @@ def test_diffusion_dpo_value_against_the_published_form(prediction: str) -> None
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.check("limit", "diffusion-dpo")
 def test_diffusion_dpo_is_the_step_ratio_integrated_over_the_forward_process() -> None:
     """Delta is affine in x', so at the mean of q(x'|x, x0) it is w (e_ref - e)/2: the two ways to score differ by the weight alone."""
     task = point_task()
@@ -203,6 +209,7 @@ def test_diffusion_dpo_is_the_step_ratio_integrated_over_the_forward_process() -
 
 
 @pytest.mark.parametrize("method_id", PAIRWISE)
+@pytest.mark.check("gradient")
 def test_gradient_of_the_loss_matches_finite_differences(method_id: str) -> None:
     loop = on_its_task(method_id)
     items = loop.collect()
@@ -233,6 +240,7 @@ def test_gradient_of_the_loss_matches_finite_differences(method_id: str) -> None
 
 
 @pytest.mark.parametrize("method_id", PAIRWISE)
+@pytest.mark.check("invariance")
 def test_order_of_the_pairs_does_not_change_the_loss(method_id: str) -> None:
     loop = on_its_task(method_id)
     items = loop.collect()
@@ -245,6 +253,7 @@ def test_order_of_the_pairs_does_not_change_the_loss(method_id: str) -> None:
 
 
 @pytest.mark.parametrize("method_id", PAIRWISE)
+@pytest.mark.check("resume")
 def test_resumed_equals_uninterrupted(method_id: str, tmp_path: Any) -> None:
     whole, first, second = (on_its_task(method_id) for _ in range(3))
     for _ in range(4):
@@ -344,6 +353,7 @@ def test_d3po_raises_the_exact_reward() -> None:
         (lambda: build("CartPole-v1", DenoisingPreference()), "DenoisingPreference trains denoising tasks"),
     ],
 )
+@pytest.mark.check("bad_input", "d3po", "spo-step", "diffusion-dpo", "se-ppo", "rebel-diffusion")
 def test_bad_input_is_explained(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -71,6 +71,7 @@ def test_dataset_becomes_chunks_in_units_of_the_box():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.check("value", "diffusion-policy")
 def test_target_gives_back_chunk_and_noise(prediction):
     kernel = DiffusionNoise(train_steps=30, sample_steps=5, prediction=prediction).levels()
     g = torch.Generator().manual_seed(0)
@@ -86,6 +87,7 @@ def test_target_gives_back_chunk_and_noise(prediction):
     assert torch.allclose(x[0], math.sqrt(abar) * x0[0] + math.sqrt(1 - abar) * eps[0], atol=1e-5)
 
 
+@pytest.mark.check("value", "flow-policy")
 def test_flow_values_by_hand():
     # sigma = .25: x = .75 * 2 + .25 * (-1) = 1.25, velocity -1 - 2 = -3, time 250
     x, t, target = flowed(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -1.0), torch.tensor([0.25]), time_scale=1000.0)
@@ -95,6 +97,7 @@ def test_flow_values_by_hand():
     assert noise_level(torch.tensor([0.3]), times="uniform").tolist() == pytest.approx([0.3])
 
 
+@pytest.mark.check("value", "diffusion-policy", "flow-policy")
 def test_weighted_error_by_hand():
     # entries 1 and 3 off: means (1 + 9)/2 = 5 and (4 + 0)/2 = 2; weights 2 and 0.5: (10 + 1)/2 = 5.5
     output, target = torch.tensor([[[1.0, 3.0]], [[2.0, 0.0]]]), torch.zeros(2, 1, 2)
@@ -187,6 +190,7 @@ def test_weights_that_act_are_the_growing_average():
 
 
 @pytest.mark.parametrize("method_id", ["diffusion-policy", "flow-policy"])
+@pytest.mark.check("resume")
 def test_half_and_half_equals_a_whole_when_cloning(method_id, tmp_path):
     method = tiny(method_id)
     make = lambda: make_driver(method, build(POINT, method, 5, dataset=DATASET), seed=5)  # noqa: E731
@@ -222,6 +226,7 @@ def test_half_and_half_equals_a_whole_when_cloning(method_id, tmp_path):
         (lambda: ChainGAE(denoising_discount=1.5), "denoising_discount must lie in"),
     ],
 )
+@pytest.mark.check("bad_input", "diffusion-policy", "flow-policy", "dppo")
 def test_settings_say_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -134,6 +134,7 @@ def test_chunks_become_denoising_steps():
     assert torch.equal(again, rollout.logp_old) and collector.episodes == [6.0, 6.0]
 
 
+@pytest.mark.check("value", "dppo")
 def test_two_layer_advantage_by_hand():
     """Two chunks of two denoising steps, rewards 1 and 2, values 0.5 and 1, the episode ends: gamma .9, lam .5, gamma_d .8.
 
@@ -167,6 +168,7 @@ def test_clipping_schedule_by_hand():
     assert torch.autograd.gradcheck(lambda x: ChainClip(clip=0.2, base=0.05)(x, adv, None, none, stage), (point,))
 
 
+@pytest.mark.check("limit", "dppo")
 def test_one_denoising_step_is_plain_ppo():
     """K = 1 with a network that does not look at its noise: loss and gradient of dppo are those of ppo with a Gaussian of the same std."""
     torch.manual_seed(0)
@@ -260,6 +262,7 @@ def clone(tmp_path_factory):
     return str(build(POINT, cloning("diffusion-policy"), 3, dataset=DATASET).agent.save(tmp_path_factory.mktemp("clone") / "agent"))
 
 
+@pytest.mark.check("resume", "dppo")
 def test_half_and_half_equals_a_whole_when_fine_tuning(clone, tmp_path):
     method = two_layer(start=clone)
     make = lambda: make_driver(method, build(POINT, method, 5), seed=5)  # noqa: E731

@@ -235,5 +235,6 @@ LIMITS: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("limit")
 def test_limit_to_its_parent(method_id: str) -> None:
     LIMITS[method_id]()

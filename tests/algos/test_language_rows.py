@@ -38,6 +38,7 @@ from markovia.envs.exact.token_mdp import EnumerableTokenMDP
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("gradient")
 def test_gradient_of_the_whole_loss_matches_finite_differences(method_id: str) -> None:
     """Of everything that carries gradient, with the columns of the whole minibatch (weights, selections) held."""
     method = dataclasses.replace(small(method_id), filter=None)
@@ -96,6 +97,7 @@ def reordered(rollout: Rollout, order: Tensor) -> Rollout:
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("invariance")
 def test_order_of_rows_padding_and_micro_batches_change_nothing(method_id: str) -> None:
     method = small(method_id, solver={"optimizer": "sgd"})
     method = dataclasses.replace(method, reward=tuple(override(r, {"max_length": 3}) if isinstance(r, SoftOverlong) else r for r in method.reward))
@@ -128,6 +130,7 @@ def test_a_group_of_equal_rewards_gives_no_gradient(method_id: str) -> None:
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("resume")
 def test_resume_gives_the_same_bits(method_id: str, tmp_path: Any) -> None:
     method = small(method_id, solver={"minibatch": 4})
     collector = TreeCollector(trees(), 12, method.group_size, {"budget": [1, 2, 3]})
@@ -269,6 +272,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("bad_input")
 def test_bad_input_is_told(method_id: str) -> None:
     make, match = BAD[method_id]
     with pytest.raises(ValueError, match=match):

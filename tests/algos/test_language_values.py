@@ -400,5 +400,6 @@ VALUES: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("method_id", ROWS)
+@pytest.mark.check("value")
 def test_value_by_hand(method_id: str) -> None:
     VALUES[method_id]()

@@ -39,6 +39,7 @@ def tensor(*x: float) -> torch.Tensor:
 # -- advantages ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "a2c", "ppo")
 def test_gae_by_hand() -> None:
     # gamma .5, lam .5, V = 1, 2; delta_1 = 3 - 2 = 1 (terminal), delta_0 = 1 + .5 * 2 - 1 = 1; A_0 = 1 + .25 * 1
     adv, ret = gae(tensor(1, 3)[None], tensor(1, 2)[None], tensor(1, 0)[None], torch.zeros(1, 2, dtype=torch.bool), None, gamma=0.5, lam=0.5)
@@ -71,6 +72,7 @@ def test_soft_termination_is_the_mean_over_coin_flips() -> None:
     torch.testing.assert_close(soft, mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.check("value", "rloo")
 def test_leave_one_out_by_hand_and_against_the_group_mean() -> None:
     returns, group = tensor(1, 2, 6, 0, 4), torch.tensor([0, 0, 0, 7, 7])
     # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2, 0 - 4, 4 - 0
@@ -119,6 +121,7 @@ def test_drift_gradient_matches_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: DRIFTS[name](x, adv), lr, atol=1e-6)
 
 
+@pytest.mark.check("value", "ppo", "ppo-rlhf")
 def test_clip_is_the_pessimistic_minimum() -> None:
     lr = torch.linspace(-1, 1, 41, dtype=F64)
     for a in (-1.5, 0.7):
@@ -135,23 +138,28 @@ def test_clip_gradient_is_zero_outside_on_the_improving_side_only() -> None:
     assert lr.grad[:2].tolist() == [0.0, 0.0] and (lr.grad[2:].abs() > 0.5).all()
 
 
+@pytest.mark.check("limit", "ppo", "ddpo", "ppo-rlhf")
 def test_wide_clip_is_the_policy_gradient() -> None:
     lr, adv = tensor(-1, 0.3, 1), tensor(1, -2, 0.5)
     torch.testing.assert_close(Clip(1e9)(lr, adv, None, torch.ones(())), PolicyGradient()(lr, adv, None, torch.ones(())))
 
 
+@pytest.mark.check("value", "lpo-dpo-discovered")
 def test_discovered_drift_by_hand() -> None:
     # A = 1, rho = 3: x = 2, 2 - 2 tanh(1); A = -1, lr = -1: x = 1, 1 - .6 tanh(1 / .6)
     value = discovered_drift(tensor(math.log(3), -1.0), tensor(1, -1), alpha=2.0, beta=0.6)
     assert value.tolist() == pytest.approx([2 - 2 * math.tanh(1), 1 - 0.6 * math.tanh(1 / 0.6)])
 
 
+@pytest.mark.check("value", "lpo-dpo-discovered/lpo")
 def test_drift_features_by_hand() -> None:
     x = drift_features(tensor(math.log(2)), tensor(3))
     l2 = math.log(2)
     assert x[0].tolist() == pytest.approx([l2, l2 * l2, -1, 1, 3 * l2, 3 * l2 * l2, -3, 3])
 
 
+@pytest.mark.check("value", "mdpo-on/tsallis")
+@pytest.mark.check("limit", "mdpo-on/tsallis")
 def test_kl_drift_and_tsallis_limit() -> None:
     g = torch.Generator().manual_seed(0)
     p, q = torch.randn(4, 5, generator=g, dtype=F64), torch.randn(4, 5, generator=g, dtype=F64)
@@ -169,6 +177,7 @@ def test_kl_drift_and_tsallis_limit() -> None:
 # -- divergence ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "ppo-rlhf")
 def test_estimators_by_hand() -> None:
     d = tensor(math.log(2))
     assert k1(d).item() == pytest.approx(math.log(2))

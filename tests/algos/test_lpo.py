@@ -139,6 +139,7 @@ def test_samples_follow_visits_times_policy() -> None:
     assert float(adv.mean()) == pytest.approx(0, abs=1e-4) and float(adv.std()) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.check("limit", "lpo-dpo-discovered/lpo")
 def test_initial_network_is_ppo_up_to_the_dead_zone() -> None:
     es = Evolution()
     w1, w2 = (w[0] for w in split(initial(es)[None], es.hidden))

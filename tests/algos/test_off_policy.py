@@ -172,6 +172,7 @@ def density_by_hand(params: torch.Tensor, action: torch.Tensor, q: float) -> tor
 
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
+@pytest.mark.check("value")
 def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     method = tiny(method_id)
     nets, (batch, noise) = made(method).nets, minibatch()
@@ -235,6 +236,7 @@ def test_temperature_moves_towards_the_target_entropy() -> None:
 
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
+@pytest.mark.check("gradient")
 def test_gradients_match_finite_differences(method_id: str) -> None:
     nets, (batch, noise) = made(tiny(method_id)).nets, minibatch(4)
     lam = 0.3
@@ -274,6 +276,7 @@ def test_a_loss_computes_the_gradient_of_its_own_network_alone(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("value", [None, SoftValue(hidden=(8,), activation="tanh")])
+@pytest.mark.check("limit", "mdpo-off")
 def test_mdpo_with_the_step_of_the_temperature_is_sac(value: SoftValue | None) -> None:
     """1/t = lam drops the old policy: the same critic, Q reduction and no penalty give SAC's numbers after 200 updates."""
     target = SoftTarget() if value is None else ValueTarget()
@@ -290,6 +293,7 @@ def test_mdpo_with_the_step_of_the_temperature_is_sac(value: SoftValue | None) -
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.check("limit", "mdpo-off/tsallis")
 def test_tsallis_at_index_one_is_mdpo() -> None:
     batch, noise = minibatch()
     kl, tsallis = (made(tiny(m)) for m in ("mdpo-off", "mdpo-off/tsallis"))
@@ -299,6 +303,7 @@ def test_tsallis_at_index_one_is_mdpo() -> None:
     torch.testing.assert_close(everything(kl), everything(tsallis), rtol=0, atol=1e-7)
 
 
+@pytest.mark.check("limit", "sac", "td3")
 def test_td3_is_sac_without_entropy_and_noise() -> None:
     batch, noise = minibatch()
     td3 = tiny("td3", target=SmoothedTarget(noise=0.0), critic=Critics(hidden=(8,)), policy_delay=1)
@@ -318,6 +323,7 @@ def test_td3_is_sac_without_entropy_and_noise() -> None:
 
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
+@pytest.mark.check("invariance")
 def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
     batch, noise = minibatch()
     ends = []
@@ -351,6 +357,7 @@ def pendulum(method_id: str, **changes: Any) -> OffPolicyDriver:
 
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
+@pytest.mark.check("resume")
 def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
     """Through a file on disk, the replay having wrapped around, bit for bit."""
     changes: dict[str, Any] = {"replay_size": 20, "num_envs": 2, "utd": 0.5, "actor": {"refresh_steps": 10}}
@@ -411,6 +418,7 @@ def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:
         (lambda: ControlAgent.from_spaces(OBS, spaces.Discrete(2), std="state"), "std='state' needs a Box action space.*leave std out"),
     ],
 )
+@pytest.mark.check("bad_input", "sac", "td3", "mdpo-off", "mdpo-off/tsallis")
 def test_bad_input_is_answered(make: Any, match: str | None) -> None:
     if match is None:
         setup = make()

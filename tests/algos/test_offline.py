@@ -370,6 +370,7 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
 
 
 @pytest.mark.parametrize("method_id", OFFLINE)
+@pytest.mark.check("value")
 def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
     method = tiny(method_id)
     nets, (batch, noise) = made(method).nets, minibatch()
@@ -427,6 +428,7 @@ def check_gradient(loss: Any, net: Any) -> None:
 
 
 @pytest.mark.parametrize("method_id", OFFLINE)
+@pytest.mark.check("gradient")
 def test_gradients_match_finite_differences(method_id: str) -> None:
     """The scale of Q is a constant in the gradient, so it is held still here: by hand, with the value that it has at the start."""
     method = tiny(method_id)
@@ -478,12 +480,14 @@ def loss_and_gradient(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> l
     return [loss.detach(), *torch.autograd.grad(loss, list(nets.policy.parameters()))]
 
 
+@pytest.mark.check("limit", "td3-bc")
 def test_td3_bc_without_q_is_bc() -> None:
     batch, noise = minibatch()
     ends = [loss_and_gradient(made(m).nets, batch, noise) for m in (tiny("td3-bc", actor=Held(alpha=0.0)), tiny("bc"))]
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.check("limit", "spot")
 def test_spot_with_a_gaussian_at_the_logged_action_is_td3_bc(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, noise = minibatch()
     nets = made(override(tiny("spot"), {"actor": {"alpha": 2.5, "weight": 1.0}})).nets
@@ -493,6 +497,7 @@ def test_spot_with_a_gaussian_at_the_logged_action_is_td3_bc(monkeypatch: pytest
     )
 
 
+@pytest.mark.check("limit", "a2pr")
 def test_a2pr_held_by_the_logged_action_alone_is_td3_bc(monkeypatch: pytest.MonkeyPatch) -> None:
     """No decoded action is better, and every state lies below its logged action: candidates {a}, gate 1, weight 1."""
     from markovia.algos.off_policy import actors
@@ -540,6 +545,7 @@ def test_the_evaluation_policy_never_enters_a_target() -> None:
     assert not torch.equal(mild.evaluation.head.weight, mild.policy.head.weight)
 
 
+@pytest.mark.check("limit", "rebrac")
 def test_rebrac_without_its_penalty_is_td3_bc() -> None:
     """Its loss is TD3+BC's divided by alpha, where its weight is 1 / (alpha |A|) and both read the same Q; no layer norm, no penalty."""
     batch, noise = minibatch()
@@ -552,6 +558,7 @@ def test_rebrac_without_its_penalty_is_td3_bc() -> None:
 
 
 @pytest.mark.parametrize("method_id", ["awac", "iql"])
+@pytest.mark.check("limit")
 def test_regression_without_advantage_is_a_clone(method_id: str) -> None:
     batch, noise = minibatch()
     clone = made(tiny("bc", policy=tiny(method_id).policy)).nets
@@ -559,6 +566,7 @@ def test_regression_without_advantage_is_a_clone(method_id: str) -> None:
     torch.testing.assert_close(*(loss_and_gradient(nets, batch, noise) for nets in (weighted, clone)), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.check("limit", "iql")
 def test_a_middle_expectile_is_half_the_squared_error() -> None:
     u = one(-2, 0.5, 3)
     torch.testing.assert_close(regularised.expectile(u, tau=0.5), 0.5 * u**2)
@@ -584,6 +592,7 @@ def as_sac(method: Offline, **changes: Any) -> OffPolicy:
     return override(sac, changes)
 
 
+@pytest.mark.check("limit", "cql", "edac", "edac/sac-n")
 def test_regularisers_of_weight_0_leave_sac() -> None:
     batch, noise = minibatch()
     cql = override(tiny("cql"), {"regulariser": {"alpha": 0.0}})
@@ -596,6 +605,7 @@ def test_regularisers_of_weight_0_leave_sac() -> None:
     torch.testing.assert_close(critic_losses(twins, batch, noise), critic_losses(as_sac(twins), batch, noise), rtol=1e-12, atol=1e-14)  # type: ignore[arg-type]
 
 
+@pytest.mark.check("limit", "cql/cal-ql")
 def test_returns_that_no_value_falls_below_change_nothing() -> None:
     batch, noise = minibatch()
     batch.extra["ret"] = batch.extra["ret"] - 1e6
@@ -618,6 +628,7 @@ def test_without_importance_weights_the_logged_action_joins_the_sum() -> None:
     torch.testing.assert_close(nets.critic_loss(batch, batch.reward, noise[3:])[1]["gap"], expected.detach())
 
 
+@pytest.mark.check("limit", "filtered-bc")
 def test_filtered_bc_of_all_episodes_is_bc() -> None:
     assert dataclasses.replace(tiny("filtered-bc"), data=Logged(fraction=1.0)) == tiny("bc")
 
@@ -626,6 +637,7 @@ def test_filtered_bc_of_all_episodes_is_bc() -> None:
 
 
 @pytest.mark.parametrize("method_id", OFFLINE)
+@pytest.mark.check("invariance")
 def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
     batch, noise = minibatch()
     ends = []

@@ -65,6 +65,7 @@ def pointmass(method_id: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("method_id", OFFLINE)
+@pytest.mark.check("resume")
 def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
     straight = pointmass(method_id)
     straight.step()

@@ -199,6 +199,7 @@ def written_out_a2c(agent: Any, rollout: Rollout, gamma: float) -> list[torch.Te
 
 
 @pytest.mark.parametrize("method_id", FIRST_ORDER)
+@pytest.mark.check("limit")
 def test_first_step_is_a2c(method_id: str) -> None:
     row = ON_POLICY[method_id].value
     method = dataclasses.replace(
@@ -214,6 +215,8 @@ def test_first_step_is_a2c(method_id: str) -> None:
 
 
 @pytest.mark.parametrize("method_id", ["a2c", "ppo"])
+@pytest.mark.check("limit")
+@pytest.mark.check("value")
 def test_a2c_and_ppo_with_one_full_batch_epoch_are_the_same_update_of_networks(method_id: str) -> None:
     a2c = ON_POLICY["a2c"].value
     method = dataclasses.replace(configure(method_id, "CartPole-v1"), num_envs=4, num_steps=5, normalize_obs=False, scale_reward=False)
@@ -233,6 +236,7 @@ def test_a2c_and_ppo_with_one_full_batch_epoch_are_the_same_update_of_networks(m
 
 
 @pytest.mark.parametrize("method_id", ON_POLICY)
+@pytest.mark.check("gradient")
 def test_gradient_of_the_whole_loss_matches_finite_differences(method_id: str) -> None:
     divergence = None if ON_POLICY[method_id].value.divergence is None else KL(beta=0.3, estimator="k2", place="loss")
     method, setup = tree(method_id, entropy_coef=1)
@@ -291,6 +295,7 @@ def padded(rollout: Rollout, steps: int = 3) -> Rollout:
 
 
 @pytest.mark.parametrize("method_id", ON_POLICY)
+@pytest.mark.check("invariance")
 def test_order_of_rows_padding_and_micro_batches_change_nothing(method_id: str) -> None:
     method, setup = tree(method_id)
     method = by_rows(method)
@@ -332,6 +337,7 @@ def check_resume(method: OnPolicy, env_id: str, folder: Any, half: int = 2, **op
 
 
 @pytest.mark.parametrize("method_id", ON_POLICY)
+@pytest.mark.check("resume")
 def test_resume_on_the_tree(method_id: str, tmp_path: Any) -> None:
     method = override(configure(method_id, TREE), SMALL)
     if isinstance(method.solver, Descent):
@@ -349,6 +355,7 @@ def test_resume_on_the_tree(method_id: str, tmp_path: Any) -> None:
         ("ppo", "markovia/Arithmetic-v0", {"num_envs": 4, "solver": {"epochs": 1, "minibatch": 2}}, {}),
     ],
 )
+@pytest.mark.check("resume")
 def test_resume_on_the_other_kinds(method_id: str, env_id: str, changes: dict, options: dict, tmp_path: Any) -> None:
     check_resume(override(configure(method_id, env_id), changes), env_id, tmp_path, half=1, **options)
 
@@ -433,6 +440,7 @@ def test_trust_regions_hold_after_every_iteration(method_id: str) -> None:
     assert (max(found) <= limit) == (method_id != "fixpo without fix-up")
 
 
+@pytest.mark.check("value", "trpo", "trpo/natural")
 def test_natural_step_equals_a_direct_solve_with_the_hessian_of_the_mean_kl() -> None:
     delta, damping = 0.01, 0.05
     solver = NaturalGradient(kl_limit_nats=delta, damping=damping, cg_iterations=60, cg_tolerance=1e-26, line_search=False)
@@ -486,6 +494,7 @@ def bandit() -> tuple[TabularAgent, Rollout, torch.Tensor, torch.Tensor]:
     return agent, rollout, old, adv
 
 
+@pytest.mark.check("value", "mdpo-on")
 def test_mirror_descent_on_a_bandit_reaches_its_closed_form() -> None:
     """With exact advantages the inner problem's optimum is pi_old exp(t A) / Z, for t = 1 / coef."""
     agent, rollout, old, adv = bandit()
@@ -510,6 +519,7 @@ def test_mirror_steps_raise_the_penalty_as_the_budget_is_spent() -> None:
 
 
 @pytest.mark.parametrize(("target", "factor"), [(1e-6, 2.0), (10.0, 0.5)])
+@pytest.mark.check("value", "ppo/kl")
 def test_adaptive_penalty_doubles_and_halves(target: float, factor: float) -> None:
     method, setup = tree("ppo/kl", solver=Descent(lr=0.05, epochs=4), controller=Doubling(coef=3.0, kl_target_nats=target))
     driver = OnPolicyDriver(method, setup.agent, setup.collector)
@@ -569,6 +579,7 @@ def test_learning_rates_fall_linearly_and_roles_keep_their_own() -> None:
     assert driver.finished
 
 
+@pytest.mark.check("limit", "ppo")
 def test_wide_clip_and_policy_gradient_agree_over_several_epochs() -> None:
     _, setup = tree("ppo")
     rollout = record(ON_POLICY["ppo"].value, setup)

@@ -174,6 +174,7 @@ VALUES: dict[str, list[float]] = {
 
 
 @pytest.mark.parametrize("method_id", LOSSES)
+@pytest.mark.check("value")
 def test_value(method_id: str, fitting: Any) -> None:
     found = LOSSES[method_id].value(*fitting(method_id, *small()))
     torch.testing.assert_close(found, torch.tensor(VALUES[method_id], dtype=F64), rtol=1e-9, atol=1e-12)
@@ -268,6 +269,7 @@ HELD: dict[str, Held] = {
 
 
 @pytest.mark.parametrize("method_id", LOSSES)
+@pytest.mark.check("gradient")
 def test_gradient_matches_finite_differences(method_id: str, random_batch: Any, fitting: Any) -> None:
     method = LOSSES[method_id].value
     scores, views = fitting(method_id, *random_batch())

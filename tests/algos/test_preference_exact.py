@@ -121,6 +121,7 @@ def test_regression_on_rewards_and_on_votes(bandit: PreferenceBandit, pairs: Any
     assert total_variation(found, torch.log_softmax(old + at(bandit.reward) / 0.5, -1)) < 1e-5
 
 
+@pytest.mark.check("limit", "dro")
 def test_dro_finds_the_optimum_and_its_value(bandit: PreferenceBandit) -> None:
     """The loss keeps policy and value apart (each holds the other fixed); at the joint optimum both gradients vanish, and only there."""
     tau, ref = 0.7, at(bandit.logp_ref)
@@ -260,6 +261,7 @@ def test_online_ipo_gradient_is_self_play_and_its_fixed_point_the_equilibrium(ga
     assert game.exploitability(equilibrium.exp().numpy(), tau) < 1e-9 < 1e-3 < game.exploitability(np.exp(game.logp_ref), tau)
 
 
+@pytest.mark.check("limit", "ipo/nash-md", "nash-mp")
 def test_nash_md_and_mirror_prox_surrogates_have_the_gradient_of_their_objective(game: PreferenceGame) -> None:
     """E over rows sampled from pi of the surrogate's gradient is that of E[P(y > opponent)] - sum_k c_k KL(pi || anchor_k)."""
     ref, old = at(game.logp_ref), at([0.1, -0.4, 0.2, 0.0]).log_softmax(-1)
@@ -285,6 +287,7 @@ def test_the_self_play_surrogate_pays_for_the_future_on_trees() -> None:
     torch.testing.assert_close(found, -tree.exact_gradient(logits.detach(), 0.3), rtol=0, atol=1e-10)
 
 
+@pytest.mark.check("limit", "sppo")
 def test_sppo_step_is_multiplicative_weights(game: PreferenceGame) -> None:
     """Where log Z = eta / 2 (as for P against a policy of win rate 1/2, to first order in eta) the regression has pi_t e^(eta P) as its minimiser."""
     old, eta = at(game.logp_ref), 1e-3
@@ -368,6 +371,7 @@ def test_extrapolated_rounds_grow_by_one_over_one_less_momentum(bandit: Preferen
         np.testing.assert_allclose(found, [(1 - a ** (t + 1)) / (1 - a) for t in range(9)], rtol=1e-9)
 
 
+@pytest.mark.check("limit", "irepo")
 def test_residual_and_logistic_regress_the_same_minimiser(bandit: PreferenceBandit, pairs: Any) -> None:
     views, weight = pairs
     a = bandit_minimiser(Pairwise(0.5, link=Residual(), margin=ScoreGap(1.0)), bandit, views)

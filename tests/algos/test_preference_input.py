@@ -70,6 +70,7 @@ def items(views: Views, keep: slice) -> Views:
 
 
 @pytest.mark.parametrize("method_id", LOSSES)
+@pytest.mark.check("invariance")
 def test_padding_order_and_micro_batches_change_nothing(method_id: str, random_batch: Any, fitting: Any) -> None:
     method = LOSSES[method_id].value
     scores, views = fitting(method_id, *random_batch(11))
@@ -132,6 +133,7 @@ def test_hundreds_of_nats_in_float32(method_id: str, random_batch: Any, fitting:
 
 
 @pytest.mark.parametrize("method_id", LOSSES)
+@pytest.mark.check("bad_input")
 def test_missing_and_misshapen_columns_are_named(method_id: str, random_batch: Any, fitting: Any) -> None:
     method = LOSSES[method_id].value
     scores, views = fitting(method_id, *random_batch())

@@ -203,6 +203,7 @@ def value_and_gradient(loss: Any, scores: TokenScores, views: Views) -> tuple[to
 
 
 @pytest.mark.parametrize("method_id", LIMITS)
+@pytest.mark.check("limit")
 def test_parent_is_a_limit(method_id: str, random_batch: Any) -> None:
     variant, other, batch, atol = LIMITS[method_id]
     scores, views = batch(*random_batch(3))
@@ -217,6 +218,7 @@ def test_every_row_has_a_limit() -> None:
     assert set(LIMITS) | apart == set(LOSSES)
 
 
+@pytest.mark.check("limit", "ipo")
 def test_ipo_is_dpo_to_second_order(random_batch: Any) -> None:
     """phi(z) = log 2 - z/2 + z^2/8 - O(z^4) = (z - 2)^2 / 8 + const: near z = 0 DPO is IPO with tau = beta / 4."""
     scores, views = shrunk(*random_batch(1))
@@ -224,6 +226,7 @@ def test_ipo_is_dpo_to_second_order(random_batch: Any) -> None:
     torch.testing.assert_close(ga, gb, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.check("limit", "exo")
 def test_exo_and_dpo_on_lists_of_two_are_the_two_directions_of_one_divergence() -> None:
     """KL(p || q) and KL(q || p) of binary laws: equal where p and q change places."""
     p, q = 0.3, 0.8
@@ -260,6 +263,7 @@ def test_satisfied_pairs_have_no_hinge_gradient(random_batch: Any) -> None:
     assert not value.any() and not grad.any()
 
 
+@pytest.mark.check("limit", "lipo")
 def test_lipo_with_two_responses_is_dpo_times_a_constant(random_batch: Any) -> None:
     scores, views = hard_rates(*random_batch(4))
     views.groups = views.pairs
@@ -268,6 +272,7 @@ def test_lipo_with_two_responses_is_dpo_times_a_constant(random_batch: Any) -> N
     torch.testing.assert_close(found, (1 / LOG2 - 1 / LOG3) * DPO(scores, views), rtol=1e-12, atol=0)
 
 
+@pytest.mark.check("limit", "pro")
 def test_pro_with_two_responses_and_with_equal_gaps(random_batch: Any) -> None:
     scores, views = random_batch(5)
     mean = scores.means()
@@ -286,6 +291,7 @@ def test_pro_with_two_responses_and_with_equal_gaps(random_batch: Any) -> None:
         assert math.isclose(total, float(value), rel_tol=1e-9)
 
 
+@pytest.mark.check("limit", "kto")
 def test_kto_around_zero_is_the_logistic_probability_of_the_wrong_side(random_batch: Any) -> None:
     """z0 clamped at 0 (the batch's estimate is negative): 1 - s(beta l), 1 - s(-beta l)."""
     scores, views = reference_point_zero(*random_batch(6))
@@ -313,6 +319,7 @@ def test_averaging_robust_dpo_over_flips_gives_dpo(random_batch: Any) -> None:
     torch.testing.assert_close(0.9 * robust(scores, views) + 0.1 * robust(scores, flipped), DPO(scores, views), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.check("limit", "asft/beta")
 def test_orpo_is_the_log_share_of_the_odds_and_asft_likelihood_plus_unlikelihood(random_batch: Any) -> None:
     scores, views = random_batch(8)
     p = scores.means().exp()

@@ -85,6 +85,8 @@ def test_dpo_recovers_the_optimum_from_its_ideal_rejected_sampler_only(ideal: bo
     assert distance < 1e-4 if ideal else distance > 0.2
 
 
+@pytest.mark.check("value", "did")
+@pytest.mark.check("bad_input", "did")
 def test_information_entropy_is_low_when_the_policy_reinforces_its_reference() -> None:
     ref = torch.log_softmax(-torch.log(torch.arange(1, 33, dtype=F64)), -1)  # Zipf
     sharp, smooth = (torch.log_softmax(c * ref, -1) for c in (2.0, 0.5))
@@ -102,6 +104,8 @@ def test_information_entropy_is_low_when_the_policy_reinforces_its_reference() -
 # -- rankings ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "ranking-accuracy")
+@pytest.mark.check("bad_input", "ranking-accuracy")
 def test_ranking_accuracies_by_hand() -> None:
     """Pairs with gaps 1, -1, 0, -3; the reference's gaps 1, -1, 0, -3 too, raters .5, .9, .4, 1: optimum gaps at beta 1 are 1, 1.2, -.41, inf."""
     w, l = torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.tensor([-1.0, 0.0, -2.0, 0.0])
@@ -125,6 +129,8 @@ def test_a_pair_is_ranked_rightly_exactly_when_its_loss_is_below_the_bound() -> 
     assert torch.equal(loss <= bound, (logp[0::2] >= logp[1::2]).squeeze(1))
 
 
+@pytest.mark.check("value", "implicit-rm-generalisation")
+@pytest.mark.check("bad_input", "implicit-rm-generalisation")
 def test_generalisation_by_hand() -> None:
     margins = {"train": torch.tensor([1.0, 2.0, -1.0, 1.0]), "long": torch.tensor([1.0, -1.0]), "new": torch.tensor([0.0, -1.0])}
     found = generalisation(margins, "train")
@@ -136,6 +142,8 @@ def test_generalisation_by_hand() -> None:
 # -- over-optimisation, conflict ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "likelihood-overopt")
+@pytest.mark.check("bad_input", "likelihood-overopt")
 def test_top_k_by_hand() -> None:
     """p = .5, .3, .2 and k = 2: H = -.5 log .5 - .3 log .3, M = .8, renormalised p = .625, .375. The second position is masked out."""
     logits = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]], dtype=F64).log() + 3.0
@@ -146,6 +154,8 @@ def test_top_k_by_hand() -> None:
         top_k(logits, torch.tensor([[True, True]]), k=4)
 
 
+@pytest.mark.check("value", "adc")
+@pytest.mark.check("bad_input", "adc")
 def test_dimension_conflict_by_hand() -> None:
     """Training on 0 costs dimension 1 three points and dimension 2 one; gains and the trained dimension itself do not count."""
     change = torch.tensor([[-9.0, -3.0, -1.0], [2.0, 5.0, 0.0], [-2.0, 4.0, 1.0]])

@@ -371,6 +371,7 @@ def test_settings_that_do_not_go_together():
     [("dpo", {}), ("dpo", LORA), ("tr-dpo", LORA), ("sdpo-stepwise", {}), ("apo-accelerated", {}), ("kto", {}), ("sam-po", {}), ("dro", {})],
     ids=str,
 )
+@pytest.mark.check("resume")
 def test_n_plus_n_steps_are_2n_to_the_bit(tmp_path, row, options):
     changes = {"num_env_steps": 24, "num_envs": 4} | ({"reference": Sync(0.5, 1)} if row == "tr-dpo" else {})
     columns = {"score_chosen": 1, "score_rejected": 0} if row == "dro" else {}

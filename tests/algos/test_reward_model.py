@@ -86,6 +86,7 @@ def test_row_is_whole() -> None:
     assert find("reward-model") is row and row.claim == row.id and row.paper in bradley_terry.__doc__  # type: ignore[operator]
 
 
+@pytest.mark.check("value", "reward-model")
 def test_loss_by_hand() -> None:
     # r_w - r_l = log 3: s = 3/4; half certain: the mean of -log 3/4 and -log 1/4; (2 + log 3)^2 / 100 beside it
     w, l = t(1 + math.log(3)), t(1)
@@ -111,6 +112,7 @@ def test_a_ranked_list_counts_once() -> None:
 # -- 2: gradient -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("gradient", "reward-model")
 def test_gradient_matches_finite_differences() -> None:
     w, l = t(0.3, -1.0, 2.0).requires_grad_(), t(0.1, 0.5, -0.5).requires_grad_()
     keep: dict[str, Any] = {"margin": t(0.0, 0.5, 0.1), "q": t(1.0, 0.7, 0.4), "centre": 0.1}
@@ -120,6 +122,7 @@ def test_gradient_matches_finite_differences() -> None:
 # -- 3: limits ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("limit", "reward-model")
 def test_limits() -> None:
     d = t(-2.0, 0.0, 3.0)
     torch.testing.assert_close(bradley_terry(d, torch.zeros_like(d)), logistic(d))  # DPO's loss on another score
@@ -139,6 +142,7 @@ def test_a_shift_of_all_scores_changes_nothing() -> None:
     assert not torch.allclose(bradley_terry(w + 7, l + 7, centre=0.01), bradley_terry(w, l, centre=0.01))
 
 
+@pytest.mark.check("invariance", "reward-model")
 def test_padding_order_and_micro_batches_change_nothing() -> None:
     one = model()
     one.net["head"][-1].weight.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -157,6 +161,7 @@ def test_padding_order_and_micro_batches_change_nothing() -> None:
 # -- 5: resume ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("resume", "reward-model")
 def test_resume_gives_the_same_bits(tmp_path: Any) -> None:
     straight = made(pairs(), num_env_steps=48)
     straight.step(), straight.step()
@@ -184,6 +189,7 @@ def test_resume_gives_the_same_bits(tmp_path: Any) -> None:
         (lambda: resolve("run:nowhere"), "markovia train reward-model --data"),
     ],
 )
+@pytest.mark.check("bad_input", "reward-model")
 def test_bad_input_is_told(call: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()

@@ -39,6 +39,7 @@ def weights(dual, costs, limit):
 # -- multipliers -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "ppo-lag", "ppo-lag/pid")
 def test_pid_by_hand():
     dual = PIDDual(kp=1.0, ki=0.5, kd=2.0, ema_p=0.5, ema_d=0.5, delay=2, init=0.0)
     # cost 3: e 2, I 1.0, P 1, E 1.5,  D 1.5 - 0    -> 1 + 1.0 + 3.0 = 5
@@ -62,6 +63,7 @@ def test_gradient_is_torchs_adam_with_a_clamp():
     np.testing.assert_allclose(weights(gradient(0.1, 0.0, "sgd"), [3.0, 0.0, 5.0], 1.0)[:, 0], [0.2, 0.1, 0.5])
 
 
+@pytest.mark.check("limit", "ppo-lag/pid")
 def test_optimistic_and_augmented_are_gains_of_the_controller():
     costs, eta = np.array([3.0, 1.5, 2.0, 4.0, 0.5]), 0.1
     lam, last, expected = 0.0, 0.0, []
@@ -136,6 +138,7 @@ def test_a_proportional_part_ends_the_swing_of_a_linear_problem():
         (lambda: constrained_policy_optimisation(CMDP(TabularMDP.random(2, 2), np.ones((2, 2, 2)), [9.0, 9.0])), "one constraint"),
     ],
 )
+@pytest.mark.check("bad_input", "ppo-lag", "ppo-lag/pid", "cpo", "cat")
 def test_bad_input_is_taught(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -152,6 +155,8 @@ def test_limits_and_their_discounted_form_by_hand():
     assert Constraint(cost_limit=(25.0, 0.0)).num_costs == 2 and Constraint().limits.tolist() == [25.0]
 
 
+@pytest.mark.check("value", "ppo-lag", "trpo-lag")
+@pytest.mark.check("limit", "ppo-lag", "trpo-lag")
 def test_mixing_by_hand_and_its_limit_cases():
     adv, cost_adv = torch.tensor([[2.0]]), torch.tensor([[[1.0, -1.0]]])
     w = torch.tensor([0.5, 1.0])  # priced: 0.5 - 1 = -0.5
@@ -175,6 +180,7 @@ def test_cost_advantages_are_centred_over_the_mask_only():
 # -- constraints as terminations -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "cat")
 def test_termination_probability_by_hand():
     cost, scale, p_max = torch.tensor([[0.0, -1.0], [1.0, -5.0], [8.0, 1.0]]), torch.tensor([4.0, 2.0]), torch.tensor([1.0, 0.3])
     # 0 | 0.25 * 1 | max(1 (clipped), 0.5 * 0.3)
@@ -196,6 +202,7 @@ def test_scale_curriculum_and_record_by_hand():
     assert torch.allclose(half.double(), torch.full((2,), 1 / 12, dtype=torch.float64))
 
 
+@pytest.mark.check("limit", "cat")
 def test_soft_termination_is_the_mean_over_coin_flips():
     rng = torch.Generator().manual_seed(1)
     reward, value, delta = (torch.rand(1, 4, generator=rng, dtype=torch.float64) for _ in range(3))
@@ -268,6 +275,7 @@ def test_closed_form_equals_the_disc_and_half_plane_in_2000_instances():
     assert cases == {"free", "inactive", "active", "recovery"}
 
 
+@pytest.mark.check("limit", "cpo")
 def test_the_special_cases_of_the_program():
     g = b = np.array([2.0, 0.0])
     q = float(g @ g)
@@ -287,6 +295,7 @@ def test_the_special_cases_of_the_program():
     assert touching.along_p == pytest.approx(-0.2) and abs(touching.along_x) < 1e-6
 
 
+@pytest.mark.check("value", "cpo")
 def test_line_search_conditions_by_hand():
     ok = {"kl": 0.01, "gain": 1.0, "cost_change": 0.0, "violation": -0.5, "delta": 0.01, "tolerance": 0.0}
     assert acceptable(**ok)
@@ -334,6 +343,8 @@ def test_several_constraints_reach_their_prices():
     assert trace.value[-1] == pytest.approx(oracle.value, abs=1e-5)
 
 
+@pytest.mark.check("value", "reload")
+@pytest.mark.check("limit", "reload")
 def test_reload_settles_where_descent_ascent_cycles():
     problem = cmdp_two_state()
     plain = descent_ascent(problem, step=0.3, dual_step=0.05, iterations=800)

@@ -60,6 +60,8 @@ def test_bonus_and_pessimism_by_hand():
     assert V[0, 0] == pytest.approx(0.475 + bonus[0, 0, 0])
 
 
+@pytest.mark.check("value", "stepmix")
+@pytest.mark.check("limit", "stepmix")
 def test_step_mixture_is_worth_its_floor_and_has_its_ends():
     P, reward, _, _, _, _ = instances()
     start = np.eye(3)[np.zeros(6, dtype=int)]
@@ -79,6 +81,8 @@ def test_step_mixture_is_worth_its_floor_and_has_its_ends():
     np.testing.assert_array_equal(step_mixture(exact, baseline, greedy, exact.max(1) + 1.0), baseline)
 
 
+@pytest.mark.check("value", "epsmix")
+@pytest.mark.check("limit", "epsmix")
 def test_episode_mixture_by_hand():
     # safe already | half-way | not even the baseline is certain
     p = episode_mixture(np.array([0.9, 0.2, 0.2]), np.array([0.5, 1.0, 0.5]), np.array([0.8, 0.6, 0.8]))
@@ -110,6 +114,7 @@ def test_offline_start_by_hand_and_it_saves_episodes():
     assert (after.value >= 0.9 * worth - 1e-12).all()
 
 
+@pytest.mark.check("bad_input", "stepmix", "epsmix")
 def test_runs_repeat_and_bad_input_is_taught():
     P, reward, start, baseline, worth, _ = instances(R=2)
     a, b = (explore(P, reward, start, baseline, 0.9 * worth, episodes=20, seed=3) for _ in range(2))
@@ -123,6 +128,7 @@ def test_runs_repeat_and_bad_input_is_taught():
 # -- fronts --------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "c-morl")
 def test_domination_and_crowding_by_hand():
     points = np.array([[1.0, 3.0], [2.0, 2.0], [1.0, 2.0], [3.0, 0.0], [2.0, 2.0]])
     assert nondominated(points).tolist() == [True, True, False, True, False]  # the twin counts once
@@ -133,6 +139,7 @@ def test_domination_and_crowding_by_hand():
     assert front.solved == 5
 
 
+@pytest.mark.check("value", "c-morl")
 def test_hypervolume_by_hand_in_two_and_three_dimensions():
     # Staircase of (1, 3), (2, 2), (3, 0) over (0, 0): 3 + 2 + 0.
     assert hypervolume(np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 0.0]]), np.zeros(2)) == pytest.approx(5.0)
@@ -146,6 +153,7 @@ def test_hypervolume_by_hand_in_two_and_three_dimensions():
     assert hypervolume(points, np.zeros(4)) == pytest.approx(hypervolume(points[::-1], np.zeros(4)))  # the order does not matter
 
 
+@pytest.mark.check("bad_input", "c-morl")
 def test_utility_sparsity_grid_and_floors_by_hand():
     points = np.array([[0.0, 4.0], [3.0, 3.0], [4.0, 0.0]])
     weights = simplex_grid(2, 0.5)  # (0, 1), (1/2, 1/2), (1, 0) -> 4, 3, 4
@@ -162,6 +170,7 @@ def test_utility_sparsity_grid_and_floors_by_hand():
             call()
 
 
+@pytest.mark.check("limit", "c-morl")
 def test_extension_keeps_the_other_return_and_fills_the_front():
     rng = np.random.default_rng(3)
     mdp, u = TabularMDP.random(4, 3, 0.8, seed=4), rng.random((4, 3))

@@ -73,6 +73,7 @@ def test_several_costs_and_critic_free_estimators():
     assert handler.describe() == {"cost_weight/0": 0.5, "cost_weight/1": 0.5, "violation/0": 1.0, "violation/1": -1.0}
 
 
+@pytest.mark.check("limit", "ppo-lag", "ppo-lag/pid")
 def test_weight_zero_leaves_the_advantage_bit_for_bit():
     handler, rng = ConstraintHandler(Constraint(dual=FixedDual(0.0)), gamma=0.9), torch.Generator().manual_seed(0)
     rollout, adv = record(torch.rand(2, 5, 1, generator=rng)), torch.randn(2, 5, generator=rng, dtype=torch.float64)

@@ -7,6 +7,8 @@ import torch
 from markovia.algos.safe.shield import chance_safe, correct, least_advantage, safest, shielded_policy
 
 
+@pytest.mark.check("value", "acs")
+@pytest.mark.check("bad_input", "acs")
 def test_bound_by_hand():
     # epsilon 0.2: at psi 0.9 half of the margin 0.1 may be spent, at 0.6 half of the missing 0.2 must come back.
     bound = least_advantage(torch.tensor([0.9, 0.8, 0.6]), alpha=0.5, epsilon=0.2)

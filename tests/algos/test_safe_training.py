@@ -60,6 +60,7 @@ def test_rows_say_where_they_come_from_and_train(method_id):
 
 
 @pytest.mark.parametrize("method_id", TRAINED)
+@pytest.mark.check("resume")
 def test_resumed_runs_give_the_same_numbers(method_id, tmp_path):
     def fresh() -> OnPolicyDriver:
         return driver(small(method_id))
@@ -80,6 +81,7 @@ def test_resumed_runs_give_the_same_numbers(method_id, tmp_path):
         assert torch.equal(v, resumed.state()[0][k]), k
 
 
+@pytest.mark.check("limit", "trpo-lag", "cat")
 def test_weight_zero_is_the_parent_bit_for_bit():
     free = Constraint(cost_limit=(0.5,), dual=FixedDual(0.0))
     for child, parent in (("trpo-lag", "trpo"), ("cat", "ppo")):
@@ -254,6 +256,7 @@ def test_episode_costs_are_discounted_on_request_and_told_per_column():
         (lambda: check_cost([1.0], 2), "2 numbers"),
     ],
 )
+@pytest.mark.check("bad_input", "ppo-lag", "trpo-lag")
 def test_bad_input_is_taught(call, message):
     with pytest.raises(ValueError, match=message):
         call()

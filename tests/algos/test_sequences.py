@@ -65,6 +65,7 @@ def test_row_is_whole() -> None:
 # -- values, gradients, limit ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "decision-transformer")
 def test_error_by_hand() -> None:
     # squares: (1 + 4) / 2 and, in the second row, 0 / 2; the third step is not valid: (2.5 + 0) / 2
     predicted = torch.tensor([[[1.0, 0.0], [3.0, 3.0], [9.0, 9.0]]])
@@ -107,6 +108,7 @@ def test_network_equals_its_formula() -> None:
     torch.testing.assert_close(found[1], by_hand(net, to_go[1], obs[1], action[1], step[1]))
 
 
+@pytest.mark.check("gradient", "decision-transformer")
 def test_gradient_matches_finite_differences() -> None:
     net, (to_go, obs, action, step) = network(), tokens()
     valid = torch.tensor([[True] * 4, [True] * 2 + [False] * 2, [True] * 4])
@@ -121,6 +123,7 @@ def test_gradient_matches_finite_differences() -> None:
         assert float(grad.reshape(-1)[0]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.check("limit", "decision-transformer")
 def test_one_step_that_reads_no_return_is_a_clone() -> None:
     """A window of one step whose return is not read gives an action of the observation alone; its loss is behavioural cloning's."""
     net, (to_go, obs, action, step) = network(), tokens(n=5, K=1)
@@ -145,6 +148,7 @@ def test_no_step_sees_what_comes_later() -> None:
     assert not torch.allclose(after[:, 3], before[:, 3])
 
 
+@pytest.mark.check("invariance", "decision-transformer")
 def test_order_of_the_batch_changes_nothing() -> None:
     net, parts = network(), tokens()
     order = torch.tensor([2, 0, 1])
@@ -226,6 +230,7 @@ def test_agent_acts_and_survives_saving(tmp_path: Any) -> None:
 # -- resume, the command line ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("resume", "decision-transformer")
 def test_half_and_half_equals_a_whole(tmp_path: Any) -> None:
     whole = driver_of(short())
     whole.step()
@@ -262,6 +267,7 @@ def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None
         (lambda: build("CartPole-v1", short(), dataset=DATASET), "this agent predicts continuous actions"),
     ],
 )
+@pytest.mark.check("bad_input", "decision-transformer")
 def test_bad_input_is_answered(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()

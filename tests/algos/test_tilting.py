@@ -23,6 +23,7 @@ def test_row_is_whole(row_id: str) -> None:
         assert row.paper in getattr(importlib.import_module(module), name).__doc__ or "KL(" in getattr(importlib.import_module(module), name).__doc__
 
 
+@pytest.mark.check("value", "rl-kl-bayes")
 def test_evidence_bound_by_hand() -> None:
     # two outcomes, p0 = 1/2 each, R = log 3 and 0, beta 1: Z = 2, p* = 3/4, 1/4; for pi = p0: E R = log 3 / 2
     half = np.log([0.5, 0.5])
@@ -30,6 +31,8 @@ def test_evidence_bound_by_hand() -> None:
     assert left == pytest.approx(0.5 * math.log(3)) and right == pytest.approx(math.log(2) - 0.5 * math.log(4 / 3))
 
 
+@pytest.mark.check("value", "bon-asymptotics")
+@pytest.mark.check("limit", "bon-asymptotics")
 def test_exponent_of_a_kl() -> None:
     # p0 = 1/2: the tilt 3/4, 1/4 has KL log 2 - H(1/4), and needs e^alpha = 3
     half = np.log([0.5, 0.5])
@@ -38,6 +41,7 @@ def test_exponent_of_a_kl() -> None:
     assert tilt_kl(half, np.array([1.0, 0.0]), alpha=0.0) == 0.0
 
 
+@pytest.mark.check("value", "inf-align")
 def test_win_rate_by_hand_and_its_variation_by_differences() -> None:
     p, ref = np.array([0.25, 0.75]), np.array([0.5, 0.5])
     # one sample: .25 (.25) + .75 (.75); best of two: the better outcome with 15/16 against 3/4
@@ -53,6 +57,7 @@ def test_win_rate_by_hand_and_its_variation_by_differences() -> None:
         assert found[j] - found[-1] == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.check("limit", "inf-align")
 def test_one_sample_asks_for_the_calibrated_reward() -> None:
     ref = np.random.default_rng(1).dirichlet(np.ones(5))
     share = np.concatenate([[0.0], np.cumsum(ref)])
@@ -67,6 +72,8 @@ def test_calibration_counts_ties_half_and_sees_ranks_only() -> None:
     assert again.tolist() == [0.5]
 
 
+@pytest.mark.check("value", "rm-ensemble")
+@pytest.mark.check("limit", "rm-ensemble")
 def test_ensembles_by_hand() -> None:
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
     # mean 3, variance 7
@@ -84,6 +91,7 @@ def test_ensembles_by_hand() -> None:
         (lambda: combine(torch.zeros(2, 2), how="median"), "mean, worst or uncertainty"),
     ],
 )
+@pytest.mark.check("bad_input", "rl-kl-bayes", "bon-asymptotics", "inf-align", "rm-ensemble")
 def test_bad_input_is_told(call, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()

@@ -64,6 +64,7 @@ def test_row_is_whole(method_id: str) -> None:
 # -- value, gradient, limit: the subset of critics -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "wsrl")
 def test_subset_by_hand() -> None:
     q = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 0.0]])
     # the two largest numbers are those of members 2 and 0
@@ -101,6 +102,7 @@ def test_target_is_the_minimum_over_the_drawn_critics() -> None:
     assert torch.equal(whole.goal(batch, noise[0], 0.2), every.goal(batch, noise[0], 0.2, noise[3:]))
 
 
+@pytest.mark.check("gradient", "wsrl")
 def test_gradient_of_the_critics_matches_finite_differences() -> None:
     nets, (batch, noise) = nets_of(short().online), minibatch()
     y, p = nets.goal(batch, noise[0], 0.2, noise[3:]), nets.critic.head.weight  # type: ignore[union-attr]
@@ -185,6 +187,7 @@ def test_rewards_of_both_phases_are_transformed_alike() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.check("resume", "wsrl")
 def test_half_and_half_equals_a_whole(at: int, tmp_path: Any) -> None:
     """Stopped at the end of the data, and online after the first updates."""
     whole, first, second = (driver_of(short()) for _ in range(3))
@@ -229,6 +232,7 @@ def test_run_folder_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixtur
         ({"online": {"batch_size": 2}}, "needs a minibatch of at least critic.num=3 rows, got batch_size=2"),
     ],
 )
+@pytest.mark.check("bad_input", "wsrl")
 def test_bad_input_is_answered(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         short(**changes)

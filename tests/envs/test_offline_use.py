@@ -131,6 +131,8 @@ def test_every_reference_is_whole():
 # -- measures -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check("value", "saco-tq")
+@pytest.mark.check("bad_input", "saco-tq")
 def test_trajectory_quality_by_hand():
     data = discrete([0, 1, 2, 3, 4], [0] * 5, [1, 2, 3, 4, 50], ends=[1, 3])  # returns 3 and 7; the last episode is cut
     assert trajectory_quality(data, 1.0, 9.0) == pytest.approx((5 - 1) / 8)
@@ -140,6 +142,8 @@ def test_trajectory_quality_by_hand():
         trajectory_quality(data.episodes([2]), 0.0, 1.0)
 
 
+@pytest.mark.check("value", "saco-tq")
+@pytest.mark.check("invariance", "saco-tq")
 def test_state_action_coverage_by_hand():
     data = discrete([0, 0, 1, 1], [0, 0, 0, 1], [0] * 4, ends=[3])  # (0,0), (1,0), (1,1): 3 pairs
     replay = discrete([0, 0, 1, 1, 2], [0, 1, 0, 1, 2], [0] * 5, ends=[4])  # 4 pairs in the first 4 rows
