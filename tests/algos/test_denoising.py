@@ -53,7 +53,7 @@ def gaussian_task(mean: float = 0.3, var: float = 0.64, num_steps: int = 10, rew
     return DenoisingTask(network, kernel, reward or (lambda x, c: -0.5 * (x[:, 0] - 2).square()), (1,), name="gaussian")
 
 
-def path_task(num_steps: int = 20, conditions: Any = None) -> DenoisingTask:
+def path_task(num_steps: int = 20, conditions: Any = None, **options: Any) -> DenoisingTask:
     """Arcs above and below a line, 8 points each, shifted by the condition where there is one."""
     across = torch.linspace(-1, 1, 8, dtype=F64)
     arcs = torch.stack([torch.stack([across, s * 0.6 * torch.cos(1.5 * across)], -1).flatten() for s in (1, -1)])
@@ -63,7 +63,7 @@ def path_task(num_steps: int = 20, conditions: Any = None) -> DenoisingTask:
         shift = 0.0 if cond is None else (ddim().alphas_cumprod.to(x)[t].sqrt()[:, None, None] * cond.to(x)[:, None])
         return exact((x - shift).flatten(1), t).reshape(x.shape)
 
-    kernel = GaussianKernel.from_scheduler(ddim(), num_steps, kind="ddpm", clip_x0=1.5)
+    kernel = GaussianKernel.from_scheduler(ddim(), num_steps, **{"kind": "ddpm", "clip_x0": 1.5, **options})
     return DenoisingTask(network, kernel, lambda x, c: x.sum((1, 2)), (8, 2), conditions, name="paths")
 
 
@@ -303,6 +303,62 @@ def test_pr_is_the_best_of_its_candidates() -> None:
     many = ITPS("rs").sample(task, SKETCH, 6 * 5, gen())["x"].unflatten(0, (6, 5))
     best = many[torch.arange(6), alignment(many, target).argmin(1)]
     assert torch.equal(ITPS("pr", candidates=5).sample(task, SKETCH, 6, gen())["x"], best)
+
+
+def reordered(task: DenoisingTask, order: Tensor) -> DenoisingTask:
+    """The same task whose starts come in another order; its chain is deterministic, so nothing else is random."""
+    inner = task.starts
+
+    def starts(n: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        return {k: None if v is None else v[order] for k, v in inner(n, generator).items()}
+
+    task.starts = starts  # type: ignore[method-assign]
+    return task
+
+
+@pytest.mark.parametrize("method_id", ["rlg", "itps/gd", "itps/rs", "itps/op"])
+@pytest.mark.check("invariance")
+def test_chains_do_not_touch_each_other(method_id: str) -> None:
+    """In another order they end in that order."""
+    order = torch.tensor([3, 0, 2, 1])
+
+    def sample(shuffled: bool) -> Tensor:
+        task = gaussian_task(eta=0.0) if method_id == "rlg" else path_task(8, [[0.1, 0.2]] if method_id == "itps/op" else None, kind="ddim", eta=0.0)
+        task = reordered(task, order) if shuffled else task
+        if method_id == "rlg":
+            return RLGuidance(2.0).sample(task, gaussian_task(1.0, 0.4).network, 4, gen(1))["x"]
+        return ITPS(DENOISING[method_id].value.strategy, rho=2.0).sample(task, SKETCH, 4, gen(1))["x"]
+
+    torch.testing.assert_close(sample(True), sample(False)[order], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.check("invariance", "itps/pr")
+def test_the_best_candidate_does_not_depend_on_their_order() -> None:
+    task, target = path_task(8), resample_path(SKETCH, 8)
+    many = ITPS("rs").sample(task, SKETCH, 6, gen())["x"]
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    chosen = [c[ranking(alignment(c, target)).argmax()] for c in (many, many[order])]
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.check("value", "itps/bi")
+@pytest.mark.check("invariance", "itps/bi")
+def test_biased_chains_start_half_way_at_the_noised_sketch() -> None:
+    """Written out: x = sketch + 0.5 z, then the last half of the steps; without noise every chain of a deterministic kernel is the same."""
+    task = path_task(8, kind="ddim", eta=0.0)
+    target, z = resample_path(SKETCH, 8), gen(1)
+    task.starts(3, z)  # drawn and not used
+    x = target + 0.5 * torch.randn(3, 8, 2, generator=z)
+    expected = denoise(task.kernel, predictor(task.kernel, task.network), x, z, 4)
+    torch.testing.assert_close(ITPS("bi", start=0.5, start_noise=0.5).sample(task, SKETCH, 3, gen(1))["x"], expected)
+    same = ITPS("bi", start_noise=0.0).sample(task, SKETCH, 3, gen(2))["x"]
+    assert torch.equal(same[0], same[2])
+
+
+@pytest.mark.check("limit", "itps/op")
+def test_a_sketch_that_starts_at_the_condition_perturbs_nothing() -> None:
+    a, b = (ITPS(s).sample(path_task(8, [[-1.0, -0.4]]), SKETCH, 4, gen())["x"] for s in ("op", "rs"))
+    assert torch.equal(a, b)
 
 
 # -- agents: ratios and guidance -------------------------------------------------------------------------------------------------------------

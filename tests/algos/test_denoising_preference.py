@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -292,6 +293,12 @@ def test_chains_of_a_pair_share_start_and_condition() -> None:
     assert bool(steps.record.mask[steps.pairs.flatten()].all())
 
 
+@pytest.mark.check("limit", "spo-step")
+def test_spo_with_pairs_of_whole_chains_is_d3po() -> None:
+    d3po = DENOISING["d3po"].value
+    assert dataclasses.replace(DENOISING["spo-step"].value, source=d3po.source, loss=d3po.loss) == d3po
+
+
 def test_candidates_leave_from_one_sample_and_the_chain_goes_on_at_random() -> None:
     task = make_task("linear_gaussian")
     agent = agent_on(task)
@@ -310,6 +317,7 @@ def test_own_pairs_are_ordered_by_the_reward_and_share_their_condition() -> None
     assert bool((score[::2] >= score[1::2]).all()) and torch.equal(made["cond"][::2], made["cond"][1::2])
 
 
+@pytest.mark.check("limit", "se-ppo")
 def test_semi_policy_samples_from_its_pool_and_flips_the_sign() -> None:
     loop = on_its_task("se-ppo")
     loop.step()

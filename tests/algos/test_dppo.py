@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
+from on_policy_pieces import Given, check_gradient
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
@@ -205,6 +206,37 @@ def test_one_denoising_step_is_plain_ppo():
         losses.append(float(loss.detach()))
         grads.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(mean.parameters()))]))
     assert losses[1] == pytest.approx(losses[0], abs=1e-6) and torch.allclose(grads[1], grads[0], atol=1e-6) and grads[0].abs().max() > 0
+
+
+def doubled() -> tuple[OnPolicyDriver, TwoLayer]:
+    """A driver of the small settings in float64."""
+    collector, agent = counted()
+    agent.net.double()
+    method = dataclasses.replace(two_layer(), scale_reward=False)
+    return OnPolicyDriver(method, agent, collector, seed=0), method
+
+
+@pytest.mark.check("gradient", "dppo")
+def test_gradient_of_the_whole_loss_matches_finite_differences():
+    driver, _ = doubled()
+    check_gradient(driver)
+
+
+@pytest.mark.check("invariance", "dppo")
+def test_order_of_rows_and_micro_batches_change_nothing():
+    record = doubled()[0].collector.collect(doubled()[0].agent, torch.Generator().manual_seed(0))
+
+    def after(rollout: Rollout, micro: int | None = None) -> torch.Tensor:
+        driver, method = doubled()
+        solver = dataclasses.replace(method.solver, unit="row", minibatch=None, optimizer="sgd", epochs=2, micro=micro)
+        method = dataclasses.replace(method, solver=solver, value=ValueLoss(coef=1.0, separate=solver))
+        driver = OnPolicyDriver(method, driver.agent, Given(rollout), seed=0)
+        driver.step()
+        return torch.cat([p.detach().flatten() for p in driver.agent.net.parameters()])
+
+    start = after(record)
+    torch.testing.assert_close(after(record.rows(torch.tensor([1, 0]))), start, rtol=0, atol=1e-10)
+    torch.testing.assert_close(after(record, 1), start, rtol=0, atol=1e-10)
 
 
 def exact_return(agent: DiffusionPolicyAgent, cost: float, horizon: int) -> float:

@@ -85,7 +85,7 @@ def test_no_budget_gives_the_best_mode() -> None:
     torch.testing.assert_close(improve(q, light, mean, cov, log_tau=0.0, min_weight=0.05), mean[:, 0])
 
 
-@pytest.mark.check("limit", "cfpi")
+@pytest.mark.check("limit", "cfpi", "cfpi/sg")
 def test_one_mode_is_the_single_gaussian() -> None:
     """Jensen's bound of one mode is the mode, so both candidates agree; invariant to the order of states."""
     _, mean, cov, grad = problem(2)

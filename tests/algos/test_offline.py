@@ -628,6 +628,14 @@ def test_without_importance_weights_the_logged_action_joins_the_sum() -> None:
     torch.testing.assert_close(nets.critic_loss(batch, batch.reward, noise[3:])[1]["gap"], expected.detach())
 
 
+@pytest.mark.check("limit", "mcep")
+def test_mcep_without_its_evaluation_policy_is_td3_bc() -> None:
+    assert dataclasses.replace(tiny("mcep"), evaluation=None) == tiny("td3-bc")
+    nets, (batch, noise) = made(override(tiny("mcep"), {"evaluation": {"alpha": 2.5}})).nets, minibatch()
+    nets.deployed.net["policy"].load_state_dict(nets.policy.state_dict())  # type: ignore[union-attr]
+    torch.testing.assert_close(nets.evaluation_loss(batch)[0], nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0])
+
+
 @pytest.mark.check("limit", "filtered-bc")
 def test_filtered_bc_of_all_episodes_is_bc() -> None:
     assert dataclasses.replace(tiny("filtered-bc"), data=Logged(fraction=1.0)) == tiny("bc")

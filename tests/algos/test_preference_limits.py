@@ -183,6 +183,7 @@ LIMITS: dict[str, tuple[Any, Any, Any, float]] = {
     "aot": (Transport(beta=0.1), DPO, one_pair, 1e-12),
     "aot/unpaired": (Transport(beta=0.1, view="unpaired"), Transport(beta=0.1), one_pair, 1e-12),
     "copg": (of("copg", beta=1.0), of("rebel", diff=Difference(), margin=ScoreGap(1.0)), untouched, 1e-12),
+    "irepo": (of("irepo", margin=ScoreGap(1.0)), of("rebel", beta=0.1, margin=ScoreGap(1.0)), untouched, 1e-12),
     "rebel": (of("rebel", margin=ScoreGap(10.0)), Pairwise(1.0, link=Squared(0.05)), lambda s, v: hard_rates(*old_is_ref(s, v)), 1e-12),
     "sppo/hard": (of("sppo/hard"), of("sppo"), hard_rates, 1e-12),
     "inpo": (of("inpo"), Pairwise(1.0, link=Squared(7.5e-3)), old_is_ref, 1e-12),
@@ -214,7 +215,7 @@ def test_parent_is_a_limit(method_id: str, random_batch: Any) -> None:
 
 def test_every_row_has_a_limit() -> None:
     # These are compared with formulas of their own below and on the exact problems.
-    apart = {"asft/beta", "kto", "exo", "ipo", "ipo/nash-md", "nash-mp", "irepo", "lipo", "pro", "dro", "sppo", "nca"}
+    apart = {"asft/beta", "kto", "exo", "ipo", "ipo/nash-md", "nash-mp", "lipo", "pro", "dro", "sppo", "nca"}
     assert set(LIMITS) | apart == set(LOSSES)
 
 
@@ -238,6 +239,15 @@ def test_exo_and_dpo_on_lists_of_two_are_the_two_directions_of_one_divergence() 
     kl = [x * math.log(x / y) + (1 - x) * math.log((1 - x) / (1 - y)) for x, y in ((p, q), (q, p))]
     entropy = -(q * math.log(q) + (1 - q) * math.log(1 - q))
     torch.testing.assert_close(torch.cat([reverse, forward - entropy]), torch.tensor(kl, dtype=F64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.check("limit", "nca")
+def test_nca_next_to_the_reference_is_half_of_info_nca(random_batch: Any) -> None:
+    """At r = 0 the gradients in r_i are (1/K - p_i)/2 and 1/K - p_i, for target shares p and K responses."""
+    scores, views = shrunk(*random_batch(5))
+    halves, whole = (value_and_gradient(Listwise(beta=1.0, loss=loss), scores, views)[1] for loss in (NCA(1.0), InfoNCA(1.0)))
+    assert float(whole.abs().max()) > 1e-2
+    torch.testing.assert_close(2 * halves, whole, rtol=0, atol=2e-4)
 
 
 def test_info_nca_ignores_a_constant_in_the_scores_and_nca_does_not(random_batch: Any) -> None:

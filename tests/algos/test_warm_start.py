@@ -88,6 +88,7 @@ def minibatch(n: int = 6) -> tuple[Batch, torch.Tensor]:
     return Batch(normal(n, 2), normal(n, 2).tanh(), normal(n), normal(n, 2), continuation, torch.zeros(n, dtype=torch.bool)), normal(4, n, 2)
 
 
+@pytest.mark.check("limit", "wsrl")
 def test_target_is_the_minimum_over_the_drawn_critics() -> None:
     method = short().online
     nets, (batch, noise) = nets_of(method), minibatch()
@@ -100,6 +101,18 @@ def test_target_is_the_minimum_over_the_drawn_critics() -> None:
     whole = nets_of(dataclasses.replace(method, target=SoftTarget(entropy=False)))
     every = nets_of(dataclasses.replace(method, target=SoftTarget(entropy=False, subset=3)))
     assert torch.equal(whole.goal(batch, noise[0], 0.2), every.goal(batch, noise[0], 0.2, noise[3:]))
+
+
+@pytest.mark.check("invariance", "wsrl")
+def test_order_of_the_batch_changes_nothing() -> None:
+    """Critics and targets in another order of the rows; the drawn critics are the first numbers of the noise, so those stay where they are."""
+    method, (batch, noise) = short().online, minibatch()
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    nets, moved = nets_of(method), batch.map(lambda x: x[order])
+    y = nets.goal(batch, noise[0], 0.2, noise[3:])
+    again = nets.goal(moved, noise[0][order], 0.2, noise[3:])
+    torch.testing.assert_close(again, y[..., order], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(nets.critic_loss(moved, again)[0], nets.critic_loss(batch, y)[0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.check("gradient", "wsrl")
