@@ -26,13 +26,24 @@ from markovia.algos.table import Row, nearest, table
 Method = OnPolicy | OffPolicy | Offline | WarmStart | ReturnConditioned | ChainMethod | Preference | Imitation | TwoLayer | RewardTraining
 
 
+# The families' tables by what they hold, in the order in which they are listed.
+TABLES: dict[str, dict[str, Row]] = {
+    "Policy gradients": ON_POLICY,
+    "Policy gradients for language models": LANGUAGE,
+    "Tilted laws and best-of-n, solved exactly": TILTING,
+    "Replay": OFF_POLICY,
+    "Fixed datasets": OFFLINE | WARM_START | SEQUENCES,
+    "Denoising": DENOISING,
+    "Diffusion policies": DIFFUSION_POLICY,
+    "Preferences": PREFERENCE | REWARD_MODEL,
+    "Constraints, safety and several rewards": SAFE,
+    "Measures of data": MEASURES,
+}
+
+
 def rows() -> dict[str, Row]:
     """Every method by id."""
-    families = (
-        ON_POLICY, LANGUAGE, TILTING, OFF_POLICY, OFFLINE, WARM_START, SEQUENCES,
-        DENOISING, DIFFUSION_POLICY, PREFERENCE, REWARD_MODEL, SAFE, MEASURES,
-    )  # fmt: skip
-    return table([row for family in families for row in family.values()])
+    return table([row for family in TABLES.values() for row in family.values()])
 
 
 def find(method_id: str) -> Row:

@@ -9,21 +9,41 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from pprint import pformat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markovia.rundir import write_text
 
+if TYPE_CHECKING:
+    from markovia.algos.table import Row
+
 _ROOT = Path(__file__).resolve().parent.parent
+_COMMITTED = _ROOT / "benchmarks" / "results" / "claims.jsonl"
 
 
 def systems() -> list[dict[str, Any]]:
-    """Every method as plain JSON, in the order of the tables."""
+    """Every method as plain JSON, in the order of the tables, with what the last measurement of its claim found."""
     from markovia.algos.systems import rows
 
+    finished = _finished(kept_results())
     return [
-        {"id": r.id, "new": r.new, "parent": r.parent, "paper": r.paper, "kinds": list(r.kinds), "functions": list(r.functions), "claim": r.claim}
+        {
+            "id": r.id, "new": r.new, "parent": r.parent, "paper": r.paper, "kinds": list(r.kinds), "functions": list(r.functions),
+            "run": command(r), "claim": r.claim, "result": verdict(r.claim, finished),
+        }
         for r in rows().values()
-    ]
+    ]  # fmt: skip
+
+
+def command(row: Row) -> str:
+    """How a method is run: trained, or, where it trains nothing, by the command that measures it."""
+    from markovia.algos.families import family_of
+    from markovia.algos.measures import Measure
+    from markovia.algos.systems import Method
+
+    if isinstance(row.value, Method):
+        sources = {"environment": "--env ID", "dataset": "--env ID --dataset ID_OR_FILE", "preferences": "--data FILE --model NAME"}
+        return f"markovia train {row.id} {sources[family_of(row.value).reads]}"
+    return "markovia dataset ID" if isinstance(row.value, Measure) else f"markovia claims {row.claim}"
 
 
 def environments() -> list[dict[str, Any]]:
@@ -63,8 +83,8 @@ def card(method_id: str, env: str | None = None) -> str:
         settings = resolve_method(method_id, env)[1]
     lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}"]
     lines.append(f"  kinds   {', '.join(row.kinds)}")
-    found = verdict(row.claim, _finished(default_results()))
-    lines.append(f"  claim   {row.claim}: {found} (markovia claims {row.claim})" if row.claim in known_claims() else "  claim   none yet")
+    lines.append(f"  run     {command(row)}")
+    lines.append(f"  claim   {row.claim}: {verdict(row.claim, _finished(kept_results()))} (markovia claims {row.claim})")
     for reference in row.functions:
         thing = resolve(reference)
         lines += ["", f"{reference.partition(':')[2]}  ({where(thing)})", *(f"  {line}" for line in (inspect.getdoc(thing) or "").splitlines())]
@@ -80,18 +100,24 @@ def known_claims() -> dict[str, Any]:
 
 def list_claims(speed: str, results: Path | None = None) -> list[str]:
     """Ids with class, verdict and function."""
-    finished = _finished(results or default_results())
+    finished = _finished(results or kept_results())
     return [f"{i}  {c.speed}  {verdict(i, finished)}  {c.function}" for i, c in known_claims().items() if speed in ("all", c.speed)]
 
 
 def verdict(claim: str, finished: dict[str, dict[str, Any]]) -> str:
     """What the last measurement of a claim found."""
-    return "not measured" if claim not in finished else "holds" if finished[claim]["holds"] else "does not hold"
+    return "not run" if claim not in finished else "holds" if finished[claim]["holds"] else "does not hold"
 
 
 def default_results() -> Path:
-    """Committed with the checkout; in the current folder for an installed package."""
-    return _ROOT / "benchmarks" / "results" / "claims.jsonl" if (_ROOT / "benchmarks").is_dir() else Path("claims.jsonl")
+    """Where results are written: those committed with the checkout; in the current folder for an installed package."""
+    return _COMMITTED if _COMMITTED.parent.is_dir() else Path("claims.jsonl")
+
+
+def kept_results() -> Path:
+    """Where results are read: those that were written, or else those that came with the installed package."""
+    written = default_results()
+    return written if written.is_file() else Path(__file__).with_name("results") / "claims.jsonl"
 
 
 def run_claims(ids: list[str], speed: str = "all", results: Path | None = None) -> Iterator[dict[str, Any]]:

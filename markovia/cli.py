@@ -228,7 +228,8 @@ def _list(argv: list[str], parser: argparse.ArgumentParser, rows: Callable[[], l
 def systems_command(argv: list[str]) -> None:
     from markovia.catalogue import systems
 
-    _list(argv, _parser("systems", "All methods."), systems, lambda s: f"{s['new']}  [{', '.join(s['kinds'])}; arXiv {s['paper']}]")
+    about = "All methods, with what the last measurement of their claims found."
+    _list(argv, _parser("systems", about), systems, lambda s: f"{s['new']}  [{', '.join(s['kinds'])}; arXiv {s['paper']}; claim: {s['result']}]")
 
 
 def envs_command(argv: list[str]) -> None:

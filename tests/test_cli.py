@@ -122,7 +122,7 @@ def test_claims_are_kept_and_resumed(tmp_path, capsys, monkeypatch):
     results = str(tmp_path / "claims.jsonl")
     code, out, _ = finish(["claims", "a", "--results", results, "--json"], capsys)
     assert code == 0 and json.loads(out)["holds"] is True
-    assert [line.split("  ")[2] for line in finish(["claims", "--list", "--results", results], capsys)[1].splitlines()] == ["holds", "not measured"]
+    assert [line.split("  ")[2] for line in finish(["claims", "--list", "--results", results], capsys)[1].splitlines()] == ["holds", "not run"]
     code, out, err = finish(["claims", "--results", results, "--json"], capsys)  # only b is left
     assert code == 1 and json.loads(out)["id"] == "b" and "do not hold: b" in err
     code, out, _ = finish(["claims", "--results", results, "--json"], capsys)

@@ -29,3 +29,4 @@ def test_wheel_holds_every_file(tmp_path):
     }
     assert len(expected) > 20
     assert sorted(expected - held) == []
+    assert {name for name in held if name.startswith("markovia/results/")} == {"markovia/results/claims.jsonl"}

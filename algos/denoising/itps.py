@@ -61,7 +61,7 @@ class ITPS:
     """Settings of inference-time policy steering.
 
     rs  random sampling: the sketch is not used
-    op  output perturbation: the policy starts anew from where the sketch starts (a network whose condition is the position)
+    op  output perturbation: the policy starts anew with cond = sketch_0, where the sketch starts (a network whose condition is the position)
     pr  post-hoc ranking: the best of `candidates` samples
     bi  biased initialisation: the chain starts half-way, at the sketch plus noise
     gd  guided diffusion: `rho` times the distance's gradient at every step

@@ -47,7 +47,7 @@ def implicit_reward(logp_dpo: Tensor, logp_ref: Tensor, *, scale: float, clip: f
 
 
 def combine(rewards: Tensor, *, how: str, lam: float = 0.5) -> Tensor:
-    """One reward (B,) from those of k models (B, k): mean, worst case, or mean less lam times their variance (divisor k - 1). [arXiv 2310.02743]
+    """One reward (B,) from those of k models (B, k): mean, worst case, or R = mean_i r_i - lam var_i r_i (divisor k - 1).    [arXiv 2310.02743]
 
     Standardise each model's scale first: Bradley-Terry rewards are free in shift, and their scales differ.
     Raises ValueError for an unknown name and for a variance of one model.
