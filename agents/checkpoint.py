@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from markovia.agents.interface import Agent
+from markovia.envs import untrusted
 
 SCHEMA = 1
 WEIGHTS, HEADER = "agent.safetensors", "agent.json"
 META_KEY = "markovia"
+MAX_LAYERS = 4096
 
 # The only classes that a checkpoint can name; a file never chooses what is imported.
 CLASSES: dict[str, str] = {
@@ -92,21 +94,32 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}")
+    _refuse_pickle(path)
     try:
+        # safetensors itself compares header, shapes and the file's length before it takes memory.
         with safe_open(path, framework="pt") as f:
-            header = json.loads((f.metadata() or {}).get(META_KEY, "null"))
+            header = untrusted.parse_json((f.metadata() or {}).get(META_KEY, "null"), "its header")
             # Files are 4-byte aligned only, and small CPU matrix products differ in the last bit with alignment: clone into fresh memory.
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}); nothing in it was run. Pickled .pt or .zip checkpoints can't be loaded"
         ) from error
     if not isinstance(header, dict) or "schema" not in header:
         raise CheckpointError(f"{path} was not written by markovia: its header lacks {META_KEY!r}")
     _check_schema(header["schema"], path)
+    if not isinstance(header.get("meta"), dict):
+        raise CheckpointError(f"{path} is damaged: its header holds no 'meta'; nothing in it was run")
     if "sha256" in header and header["sha256"] != _digest(tensors, header["meta"]):
         raise CheckpointError(f"{path} is damaged: its content does not match the hash in its header; nothing in it was run")
     return tensors, header["meta"]
+
+
+def _refuse_pickle(path: Path) -> None:
+    try:
+        untrusted.refuse_pickle(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _check_schema(schema: Any, path: Path) -> None:
@@ -155,15 +168,15 @@ def save_agent(agent: Agent, folder: str | Path) -> Path:
 
 def _read_header(path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        header = untrusted.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no agent in {path.parent}: {HEADER} is missing; give the folder that agent.save(folder) wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or not JSON ({error}); nothing in it was run") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} holds a {type(header).__name__}, expected an object with schema, class, config")
     _check_schema(header.get("schema"), path)
-    if header.get("class") not in CLASSES or not isinstance(header.get("config"), dict):
+    if not isinstance(header.get("class"), str) or header["class"] not in CLASSES or not isinstance(header.get("config"), dict):
         raise CheckpointError(f"{path} names the agent class {header.get('class')!r}; expected one of {', '.join(CLASSES)} and its config")
     return header
 
@@ -200,8 +213,37 @@ def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
     module, name = CLASSES[header["class"]].split(":")
     cls = getattr(importlib.import_module(module), name)
     try:
+        if network is None and not _elsewhere(header["config"]):
+            _check_size(cls, header["config"], tensors)
         agent: Agent = cls.from_config(header["config"], network=network)
-    except (KeyError, TypeError) as error:
+        agent.load_state(tensors)
+    except (ValueError, ImportError, OSError):
+        raise
+    except Exception as error:  # what a configuration from a file does to a constructor is anybody's guess
         raise CheckpointError(f"{folder / HEADER} has a configuration that {name} can't read ({error!r})") from error
-    agent.load_state(tensors)
     return agent
+
+
+def _elsewhere(config: dict[str, Any]) -> bool:
+    """Whether the network lies in a file of its own: a named base model, or a pipeline of diffusers."""
+    spec = config.get("network")
+    return config.get("base") is not None or (isinstance(spec, dict) and spec.get("network") == "PipelineDenoiser")
+
+
+def _most_layers(config: Any) -> int:
+    """The largest number that a configuration gives as one of layers."""
+    if not isinstance(config, dict):
+        return max(map(_most_layers, config), default=0) if isinstance(config, list) else 0
+    own = [v for k, v in config.items() if isinstance(v, int) and ("layer" in k or "depth" in k)]
+    return max([*own, *map(_most_layers, config.values())], default=0)
+
+
+def _check_size(cls: type[Agent], config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError when a configuration describes a far larger network than the file holds; no memory is taken to find out."""
+    held = sum(v.numel() for v in tensors.values())
+    if _most_layers(config) > MAX_LAYERS:
+        raise CheckpointError(f"the configuration of a {cls.__name__} describes {_most_layers(config)} layers, at most {MAX_LAYERS} are built")
+    with torch.device("meta"):
+        described = sum(v.numel() for v in cls.from_config(config).state().values())
+    if described > 2 * held + 2**20:
+        raise CheckpointError(f"the configuration of a {cls.__name__} describes {described} numbers, its file holds {held}: they don't fit")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
+MAX_ENTRIES = 2**26  # of an observation or action; a picture of 4096 x 4096 in colours has three quarters of it
 
 
 def _bound(x: np.ndarray) -> Any:
@@ -48,17 +51,34 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
 
 
 def space_from_json(data: dict[str, Any]) -> gym.Space:
-    """The space that `space_to_json` wrote. An unknown type raises ValueError."""
+    """The space that `space_to_json` wrote. Raises ValueError for anything else, sizes that no environment has included."""
+    try:
+        return _space(data)
+    except (AssertionError, AttributeError, IndexError, KeyError, MemoryError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"{str(data)[:200]} is not a space that was saved ({error!r}); expected what space_to_json writes") from error
+
+
+def _shape(data: dict[str, Any]) -> tuple[int, ...]:
+    shape = tuple(data["shape"])
+    if any(not isinstance(n, int) or n < 0 for n in shape) or len(shape) > 32 or math.prod(shape) > MAX_ENTRIES:
+        raise ValueError(f"a space of shape {str(shape)[:80]} is not one of an environment; at most {MAX_ENTRIES} entries are read")
+    return shape
+
+
+def _space(data: dict[str, Any]) -> gym.Space:
     kind = data.get("type")
     if kind == "Box":
-        shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
+        shape, dtype = _shape(data), np.dtype(data["dtype"])
+        if dtype.kind not in "biuf":
+            raise ValueError(f"a Box of {str(dtype)[:80]} is not one of an environment; expected numbers")
         return spaces.Box(_array(data["low"], shape, dtype), _array(data["high"], shape, dtype), shape, dtype.type)
     if kind == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"])
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(np.array(data["nvec"]), start=np.array(data["start"]))
     if kind == "MultiBinary":
-        return spaces.MultiBinary(data["shape"] if len(data["shape"]) > 1 else data["shape"][0])
+        shape = _shape(data)
+        return spaces.MultiBinary(list(shape) if len(shape) > 1 else shape[0])
     if kind == "Dict":
-        return spaces.Dict([(k, space_from_json(v)) for k, v in data["spaces"]])
+        return spaces.Dict([(k, _space(v)) for k, v in data["spaces"]])
     raise ValueError(f"unknown space type {kind!r}; expected Box, Discrete, MultiDiscrete, MultiBinary or Dict")

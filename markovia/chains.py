@@ -106,7 +106,7 @@ def training_gif(run: Path) -> bytes | None:
     """The sheets of a run's checkpoints one after the other; None where it has none."""
     from PIL import Image
 
-    found = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((run / "samples").glob("*.png"))]
+    found = [np.asarray(Image.open(path, formats=["PNG"]).convert("RGB")) for path in sorted((run / "samples").glob("*.png"))]
     if not found:
         return None
     width = max(f.shape[1] for f in found)

@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from markovia.envs import untrusted
+
 TEMPORARY = ".tmp-"
 CONFIG = "config.json"
 DRIVER = "driver.safetensors"  # the whole training state; agent/ beside it is for those who only want the policy
@@ -58,11 +60,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON of a run folder's file. Raises RunError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return untrusted.read_json(path)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise RunError(f"{path} is missing; {path.parent} is not the folder of a markovia run") from e
     except ValueError as e:
         raise RunError(f"{path} is damaged ({e}); restore it or train again") from e
+    except OSError as e:
+        raise RunError(f"{path} can't be read: {e.strerror or e}") from e
 
 
 def plain(stats: dict[str, Any]) -> dict[str, Any]:
@@ -87,11 +91,14 @@ class Metrics:
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a last line that a kill cut short is dropped."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
             try:
-                rows.append(json.loads(line))
+                row = untrusted.parse_json(line, self.path)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+                break
+            rows.append(row)
         return rows
 
     def cut(self, iteration: int) -> None:
@@ -101,8 +108,8 @@ class Metrics:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+    """Whole checkpoints of a run, oldest first. Links are none: a run is its folder and nothing outside it."""
+    found = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir() and not p.is_symlink()]
     return sorted(found, key=lambda p: int(p.name))
 
 
@@ -124,7 +131,7 @@ def save_checkpoint(run: Path, agent: Any, driver: Any, config: dict[str, Any]) 
         save_tensors(temporary / DRIVER, tensors, meta)
         (temporary / CONFIG).write_text(json.dumps(config))
         if final.exists():  # a run that was stopped here and resumed: same iteration, same content
-            shutil.rmtree(final)
+            _drop(final)
         os.replace(temporary, final)
     except Exception as e:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -133,9 +140,20 @@ def save_checkpoint(run: Path, agent: Any, driver: Any, config: dict[str, Any]) 
         older = checkpoints(run)
         safe = f"the checkpoint of iteration {int(older[-1].name)} is intact" if older else "there was no earlier checkpoint"
         raise RunError(f"could not save the checkpoint {final}: {e}; {safe}. Free some space, then go on with --resume") from e
-    for old in checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old)
+    try:
+        for old in checkpoints(run)[:-KEEP]:
+            _drop(old)
+    except OSError as e:
+        raise _refused(final, e) from e
     return final
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill leaves it whole or under a name that is swept, never in part."""
+    gone = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone)
 
 
 def _is_disk(error: Exception) -> bool:
@@ -157,4 +175,4 @@ def load_checkpoint(run: Path, driver: Any) -> int:
 def sweep(run: Path) -> None:
     """Remove what a kill left half-written."""
     for path in [*run.glob(f"{TEMPORARY}*"), *(run / "checkpoints").glob(f"{TEMPORARY}*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markovia.config_check import check_config
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
 from markovia.provenance import commit, versions
@@ -20,6 +21,7 @@ from markovia.summary import summary
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
+    from markovia.algos.setup import Setup
     from markovia.algos.systems import Method
 
 SCHEMA = 1
@@ -259,9 +261,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _own_config(run: Path) -> dict[str, Any]:
     """config.json of a run. Raises RunError when its newest checkpoint was written under another configuration."""
-    config = read_json(run / CONFIG)
+    config = check_config(read_json(run / CONFIG), run / CONFIG)
     for written in (checkpoint / CONFIG for checkpoint in checkpoints(run)[-1:]):
-        changed = _changes(read_json(written), config) if written.is_file() else ""
+        changed = _changes(check_config(read_json(written), written), config) if written.is_file() else ""
         if changed:
             raise RunError(
                 f"{run / CONFIG} was edited or belongs to another run: the newest checkpoint was written with other settings ({changed}); "
@@ -272,6 +274,8 @@ def _own_config(run: Path) -> dict[str, Any]:
 
 def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
     """A new run wants an empty folder; a resumed one wants the same configuration. Raises RunError otherwise."""
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file, so no run can be written there; choose another --out")
     if not run.exists() or not any(run.iterdir()):
         return
     if not resume:
@@ -290,9 +294,12 @@ def _open_folder(run: Path, config: dict[str, Any]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise RunError(f"could not make the run folder {run}: {e.strerror or e}") from e
-    sweep(run)
-    (run / "done.json").unlink(missing_ok=True)
+        raise RunError(f"could not make the run folder {run}: {e.strerror or e}; choose another --out") from e
+    try:
+        sweep(run)
+        (run / "done.json").unlink(missing_ok=True)
+    except OSError as e:
+        raise RunError(f"{run} can't be written ({e.strerror or e}); make it writable, then go on with --resume") from e
     if not (run / CONFIG).exists():
         write_json(run / CONFIG, config)
 
@@ -308,17 +315,37 @@ class LoadedRun:
     task: Any  # the sequence task of text and denoising runs, None for stepped kinds
 
 
-def load_run(run: str | Path) -> LoadedRun:
-    """Rebuild a run's task and agent. Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it."""
-    from markovia.agents.checkpoint import read_agent
-    from markovia.algos.setup import build
-    from markovia.algos.systems import Method
+def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
+    """Rebuild a run's task and agent. `trust` names modules whose code config.json may name, beside markovia's own and $MARKOVIA_TRUST_CODE.
+
+    Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it, and ValueError for code that is not trusted.
+    """
+    from markovia.envs.untrusted import code_from_file
 
     run = Path(run)
     config = _own_config(run)
     found = checkpoints(run)
     if not found:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
+    try:
+        with code_from_file(trust):
+            setup = _built(config, found[-1] / "agent")
+    except (ValueError, FileNotFoundError, ImportError, RunError):
+        raise
+    except Exception as error:  # what settings from a file do to a constructor is anybody's guess
+        raise RunError(f"{run / CONFIG} can't be built ({error!r}); it was damaged, or written by another version of markovia") from error
+    return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)
+
+
+def _built(config: dict[str, Any], agent: Path) -> Setup:
+    """What `train` built of a configuration, with the weights of a checkpoint's agent."""
+    from markovia.agents.checkpoint import read_agent
+    from markovia.algos.setup import build
+    from markovia.algos.systems import Method
+
+    if config["env"] is not None:
+        env_spec(config["env"])
+    weights = read_agent(agent)[1]
     setup = build(
         config["env"],
         from_json(Method, config["settings"]),
@@ -329,5 +356,5 @@ def load_run(run: str | Path) -> LoadedRun:
         data=from_json(dict[str, Any], config["data"]) if "data" in config else None,
         dataset=config.get("dataset"),
     )
-    setup.agent.load_state(read_agent(found[-1] / "agent")[1])
-    return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)
+    setup.agent.load_state(weights)
+    return setup

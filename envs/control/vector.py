@@ -15,6 +15,8 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from markovia.envs.untrusted import check_code
+
 
 @contextlib.contextmanager
 def quiet_mujoco(needed: bool = True) -> Iterator[None]:
@@ -45,10 +47,12 @@ def quiet_mujoco(needed: bool = True) -> Iterator[None]:
 def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of "Name-v0", "ns/Name-v0" or "module:ns/Name-v0"; ValueError with the nearest names when there is none."""
     module, _, name = env_id.rpartition(":")
+    if module and module != "markovia":
+        check_code(module, env_id)
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"the module {module!r} of the environment id {env_id!r} can't be imported ({error})") from error
     try:
         with warnings.catch_warnings():

@@ -203,7 +203,7 @@ def load_pretrained(name: str) -> nn.Module:
     from safetensors import safe_open
 
     path = WEIGHTS / f"{name}.safetensors"
-    if not path.is_file():
+    if path.parent != WEIGHTS or not path.is_file():
         known = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors")))
         raise ValueError(f"no shipped weights named {name!r}; expected one of: {known}.")
     with safe_open(path, "pt") as file:

@@ -7,7 +7,6 @@ same images for the same noise, and a task is refused where they do not.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from markovia.envs.denoising.pipeline_network import EXAMPLE, PipelineDenoiser, 
 from markovia.envs.denoising.rewards import image_reward
 from markovia.envs.denoising.schedulers import SCHEDULERS, is_flow
 from markovia.envs.denoising.tables import choose
+from markovia.envs.untrusted import lines, read_json
 
 TOLERANCE = 0.01  # of a pixel in [0, 1]: diffusers' constants are float32, and a network stretches their rounding
 
@@ -65,8 +65,7 @@ def read_prompts(prompts: Any) -> list[Any] | None:
     path = Path(prompts)
     if not path.is_file():
         raise ValueError(f"prompts={str(prompts)!r} is no file; give a list of prompts, or a text file with one on each line.")
-    text = path.read_text()
-    found = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    found = read_json(path) if path.suffix == ".json" else [line.strip() for _, line in lines(path) if line.strip()]
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} holds no prompts; write one on each line, or a JSON list.")
     return found

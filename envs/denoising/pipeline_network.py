@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from markovia.envs.denoising.unet import chosen_row
+from markovia.envs.untrusted import read_json
 
 Prompts = Sequence[str] | Sequence[int]
 EXAMPLE = "example"
@@ -42,7 +43,7 @@ def load_pipeline(folder: str | Path) -> Any:
     """A diffusers pipeline from a folder on disk (or a name, where a hub is reachable), without safety checker and progress bars;
     "example" is one of 8x8 digits.
 
-    Raises ImportError without diffusers, ValueError for a folder that holds no pipeline.
+    Raises ImportError without diffusers, ValueError for a folder that holds no pipeline, one whose weights are pickled or one that brings code.
     """
     if folder == EXAMPLE:
         return example_pipeline()
@@ -52,12 +53,14 @@ def load_pipeline(folder: str | Path) -> Any:
         raise ImportError("a pipeline needs diffusers: pip install markovia[diffusion]") from error
     if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no diffusers pipeline (model_index.json is missing); give the folder that pipeline.save_pretrained wrote.")
+    if Path(folder).exists():
+        _without_code(Path(folder))
     from diffusers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder))
+        pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:  # a path that does not exist is refused as a malformed name
         raise ValueError(f"{folder} can't be read as a diffusers pipeline: {error}") from error
     finally:
@@ -67,6 +70,22 @@ def load_pipeline(folder: str | Path) -> Any:
         pipe.safety_checker = None  # it blackens images, which no reward could explain
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _without_code(folder: Path) -> None:
+    """Raises ValueError for a pipeline of other classes than diffusers' and transformers': diffusers would run files that lie in the folder."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{folder / 'model_index.json'} names no class of diffusers; make a pipeline with code of its own and pass it")
+    import diffusers.pipelines
+
+    for name, entry in index.items():
+        if not isinstance(entry, list) or name.startswith("_"):
+            continue
+        library = entry[0] if len(entry) == 2 else ""
+        known = library is None or library in ("diffusers", "transformers") or (isinstance(library, str) and hasattr(diffusers.pipelines, library))
+        if not known or (folder / name / f"{library}.py").exists():
+            raise ValueError(f"{folder} takes its {name} from {entry}, neither of diffusers nor of transformers; make the pipeline and pass it")
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:

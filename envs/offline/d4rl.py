@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from markovia.envs.offline.hdf5 import links_outside, refused
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.transitions import About, Transitions, box_like
 from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
@@ -27,16 +28,19 @@ def _h5py() -> Any:
 
 def _column(dataset: Any, name: str) -> tuple[np.ndarray | None, list[Fault]]:
     """A whole column, or the first row that the disk does not give back."""
+    why = refused(dataset)
+    if why is not None or dataset.ndim == 0:
+        return None, [Fault(name, None, why or "is one number, expected one row per step")]
     try:
         return dataset[()], []
-    except OSError as error:
+    except (OSError, ValueError) as error:
         low, high = 0, len(dataset)
         while high - low > 1:  # the rows before `low` can be read, those before `high` can't
             middle = (low + high) // 2
             try:
                 dataset[low:middle]
                 low = middle
-            except OSError:
+            except (OSError, ValueError):
                 high = middle
         return None, [Fault(name, low, f"can't be read ({error}); the file is damaged, fetch it again")]
 
@@ -48,12 +52,18 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
         file = h5py.File(path, "r")
     except FileNotFoundError:
         return {}, [Fault("file", None, "does not exist")]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return {}, [Fault("file", None, f"is no whole HDF5 file ({error}); fetch it again")]
     found: dict[str, np.ndarray] = {}
     faults: list[Fault] = []
     with file:
-        present = [k for k in file if isinstance(file[k], h5py.Dataset)]
+        try:
+            outside = links_outside(file)
+            if outside is not None:
+                return {}, [Fault(outside, None, "points to another file, or is nested too deeply; copy the values into this one")]
+            present = [k for k in file if isinstance(file.get(k), h5py.Dataset)]
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            return {}, [Fault("file", None, f"has damaged names or groups ({error}); fetch it again")]
         for name in (*REQUIRED, *OPTIONAL):
             if name in present:
                 values, bad = _column(file[name], name)
@@ -73,8 +83,14 @@ def _one_axis(values: np.ndarray) -> np.ndarray:
 
 def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
     """Faults that one sees only in two columns together, or in the values."""
-    faults = []
+    faults = [Fault(name, None, "has no rows; record the dataset again") for name, values in columns.items() if not len(values)]
+    if faults:
+        return faults
     for name, values in columns.items():
+        flat = name in ("rewards", "terminals", "timeouts")
+        if (flat and values.ndim != 1) or (name != "actions" and not flat and values.ndim < 2):
+            faults.append(Fault(name, None, f"has the shape {values.shape}, expected {'one number' if flat else 'an array'} per row"))
+            continue
         faults += wrong_length(name, len(values), len(columns["observations"]), "observations") if "observations" in columns else []
         if name in ("terminals", "timeouts"):
             row = np.flatnonzero((values != 0) & (values != 1))

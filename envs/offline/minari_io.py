@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,9 +15,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from markovia.envs.offline.minari_check import check_files
 from markovia.envs.offline.scores import Reference
 from markovia.envs.offline.transitions import About, Obs, Transitions, columns, map_obs
 from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.untrusted import read_json
 
 ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+")
 
@@ -62,7 +63,23 @@ def open_minari(dataset_id: str, download: bool = False) -> Any:
         near = difflib.get_close_matches(dataset_id, local_ids(), 3, 0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(f"no dataset {dataset_id} in {dataset_root()}{hint}. download=True fetches it, `markovia collect` makes one")
-    return minari.load_dataset(dataset_id, download=download)
+    if download and not (dataset_root() / dataset_id / "data").is_dir():
+        minari.download_dataset(dataset_id)
+    return open_folder(dataset_root() / dataset_id / "data")
+
+
+def open_folder(folder: Path) -> Any:
+    """The MinariDataset whose metadata.json and main_data.hdf5 lie in a folder, looked through before Minari reads them. Raises DatasetError."""
+    _minari()
+    from minari import MinariDataset
+
+    check_files(folder)
+    try:
+        return MinariDataset(folder)
+    except (ImportError, DatasetError):
+        raise
+    except Exception as error:  # Minari asserts, and its storages raise what h5py and Gymnasium do
+        raise DatasetError(f"{folder} can't be opened as a Minari dataset ({error!r}); it is damaged or of another version") from error
 
 
 def _obs_columns(values: Any, name: str = "observations") -> dict[str, np.ndarray]:
@@ -92,7 +109,10 @@ def _check_episode(k: int, ep: Any) -> list[Fault]:
 
 def check_minari(dataset: Any) -> Report:
     """Everything that is wrong with a dataset (an id, or a MinariDataset), without raising; rows are counted within their episode."""
-    return _read(open_minari(dataset) if isinstance(dataset, str) else dataset)[1]
+    try:
+        return _read(open_minari(dataset) if isinstance(dataset, str) else dataset)[1]
+    except DatasetError as error:
+        return Report(str(dataset), (Fault("files", None, str(error)),))
 
 
 def _read(dataset: Any) -> tuple[list[Any], Report]:
@@ -101,10 +121,12 @@ def _read(dataset: Any) -> tuple[list[Any], Report]:
     faults: list[Fault] = []
     try:
         episodes += dataset.iterate_episodes()
-    except (OSError, KeyError) as error:
-        faults.append(Fault("main_data.hdf5", None, f"can't be read ({error}); the file is damaged or lacks a key, record or fetch it again"))
-    for k, ep in enumerate(episodes):
-        faults += _check_episode(k, ep)
+        for k, ep in enumerate(episodes):
+            faults += _check_episode(k, ep)
+    except DatasetError:
+        raise
+    except Exception as error:  # a file that does not fit its own metadata breaks Minari, h5py and Pillow in many ways
+        faults.append(Fault("main_data.hdf5", None, f"can't be read ({error!r}); the file is damaged or lacks a key, record or fetch it again"))
     return episodes, Report(dataset.id, tuple(faults))
 
 
@@ -149,7 +171,7 @@ def _lean(values: np.ndarray) -> np.ndarray:
 
 
 def _about(dataset: Any) -> About:
-    raw = json.loads((Path(dataset.storage.data_path) / "metadata.json").read_text())
+    raw = read_json(Path(dataset.storage.data_path) / "metadata.json")
     spec: EnvSpec | None = dataset.env_spec
     low, high = raw.get("ref_min_score"), raw.get("ref_max_score")
     reference = None
@@ -193,7 +215,7 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return minari.load_dataset(dataset_id)
+    return open_folder(final / "data")
 
 
 def _metadata(data: Transitions, dataset_id: str, version: str, extra: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from markovia.envs.offline.transitions import Obs, Transitions, columns, map_obs
+from markovia.envs.untrusted import read_json
 
 OBS_EPS = 1e-3
 
@@ -127,8 +128,8 @@ class Transform:
     def load(cls, path: str | Path) -> Transform:
         """Read what `save` wrote. Raises ValueError for a file that is something else."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls.from_json(read_json(path))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no saved transform ({error!r})") from error
 
 

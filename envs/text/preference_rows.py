@@ -17,13 +17,12 @@ rejected_weights, or weights).
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from markovia.envs.text.tokens import HFTokenizer, Tokenizer
+from markovia.envs.untrusted import lines, parse_json
 
 Kind = Literal["pairs", "lists", "single", "prompts"]
 FORMATS: dict[str, tuple[frozenset[str], Kind]] = {
@@ -56,15 +55,14 @@ def records(path: Path, split: str | None = None) -> Iterator[tuple[int, Any]]:
         raise FileNotFoundError(f"there is no file {path}; give a .jsonl or .jsonl.gz file, or a folder written by datasets' save_to_disk")
     if not {".jsonl", ".json"} & set(path.suffixes):
         raise ValueError(f"{path.name} is neither .jsonl (.gz) nor a folder; write one JSON object per line")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
-        for number, line in enumerate(f, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield number, row if isinstance(row, dict) else None
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, path)
+        except ValueError:
+            row = None
+        yield number, row if isinstance(row, dict) else None
 
 
 def _saved_dataset(path: Path, split: str | None) -> Any:

@@ -6,7 +6,6 @@ Formats and columns are those of `envs.text.preference_rows`.
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from markovia.envs.text.preference_rows import FORMATS, BadRow, Kind, detect, encode, encode_response, implicit_prompt, is_chat, records, render
 from markovia.envs.text.tokens import Tokenizer, as_tokenizer
 
+LARGE = 1e308  # numbers are below it: neither infinite nor an integer that no float holds
 NUMBERS: dict[Kind, tuple[str, ...]] = {"pairs": ("q", "margin", "weight"), "lists": ("weight",), "single": ("weight",), "prompts": ()}
 
 
@@ -129,13 +129,17 @@ def _parts(row: Mapping[str, Any], format: str, options: DataOptions) -> tuple[A
     return row["prompt"], [row["completion"]] if "completion" in FORMATS[format][0] else []
 
 
-def _number(row: Mapping[str, Any], name: str) -> float:
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _finite(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGE:
         raise BadRow(f"{name} is not a number")
+    return float(value)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = _finite(row[name], name)
     if name == "q" and not 0.0 <= value <= 1.0:
         raise BadRow("q is not a probability")
-    return float(value)
+    return value
 
 
 def _scores(row: Mapping[str, Any], kind: Kind, count: int) -> list[Any] | None:
@@ -149,10 +153,10 @@ def _scores(row: Mapping[str, Any], kind: Kind, count: int) -> list[Any] | None:
         found = [row["score"]]
     else:
         return None
-    flat = [x for s in found for x in (s if isinstance(s, list) else [s])]
-    if len(found) != count or any(isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) for x in flat):
+    if not isinstance(found, list) or len(found) != count:
         raise BadRow("scores are not one number per response")
-    return [s if isinstance(s, list) else float(s) for s in found]
+    what = "scores are not one number per response: one of them"
+    return [[_finite(x, what) for x in s] if isinstance(s, list) else _finite(s, what) for s in found]
 
 
 def anchor_columns(columns: set[str], kind: Kind) -> dict[str, list[str]]:
@@ -176,7 +180,7 @@ def _per_token(row: Mapping[str, Any], columns: Sequence[str], kind: Kind, lengt
         raise BadRow(f"{what} of a row that had to be cut")
     if [len(x) for x in found] != lengths:
         raise BadRow(f"{what} do not fit the tokens")
-    return [[float(v) for v in x] for x in found]
+    return [[_finite(v, what) for v in x] for x in found]
 
 
 def _item(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, options: DataOptions, changed: list[str]) -> Item:

@@ -21,6 +21,8 @@ from markovia.envs.text.tokens import CharTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 ARITHMETIC_ALPHABET = "0123456789+="
+# Pickled weights are never read, and no code that comes with a model is run.
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -126,13 +128,13 @@ def load_tokenizer(name: str) -> Any:
         return tokenizer
     if name == "smollm2":
         return _transformers().AutoTokenizer.from_pretrained(_cached("smollm2-tokenizer", _build_smollm2_tokenizer))
-    return _transformers().AutoTokenizer.from_pretrained(name)
+    return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(name: str) -> Any:
     """The causal LM of that name in float32, in evaluation mode.
 
-    Raises ImportError that names the extra to install, and transformers' OSError for an unknown name.
+    Raises ImportError that names the extra to install, and transformers' OSError for an unknown name and for weights that are not safetensors.
     """
     import torch
 
@@ -150,7 +152,7 @@ def load_model(name: str) -> Any:
         return model.eval()
     source = _cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
     with _no_progress_bar():
-        model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **SAFE)
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data.clone()
@@ -166,7 +168,7 @@ def load_encoder(name: str) -> Any:
 
     source = _minilm_folder() if name == "minilm" else name
     with _no_progress_bar():
-        model = _transformers().AutoModel.from_pretrained(source, dtype=torch.float32)
+        model = _transformers().AutoModel.from_pretrained(source, dtype=torch.float32, **SAFE)
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data.clone()

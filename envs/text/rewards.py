@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from markovia.envs.untrusted import check_code, check_found
+
 RewardFn = Callable[..., Sequence[float]]
 # "scheme:rest" that is no module's name: which function, called with the rest, gives the reward function.
 SCHEMES = {"run": "markovia.agents.reward_model:reward_of_run"}
@@ -23,7 +25,7 @@ class RewardError(ValueError):
 def resolve(fn: Any) -> Callable[..., Any]:
     """A callable itself, the one that "module:function" names, or the trained reward model of "run:FOLDER".
 
-    Raises ValueError when the name has another form or leads nowhere.
+    Raises ValueError when the name has another form, leads nowhere, or stands in a file that may not name it (`envs.untrusted`).
     """
     if callable(fn):
         return fn
@@ -33,10 +35,12 @@ def resolve(fn: Any) -> Callable[..., Any]:
     if module in SCHEMES:
         made: Callable[..., Any] = resolve(SCHEMES[module])(name)
         return made
+    check_code(module, str(fn))
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{fn!r} can't be resolved: {e}; expected 'module:function' of an importable module") from e
+    check_found(found, module, str(fn))
     if not callable(found):
         raise ValueError(f"{fn!r} is a {type(found).__name__}, expected a function")
     return found

@@ -1,0 +1,61 @@
+"""config.json of a run that someone else may have written: its shape, and numbers that would fill memory, are looked at before anything is built."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from markovia.rundir import RunError
+
+MAX_NUMBER = 2**20  # of what an environment or an agent is given
+MAX_MATRIX = 2**28  # entries of one layer
+MAX_ENVS = 2**14
+_TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "settings": (dict,),
+    "env": (str, type(None)),
+    "env_kwargs": (dict,),
+    "agent_options": (dict,),
+    "seed": (int,),
+}
+_OPTIONAL: dict[str, tuple[type, ...]] = {"data": (dict,), "dataset": (str,), "read": (dict,), "references": (dict,), "texts": (dict,)}
+
+
+def check_config(config: Any, path: Path) -> dict[str, Any]:
+    """The configuration, if it has the entries of one, of their types, and no number beyond reason. Raises RunError."""
+    if not isinstance(config, dict):
+        raise RunError(f"{path} holds a {type(config).__name__}, expected the object that a run writes; restore it from a checkpoint's folder")
+    for name, types in _TYPES.items():
+        if not isinstance(config.get(name, _missing), types) or isinstance(config.get(name), bool):
+            raise RunError(f"{path} has no usable {name!r} (found {str(config.get(name))[:60]!r}); restore it from a checkpoint's folder")
+    for name, types in _OPTIONAL.items():
+        if name in config and not isinstance(config[name], types):
+            raise RunError(f"{path} has no usable {name!r} (found {str(config[name])[:60]!r}); restore it from a checkpoint's folder")
+    if not 0 <= config["seed"] < 2**63:
+        raise RunError(f"{path} has the seed {config['seed']}, expected 0 to 2^63 - 1")
+    for part in ("env_kwargs", "agent_options"):
+        _check_numbers(config[part], f"{path}, {part}", MAX_NUMBER)
+    _check_numbers(config["settings"], f"{path}, settings", 2**63)
+    envs = config["settings"].get("num_envs", 1)
+    if isinstance(envs, int) and envs > MAX_ENVS:
+        raise RunError(f"{path} asks for {envs} environments, at most {MAX_ENVS} are made because a file says so")
+    return config
+
+
+_missing = object()
+
+
+def _check_numbers(value: Any, name: str, most: int) -> None:
+    """Raises RunError for an integer above `most`, and for neighbours in a list whose product is no layer's."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_numbers(inner, f"{name}.{key}"[:200], most)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, name, most)
+        numbers = [v for v in value if isinstance(v, int)]
+        if any(a * b > MAX_MATRIX for a, b in pairwise(numbers)):
+            raise RunError(f"{name} is {str(value)[:60]}: layers of that size are not made because a file says so")
+    elif isinstance(value, int) and abs(value) > most:
+        raise RunError(f"{name} is {str(value)[:40]}, more than {most}; a file that asks for so much is not followed")
