@@ -33,6 +33,8 @@ from markovia.envs.text.tokens import as_tokenizer
 
 # Logits held at once while nothing is differentiated: 2^26 float32 are 256 MB.
 CHUNK_LOGITS = 2**26
+# Entries of an architecture that would have transformers fetch or run code.
+_NOT_FROM_FILES = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "quantization_config")
 
 
 class LanguageAgent(Agent):
@@ -413,7 +415,8 @@ class LanguageAgent(Agent):
             from transformers import AutoConfig, AutoModelForCausalLM
 
             settings = dict(config["architecture"])
-            network = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+            made = AutoConfig.for_model(settings.pop("model_type"), **{k: v for k, v in settings.items() if k not in _NOT_FROM_FILES})
+            network = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
         return cls(network, tokenizer, base=config["base"], **config["options"])
 
     def state(self) -> dict[str, Tensor]:
