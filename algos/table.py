@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+# The kinds of test that a method can have.
+CHECKS = ("value", "gradient", "limit", "invariance", "resume", "bad_input")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -20,7 +23,7 @@ class Row:
     kinds: tuple[str, ...]
     functions: tuple[str, ...]  # "module:function" of the equations that make it, main one first
     claim: str  # id in markovia.claims
-    checks: tuple[str, ...] = ("value", "gradient", "limit", "invariance", "resume", "bad_input")
+    checks: tuple[str, ...] = CHECKS  # those that apply; a test says by a mark which one of which row it is
     not_checked: str = ""  # why a check of the six does not apply
 
 

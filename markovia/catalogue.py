@@ -63,7 +63,8 @@ def resolve(reference: str) -> Any:
 
 
 def where(thing: Any) -> str:
-    """file:line of a function or class, relative to the checkout where there is one."""
+    """file:line of a function or class, relative to the checkout where there is one; of a decorated function its own, not the decorator's."""
+    thing = inspect.unwrap(thing)
     file = Path(inspect.getsourcefile(thing) or "").resolve()
     line = inspect.getsourcelines(thing)[1]
     return f"{file.relative_to(_ROOT) if file.is_relative_to(_ROOT) else file}:{line}"

@@ -103,7 +103,7 @@ OFFLINE = table(
     [
         Row(
             "bc", BC, None, "2106.06860", "imitation of logged actions, a baseline; squared error, or -log pi of a stochastic policy", _CONTROL,
-            (_HELD + "squared_distance",), "bc",
+            (_HELD + "squared_distance",), "bc", ("value", "gradient", "invariance", "resume", "bad_input"), "a root has no parent to be a limit of",
         ),
         Row(
             "filtered-bc", FILTERED_BC, "bc", "2106.01345", "imitation of the tenth of the episodes with the largest returns", _CONTROL,

@@ -31,6 +31,15 @@ def test_evidence_bound_by_hand() -> None:
     assert left == pytest.approx(0.5 * math.log(3)) and right == pytest.approx(math.log(2) - 0.5 * math.log(4 / 3))
 
 
+@pytest.mark.check("limit", "rl-kl-bayes")
+def test_at_the_posterior_the_evidence_bound_is_tight() -> None:
+    rng = np.random.default_rng(3)
+    ref, reward, beta = np.log(rng.dirichlet(np.ones(6))), rng.normal(size=6), 0.7
+    posterior = ref + reward / beta
+    log_z = np.log(np.exp(posterior).sum())
+    assert evidence_bound(posterior - log_z, ref, reward, beta=beta) == pytest.approx((beta * log_z, beta * log_z))
+
+
 @pytest.mark.check("value", "bon-asymptotics")
 @pytest.mark.check("limit", "bon-asymptotics")
 def test_exponent_of_a_kl() -> None:
