@@ -133,7 +133,7 @@ def test_every_row_has_flags(method_id: str) -> None:
 @pytest.mark.check("bad_input")
 def test_a_budget_that_trains_nothing_is_refused(method_id: str) -> None:
     value, nothing = ROWS[method_id].value, {"num_env_steps": 0}
-    with pytest.raises(ValueError, match="num_env_steps.* must be >= 1"):
+    with pytest.raises(ValueError, match=r"num_env_steps.* must be >= 1"):
         override(value, {"offline": nothing} if isinstance(value, WarmStart) else nothing)
 
 
