@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from markovia.agents.interface import Agent
 from markovia.agents.records import Obs, Rollout, map_obs
+from markovia.algos.finite import check_logp, check_step, scored
 from markovia.algos.on_policy.filters import join
 from markovia.algos.reward_scale import RewardScale
+from markovia.envs.finite import NotFinite
 
 
 class StepCollector:
@@ -63,6 +66,7 @@ class StepCollector:
         n = self.venv.num_envs
         self._raw, _ = self.venv.reset(seed=seed)
         self._steps = 0
+        check_step("observation", self._raw, 0, dict)
         self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)
         if self.reward_scale is not None:
             self.reward_scale.restart(n)
@@ -83,7 +87,7 @@ class StepCollector:
 
     @torch.no_grad()
     def collect(self, agent: Agent, generator: torch.Generator | None = None) -> Rollout:
-        """(num_envs, num_steps) decisions of `agent`. A reward or cost that is not finite raises ValueError."""
+        """(num_envs, num_steps) decisions of `agent`. Observations, rewards, costs and log-probs that are not finite raise NotFinite."""
         B, T = self.venv.num_envs, self.num_steps
         store: dict[str, Any] = {}
         reward = np.zeros((B, T))
@@ -100,13 +104,13 @@ class StepCollector:
                 store = {"obs": map_obs(obs, lambda x: _room(x, T)), "action": _room(action, T)}
             _put(store["obs"], obs, t)
             store["action"][:, t] = action
-            r, term, trunc, infos = self._advance(actor.env_action(action), live)
+            env_action = actor.env_action(action)
+            r, term, trunc, infos = self._advance(env_action, live)
             done = term | trunc
             valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
             step_cost = cost_of(infos, done & (not self.next_step), B)
             if step_cost is not None:
-                if not np.isfinite(step_cost).all():
-                    raise ValueError(f"info['cost'] is not finite at step {t}; costs must be finite numbers")
+                check_step("cost", step_cost, self._steps - 1, partial(dict, observation=self._raw, action=env_action, reward=r))
                 cost = np.zeros((B, T, self.num_costs or step_cost.shape[1])) if cost is None else cost
                 if cost.shape[2] != step_cost.shape[1]:
                     raise ValueError(
@@ -117,7 +121,7 @@ class StepCollector:
             self._episode(r, live, done, None if cost is None else cost[:, t])
             if trunc.any():
                 who = np.flatnonzero(trunc)
-                finals.append((who, t, _rows(self._raw, who) if self.next_step else final_obs(infos, who, self.venv)))
+                finals.append((who, t, _rows(self._raw, who) if self.next_step else final_obs(infos, who, self.venv, self._steps - 1)))
             self._starting = done if self.next_step else np.zeros(B, dtype=bool)
         if self.reward_scale is not None:
             reward = self.reward_scale(reward, terminated | truncated, valid)
@@ -158,16 +162,17 @@ class StepCollector:
         # The distribution that was sampled, through the matrix products of the update: the first ratio is 1 to the last bit.
         out = agent.evaluate(rollout, ("logp", "value") if has_critic else ("logp",))
         assert out.logp is not None
-        return replace(rollout, logp_old=out.logp, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
+        rollout = replace(rollout, logp_old=out.logp)
+        check_logp(rollout)
+        return replace(rollout, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
 
     def _advance(self, action: Any, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments: rewards, terminated, truncated (not both) and infos, cleared where a step only resets (not `live`)."""
         self._raw, r, term, trunc, infos = self.venv.step(action)
         # A resetting step returns no reward, and its flags belong to no decision.
         r, term, trunc = np.where(live, r, 0.0), term & live, trunc & live & ~term
-        if not np.isfinite(r).all():
-            bad = int(np.flatnonzero(~np.isfinite(r))[0])
-            raise ValueError(f"environment {bad} returned the reward {r[bad]} at step {self._steps}; rewards must be finite numbers")
+        check_step("reward", r, self._steps, lambda: {"observation": self._raw, "action": action})
+        check_step("observation", self._raw, self._steps, lambda: {"action": action, "reward": r})
         self._steps += 1
         return r, term, trunc, infos
 
@@ -205,18 +210,23 @@ def _rows(obs: Any, who: np.ndarray) -> Any:
     return {k: v[who].copy() for k, v in obs.items()} if isinstance(obs, dict) else obs[who].copy()
 
 
-def final_obs(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
-    """Final observations of the environments `who` (SAME_STEP); a vector environment without them raises ValueError."""
+def final_obs(infos: dict[str, Any], who: np.ndarray, venv: VectorEnv, step: int = 0) -> Any:
+    """Final observations of the environments `who` (SAME_STEP); a vector environment without them, and numbers that are not finite (found at
+    `step` of the collection) raise ValueError."""
     if "final_obs" not in infos:
         raise ValueError(
             f"{type(venv).__name__} says that it resets in the same step, but gives no infos['final_obs'] for a truncated episode; "
             "add it, or declare AutoresetMode.NEXT_STEP if that is what it does"
         )
     final = infos["final_obs"]
+    found: Any
     if isinstance(final, dict):
-        return {k: np.asarray(v)[who] for k, v in final.items()}
-    rows = [final[i] for i in who]
-    return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+        found = {k: np.asarray(v)[who] for k, v in final.items()}
+    else:
+        rows = [final[i] for i in who]
+        found = {k: np.stack([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+    check_step("final observation", found, step, lambda: {"environment": who}, who)
+    return found
 
 
 def cost_of(infos: dict[str, Any], ended: np.ndarray, n: int) -> np.ndarray | None:
@@ -302,7 +312,7 @@ class SequenceCollector(Stateless):
         for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
             index, group = [p for p in some for _ in range(per_prompt)], [g for g in range(len(some)) for _ in range(per_prompt)]
             rollout = agent.generate(task.batch(index, group), generator)
-            parts.append(paid_at_end(rollout, check_score(task.score(rollout), rollout.shape[0])))
+            parts.append(paid_at_end(rollout, rewards_of(task, rollout)))
         return join(parts), chosen
 
     @torch.no_grad()
@@ -310,18 +320,19 @@ class SequenceCollector(Stateless):
         """(num_rows, T) generated and scored decisions. A score of another length or one that is not finite raises ValueError."""
         starts = self.task.starts(self.num_rows, generator, **({"without": self.without} if self.without else {}))
         rollout = agent.generate(starts, generator)
-        score = check_score(self.task.score(rollout), rollout.shape[0])
+        check_logp(rollout)
+        score = rewards_of(self.task, rollout)
         self.episodes += score.tolist()
         rollout = paid_at_end(rollout, score)
         if self.cost is not None:
             last = last_step(rollout)
-            cost = check_cost(self.cost(rollout), rollout.shape[0])
+            cost = check_cost(self.cost(rollout), rollout.shape[0], rollout)
             self.episode_costs += cost.tolist()
             self.episode_lengths += rollout.valid.sum(1).tolist()
             column = torch.zeros(*rollout.shape, cost.shape[1], dtype=rollout.reward.dtype, device=rollout.reward.device)
             rollout = replace(rollout, cost=column.scatter_(1, last[..., None].expand(-1, -1, cost.shape[1]), cost.to(column)[:, None]))
         if self.greedy:
-            best = check_score(self.task.score(agent.generate(starts, generator, deterministic=True)), rollout.shape[0])
+            best = rewards_of(self.task, agent.generate(starts, generator, deterministic=True))
             rollout.columns["greedy"] = best.to(rollout.reward)[:, None].expand(rollout.shape)
         if agent.critic is not None:
             rollout = replace(rollout, value=agent.evaluate(rollout, ("value",)).value)
@@ -339,20 +350,27 @@ def paid_at_end(rollout: Rollout, score: Tensor) -> Rollout:
     return replace(rollout, reward=rollout.reward + at_end)
 
 
-def check_cost(cost: Any, n: int) -> Tensor:
-    """The task's costs as (n, m) float64, one column for a plain vector. Raises ValueError for another length and for NaN or infinite entries."""
+def rewards_of(task: Any, rollout: Rollout) -> Tensor:
+    """The task's rewards of a record, (B,) float64; see `check_score`."""
+    return check_score(scored(task, rollout), rollout.shape[0], rollout)
+
+
+def check_cost(cost: Any, n: int, batch: Rollout | None = None) -> Tensor:
+    """The task's costs as (n, m) float64, one column for a plain vector. Raises ValueError for another length, NotFinite for NaN or infinity."""
     out = torch.as_tensor(cost, dtype=torch.float64).detach().cpu()
     out = out[:, None] if out.dim() == 1 else out
     if out.dim() != 2 or len(out) != n:
         raise ValueError(f"the cost function must return {n} numbers, or {n} rows with one number per cost, got shape {tuple(out.shape)}")
     if not torch.isfinite(out).all():
         bad = int(torch.nonzero(~torch.isfinite(out))[0, 0])
-        raise ValueError(f"the cost function returned {out[bad].tolist()} for sequence {bad}; costs must be finite numbers")
+        raise NotFinite(
+            f"the cost function returned {out[bad].tolist()} for sequence {bad}; costs must be finite numbers", {"cost": out, "record": batch}
+        )
     return out
 
 
-def check_score(score: Any, n: int) -> Tensor:
-    """The task's rewards as (n,) float64. Raises ValueError for another length and for NaN or infinite entries."""
+def check_score(score: Any, n: int, batch: Rollout | None = None) -> Tensor:
+    """The task's rewards as (n,) float64. Raises ValueError for another length, NotFinite (with the record `batch`) for NaN or infinity."""
     try:
         out = torch.as_tensor(score, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -361,5 +379,6 @@ def check_score(score: Any, n: int) -> Tensor:
         raise ValueError(f"the reward function must return {n} numbers, one per sequence, got shape {tuple(out.shape)}")
     if not torch.isfinite(out).all():
         bad = int(torch.nonzero(~torch.isfinite(out))[0])
-        raise ValueError(f"the reward function returned {out[bad].item()} for sequence {bad}; rewards must be finite, return 0.0 where there is none")
+        why = f"the reward function returned {out[bad].item()} for sequence {bad}; rewards must be finite, return 0.0 where there is none"
+        raise NotFinite(why, {"score": out, "record": batch})
     return out

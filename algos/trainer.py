@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from markovia.agents.interface import Agent
+from markovia.algos.finite import Watch
 from markovia.algos.optimizer import make_optimizer
 from markovia.algos.streams import stream
 
@@ -46,6 +47,7 @@ class Trainer(Budget):
         lr = {"policy": method.solver.lr, "value": method.solver.value_lr or method.solver.lr}
         self.optimizer = make_optimizer(method.solver, [(agent.parameters(role), lr[role]) for role in roles])
         self.iteration = self.num_env_steps = 0
+        self.watch = Watch(agent.device)
 
     def set_lr(self) -> None:
         """Learning rate of this iteration's steps."""
@@ -59,15 +61,23 @@ class Trainer(Budget):
         for _ in range(solver.epochs):
             yield from torch.randperm(count, generator=generator).split(size) if count else ()
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """One optimiser step; returns the gradient's norm."""
+    def descend(self, loss: Tensor, batch: Any) -> Tensor:
+        """One optimiser step; returns the gradient's norm. One that is not finite raises NotFinite with `batch`, what the loss was taken on."""
         self.optimizer.zero_grad()
         loss.backward()
-        return self.optimizer.step()
+        return self.move(batch)
+
+    def move(self, batch: Any) -> Tensor:
+        """The same along the gradients that backward passes have added up; `batch` may be a function that makes it."""
+        norm = self.optimizer.step()
+        self.watch.add({"grad_norm": norm}, batch)
+        return norm
 
     def advance(self, num_items: int) -> dict[str, float]:
         """Count the iteration; the statistics that every driver reports."""
+        self.watch.look()
         self.iteration += 1
+        self.watch.begin(self.iteration)
         self.num_env_steps += num_items
         return {"iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
 
@@ -82,6 +92,7 @@ class Trainer(Budget):
         self.agent.load_state(part(tensors, "agent."))
         self.optimizer.load_state(part(tensors, "optimizer."))
         self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
+        self.watch.begin(self.iteration)
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.chains import watch
+from markovia.envs.finite import NotFinite
 from markovia.envs.text.rewards import RewardError
+from markovia.not_finite import keep_batch
 from markovia.report import Sink, TensorBoard
 from markovia.rundir import Metrics, save_checkpoint
 from markovia.summary import summary
@@ -79,8 +81,9 @@ class Loop:
             yield
             try:
                 stats: dict[str, Any] = dict(driver.step())
-            except RewardError as e:
-                raise RewardError(f"{e}. Nothing is lost: mend it, then the run goes on from its last checkpoint with --resume") from e
+            except (RewardError, NotFinite) as e:
+                kept = keep_batch(self.run, driver.iteration, e) if self.workers is None or self.workers.rank == 0 else ""
+                raise type(e)(f"{e}.{kept} Nothing is lost: mend it, then the run goes on from its last checkpoint with --resume") from e
             now = time.monotonic()
             stats |= {
                 "iteration": int(driver.iteration),

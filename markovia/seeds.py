@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markovia.envs.finite import NotFinite
+from markovia.not_finite import keep_batch
 from markovia.runs import RunResult, default_folder, train
 
 if TYPE_CHECKING:
@@ -83,7 +85,13 @@ def _step_together(loops: list[Any], rounds: dict[int, Any], advance: Any) -> No
     group = SeedGroup(drivers, compile=drivers[0].update.compiled is not None)
     try:
         while len(rounds) == len(left):
-            for driver, stats in zip(drivers, group.step(), strict=True):
+            try:
+                found = group.step()
+            except NotFinite as e:
+                who = next(k for k, driver in zip(left, drivers, strict=True) if driver.watch.broken)
+                kept = keep_batch(loops[who].run, loops[who].driver.iteration, e)
+                raise NotFinite(f"seed {loops[who].driver.seed}: {e}.{kept} Nothing is lost: mend it, then all go on with --resume") from e
+            for driver, stats in zip(drivers, found, strict=True):
                 driver.step = lambda stats=stats: stats
             for k in left:
                 advance(k)

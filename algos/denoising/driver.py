@@ -68,7 +68,7 @@ class AdjointDriver(ChainTrainer):
         for _ in range(solver.epochs):
             for batch in rollout.minibatches(solver.unit, size, generator, shuffle=solver.minibatch is not None):
                 loss, found = self.loss(batch)
-                stats.add({**found, "grad_norm": self.descend(loss)})
+                stats.add({**found, "grad_norm": self.descend(loss, batch)})
         return stats.means()
 
     def loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

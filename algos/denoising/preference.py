@@ -153,8 +153,9 @@ class DenoisingPreferenceDriver(ChainTrainer):
         stats = Statistics()
         for index in self.minibatches(len(items.pairs)):
             rows = items.pairs[index.to(items.pairs.device)].flatten()
-            loss, found = self.loss(items.record.rows(rows), items.score[rows])
-            stats.add({**found, "grad_norm": self.descend(loss)})
+            record, score = items.record.rows(rows), items.score[rows]
+            loss, found = self.loss(record, score)
+            stats.add({**found, "grad_norm": self.descend(loss, {"record": record, "score": score})})
         return stats.means()
 
     def loss(self, record: Rollout, score: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

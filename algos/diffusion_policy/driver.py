@@ -12,6 +12,7 @@ from markovia.agents.diffusion_policy import DiffusionPolicyAgent
 from markovia.algos.diffusion_policy.data import ChunkData
 from markovia.algos.diffusion_policy.loss import denoising_error, diffused, flowed, noise_level
 from markovia.algos.diffusion_policy.method import DiffusionNoise, Imitation
+from markovia.algos.finite import Watch
 from markovia.algos.optimizer import make_optimizer
 from markovia.algos.statistics import Statistics
 from markovia.algos.trainer import Budget, part
@@ -47,6 +48,7 @@ class ImitationDriver(Budget):
     def __init__(self, method: Imitation, agent: DiffusionPolicyAgent, collector: Logs, seed: int = 0) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = self.num_env_steps = 0
+        self.watch = Watch(agent.device)
         self.network = copy.deepcopy(agent.net["policy"])
         self.optimizer = make_optimizer(method.solver, [(list(self.network.parameters()), method.solver.lr)])
         self.levels = method.noise.levels() if isinstance(method.noise, DiffusionNoise) else None
@@ -60,24 +62,32 @@ class ImitationDriver(Budget):
             self.optimizer.scale_lr(rising * (1.0 - self.progress if solver.anneal else 1.0))
             self.num_env_steps += 1
             stats.add(self.update(generator))
+        self.watch.look()
         self.iteration += 1
+        self.watch.begin(self.iteration)
         return {**stats.means(), "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
 
     def update(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of the network and of its average on one minibatch."""
         self.optimizer.zero_grad()
-        loss = self.loss(generator)
+        rows = torch.randint(len(self.collector.data), (self.method.batch_size,), generator=generator)
+        loss = self.loss(rows, generator)
         loss.backward()
         norm = self.optimizer.step()
+        self.watch.add({"grad_norm": norm}, lambda: self.whole(rows))
         decay = self.method.average.decay(self.num_env_steps)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.agent.net["policy"].parameters()), list(self.network.parameters()), 1.0 - decay)
         return {"loss": loss.detach(), "grad_norm": norm}
 
-    def loss(self, generator: torch.Generator) -> Tensor:
-        """`denoising_error` of a minibatch of rows, noise levels and noise from the generator."""
+    def whole(self, rows: Tensor) -> dict[str, Any]:
+        """A minibatch for whoever wants to look at it: which rows, their observations and chunks."""
+        data, m = self.collector.data, self.method
+        return {"rows": rows, "obs": data.windows(rows, m.obs_steps), "action": data.chunks(rows, m.horizon)}
+
+    def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """`denoising_error` of a minibatch of rows, with noise levels and noise from the generator."""
         m, data, device = self.method, self.collector.data, self.agent.device
-        rows = torch.randint(len(data), (m.batch_size,), generator=generator)
         x0 = data.chunks(rows, m.horizon).to(device)
         window = self.agent.observe(data.windows(rows, m.obs_steps).numpy())
         eps = torch.randn(x0.shape, generator=generator).to(x0)
@@ -109,3 +119,4 @@ class ImitationDriver(Budget):
         self.network.load_state_dict(part(tensors, "network."))
         self.optimizer.load_state(part(tensors, "optimizer."))
         self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
+        self.watch.begin(self.iteration)

@@ -43,7 +43,7 @@ class ReplayCollector(StepCollector):
         done = term | trunc
         following = agent.observe(self._raw)
         swapped = done.any() and not self.next_step
-        final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv)) if swapped else following
+        final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv, self._steps - 1)) if swapped else following
         paid = r if self.reward is None else self.reward(r)
         rows = Batch(self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device))
         if not live.all():
@@ -75,9 +75,9 @@ def _like(x: np.ndarray, unit: Tensor) -> Tensor:
     return torch.from_numpy(x).to(device=unit.device, dtype=unit.dtype)
 
 
-def _with_final(raw: Any, infos: dict[str, Any], who: np.ndarray, venv: VectorEnv) -> Any:
+def _with_final(raw: Any, infos: dict[str, Any], who: np.ndarray, venv: VectorEnv, step: int) -> Any:
     """A copy of the batched observation with the final observations of the environments `who` in place of their next episode's first."""
-    final = final_obs(infos, who, venv)
+    final = final_obs(infos, who, venv, step)
     if isinstance(raw, dict):
         out = {k: v.copy() for k, v in raw.items()}
         for k, v in out.items():

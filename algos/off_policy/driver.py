@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
+from markovia.algos.finite import Watch
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Batch, Replay
@@ -55,6 +56,7 @@ class OffPolicyDriver(Budget):
     def __init__(self, method: OffPolicy, agent: ControlAgent, collector: Source, seed: int = 0, compile: bool = False) -> None:
         self.method, self.agent, self.collector, self.seed = method, agent, collector, seed
         self.iteration = self.num_env_steps = self.num_updates = 0
+        self.watch = Watch(agent.device)
         self._check()
         self.nets = ActorCritic(method, agent, seed)
         self.update = Update(self.nets, compile)
@@ -77,6 +79,7 @@ class OffPolicyDriver(Budget):
     def step(self) -> dict[str, float]:
         """Step the environments `num_steps` times with the updates that belong to them; the iteration's statistics."""
         m, stats = self.method, Statistics()
+        self.watch.begin(self.iteration)
         action, minibatch = self.generator("action"), self.generator("minibatch")
         for _ in range(m.num_steps):
             before = self.num_env_steps
@@ -96,6 +99,7 @@ class OffPolicyDriver(Budget):
 
     def report(self, stats: Statistics) -> dict[str, float]:
         """Count the iteration; its statistics."""
+        self.watch.look()
         self.iteration += 1
         return {**self.describe(), **stats.means(), "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
 
@@ -104,9 +108,15 @@ class OffPolicyDriver(Budget):
         return int(self.method.utd * max(0, self.num_env_steps - self.method.learning_starts))
 
     def improve(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """One update on one minibatch."""
+        """One update on one minibatch. A gradient that is not finite raises NotFinite."""
         batch, noise = self.draw(generator)
         self.num_updates += 1
+        stats = self._update(batch, noise)
+        self.watch.add(stats, batch)
+        return stats
+
+    def _update(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
+        """Fit what is due on a minibatch."""
         if self.models_behaviour:
             return self.update.fit_behaviour(batch, noise)
         self.set_lr()

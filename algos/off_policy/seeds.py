@@ -12,6 +12,7 @@ from torch import Tensor
 
 from markovia.algos.compiled import Compiled, trace
 from markovia.algos.off_policy.driver import OffPolicyDriver
+from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.update import tied
 from markovia.algos.statistics import Statistics
 
@@ -60,6 +61,8 @@ class SeedGroup:
         """One iteration of every driver; the statistics of each."""
         first = self.drivers[0]
         stats = [Statistics() for _ in self.drivers]
+        for d in self.drivers:
+            d.watch.begin(d.iteration)
         minibatch = [d.generator("minibatch") for d in self.drivers]
         for _ in range(first.method.num_steps):
             for d in self.drivers:
@@ -78,6 +81,13 @@ class SeedGroup:
         drawn = [d.draw(g) for d, g in zip(self.drivers, generators, strict=True)]
         for d in self.drivers:
             d.num_updates += 1
+        found = self._update(drawn)
+        for d, stats, (batch, _) in zip(self.drivers, found, drawn, strict=True):
+            d.watch.add(stats, batch)
+        return found
+
+    def _update(self, drawn: Sequence[tuple[Batch, Tensor]]) -> list[Stats]:
+        """The same on given minibatches and noise."""
         first = self.drivers[0]
         if first.models_behaviour:
             return [d.update.fit_behaviour(*each) for d, each in zip(self.drivers, drawn, strict=True)]

@@ -86,7 +86,7 @@ class Update:
 
         def descend(name: str, loss: Tensor) -> None:
             grads = torch.autograd.grad(loss, params[name])
-            self.optimizers[name].move(state[name], self.optimizers[name].flatten(grads))
+            stats[f"grad_norm/{name}"] = self.optimizers[name].move(state[name], self.optimizers[name].flatten(grads))
 
         lam, adv = nets.lam(), None
         if nets.critic is not None:
@@ -127,8 +127,8 @@ class Update:
         """Move the behaviour model alone by one minibatch; eagerly, as it is done once before everything else."""
         optimizer = self.optimizers["behaviour"]
         loss, stats = self.nets.behaviour_loss(batch, noise[-2:])
-        optimizer.move(optimizer.tensors(), optimizer.flatten(torch.autograd.grad(loss, list(optimizer.params))))
-        return stats
+        norm = optimizer.move(optimizer.tensors(), optimizer.flatten(torch.autograd.grad(loss, list(optimizer.params))))
+        return {**stats, "grad_norm/behaviour": norm}
 
     @torch.no_grad()
     def refresh(self) -> None:

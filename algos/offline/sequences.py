@@ -135,8 +135,9 @@ class SequenceDriver(Trainer):
             torch.manual_seed(stream_seed(self.seed, "dropout", self.iteration))
             for k in range(count):
                 self.optimizer.scale_lr(min(1.0, (self.num_env_steps + k + 1) / max(1, solver.warmup)))
-                loss = self.loss(self.source.windows(solver.minibatch, generator))
-                stats.add({"loss": loss.detach(), "grad_norm": self.descend(loss)})
+                windows = self.source.windows(solver.minibatch, generator)
+                loss = self.loss(windows)
+                stats.add({"loss": loss.detach(), "grad_norm": self.descend(loss, windows)})
         self.agent.net.eval()
         return {**stats.means(), **self.advance(count)}
 

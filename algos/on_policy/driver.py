@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.advantages import normalise
+from markovia.algos.finite import Watch
 from markovia.algos.on_policy.auxiliary import record_for
 from markovia.algos.on_policy.divergence import k3
 from markovia.algos.on_policy.filters import filled
@@ -90,6 +92,7 @@ class OnPolicyDriver(Budget):
         if isinstance(method.controller, DualAscent):
             self.dual = nn.Parameter(torch.tensor(self.coef, dtype=torch.float64))
             self.dual_optimizer = Optimizer([([self.dual], method.controller.lr)], Rule(eps=1e-8), math.inf)
+        self.watch = Watch(agent.device, every=0)  # looked at after each part of an iteration: a minibatch is too short to wait for
         self.collector.reset(stream_seed(seed, "env", 0))
 
     def _make_optimizer(self, solver: Descent, groups: Sequence[tuple[list[nn.Parameter], float]]) -> Optimizer:
@@ -143,6 +146,7 @@ class OnPolicyDriver(Budget):
 
     def step(self) -> dict[str, float]:
         """Collect a batch, improve the policy on it, and return the iteration's statistics."""
+        self.watch.begin(self.iteration)
         rollout, drawn = self._collect()
         found: dict[str, float] = {}
         if self.constraint is not None:
@@ -205,10 +209,13 @@ class OnPolicyDriver(Budget):
         pretraining = self.iteration < m.value.pretrain
         if isinstance(m.solver, NaturalGradient) and not pretraining:
             out.update(natural_step(m, m.solver, self.agent, rollout, None if self.constraint is None else self.constraint.step_violation))
+            self.watch.add({"grad_norm": out["grad_norm"]}, rollout)
+            self.watch.look()
         for name in self.updates:
             if pretraining if name == "main" else not (pretraining or m.trains_critic):
                 continue
             self._descend(name, rollout, reward, stats)
+            self.watch.look()
         if isinstance(m.controller, Doubling):
             # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
             with torch.no_grad():
@@ -228,6 +235,7 @@ class OnPolicyDriver(Budget):
             for index in update.minibatches(generator):
                 step_stats = update.step(index, torch.tensor(self.coef, device=index.device))
                 stats.add(step_stats)
+                self.watch.add(step_stats, partial(update.minibatch, index))
                 if dual is not None:
                     self._dual_step(dual, step_stats["kl_max"])
                 if solver.kl_stop_nats is not None and "approx_kl" in step_stats and float(step_stats["approx_kl"]) > 1.5 * solver.kl_stop_nats:

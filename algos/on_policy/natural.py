@@ -130,6 +130,7 @@ def natural_step(
         solve = lambda v: conjugate_gradient(product, v, iterations=solver.cg_iterations, tolerance=solver.cg_tolerance)  # noqa: E731
         x = solve(g)
         stats: dict[str, Any] = {"policy_loss": -float(value), "line_search_steps": 0.0, "accepted": 0.0, "approx_kl": 0.0}
+        stats["grad_norm"] = float(g.norm())
         if violation is not None:
             p = solve(b)
             q, r, s = float(g.dot(x)), float(g.dot(p)), float(b.dot(p))
@@ -139,7 +140,7 @@ def natural_step(
         else:
             curvature = x.dot(product(x))
             if not torch.isfinite(curvature) or curvature <= 0:
-                return stats  # no gradient (or a broken one): stay
+                return stats  # no gradient (the driver tells of a broken one): stay
             step = torch.sqrt(2.0 * solver.kl_limit_nats / curvature) * x
         start = flatten([p.detach() for p in params]).clone()
         old = agent.evaluate(rollout, ("dist",)).dist

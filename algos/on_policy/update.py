@@ -94,6 +94,12 @@ class Update:
             index = index.view(-1, size)[order].reshape(-1)
         yield from index.split(self.solver.minibatch or max(len(index), 1))
 
+    def minibatch(self, index: Tensor) -> Rollout:
+        """The units `index` of the record that was taken, with the texts of its rows where it has some."""
+        chosen = index.tolist()
+        texts = {k: [v[i] for i in chosen] for k, v in self.base.outcome.items() if isinstance(v, list) and len(v) == self.base.shape[0]}
+        return replace(self.base.rows(index), outcome=texts)
+
     def step(self, index: Tensor, coef: Tensor) -> Stats:
         """One optimiser step on the units `index`, and what it tells about itself."""
         extra = None if self.extra is None else self._draw(self.extra)

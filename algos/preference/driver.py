@@ -120,11 +120,17 @@ class PreferenceDriver(Trainer):
                 loss = self.method(scores, batch.views).mean()
                 (loss * (len(micro) / len(index))).backward()
                 stats.add({"loss": loss.detach(), **self.describe(scores, batch)})
-            stats.add({"grad_norm": self.optimizer.step()})
+            stats.add({"grad_norm": self.move(lambda index=index: self.whole(items, index))})
             self.steps += 1
             if isinstance(self.method.reference, Sync) and self.steps % self.method.reference.every == 0:
                 self._move(self.method.reference.rate)
         return stats.means()
+
+    def whole(self, items: list[Item], index: Tensor) -> dict[str, Any]:
+        """A minibatch in one, with the texts of its items, for whoever wants to look at it."""
+        chosen = [items[i] for i in index.tolist()]
+        batch = make_batch(chosen, self.source.kind, self.method.needs, self.pad, self.agent.device, self.generator("tokens"))
+        return {"batch": batch, "line": torch.tensor([i.line for i in chosen]), "prompt_text": [i.prompt_text for i in chosen]}
 
     def scores(self, batch: Batch) -> TokenScores:
         """What one pass of the policy and one of each anchor say of the rows; only what the method reads."""

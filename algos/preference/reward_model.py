@@ -91,8 +91,14 @@ class RewardModelDriver(Trainer):
                 loss, told = self.loss([items[i] for i in micro.tolist()])
                 (loss * (len(micro) / len(index))).backward()
                 stats.add(told)
-            stats.add({"grad_norm": self.optimizer.step()})
+            stats.add({"grad_norm": self.move(lambda index=index: self.whole(items, index))})
         return {**stats.means(), **self.advance(count)}
+
+    def whole(self, items: Sequence[Item], index: Tensor) -> dict[str, Any]:
+        """A minibatch for whoever wants to look at it: lines of the file, and what is known of each."""
+        chosen = [items[i] for i in index.tolist()]
+        line = torch.tensor([i.line for i in chosen])
+        return {"line": line, "values": [i.values for i in chosen], "prompt": [i.prompt for i in chosen], "responses": [i.responses for i in chosen]}
 
     def loss(self, items: Sequence[Item]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over items of the mean over their pairs; items whose scores are all equal count as 0."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from markovia.agents.interface import Agent
 from markovia.agents.language import LanguageAgent
 from markovia.agents.records import Rollout
-from markovia.algos.collect import check_score
+from markovia.algos.collect import rewards_of
 from markovia.algos.preference.anchors import Dataset, FromMixture, FromPolicy
 from markovia.algos.preference.data import with_logps
 from markovia.algos.preference.game import SelfPlay
@@ -99,7 +99,7 @@ class JudgedSamples:
         assert isinstance(agent, LanguageAgent)
         starts = self.task.starts(count, generator, group_size=1)
         rounds = [(who.generate(repeated(starts, n), generator), n) for who, n in self._samplers(agent, reference)]
-        rewards = [check_score(self.task.score(r), count * n).view(count, n) for r, n in rounds]
+        rewards = [rewards_of(self.task, r).view(count, n) for r, n in rounds]
         length = sum(float(r.mask.sum()) for r, _ in rounds) / sum(r.shape[0] for r, _ in rounds)
         found = {"return": float(rewards[0].mean()), "length": length}
         if self.duel:

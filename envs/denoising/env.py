@@ -22,6 +22,7 @@ from torch import Tensor
 from markovia.envs.control.vector import each_seed, served_autoreset
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.tables import choose
+from markovia.envs.finite import NotFinite
 
 ACTION_MODES = ("residual", "next_sample", "model_output")
 
@@ -105,10 +106,11 @@ class DenoisingTask:
         scores = scores.to(torch.float32)
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(
+            raise NotFinite(
                 f"the {role} function of task {self.name!r} returned {float(scores[bad[0]])} for sample {bad[0]} "
                 f"({len(bad)} of {n} are not finite). Check its input range (this sample lies in "
-                f"[{float(x[bad[0]].min()):.3g}, {float(x[bad[0]].max()):.3g}]) or clamp its output."
+                f"[{float(x[bad[0]].min()):.3g}, {float(x[bad[0]].max()):.3g}]) or clamp its output.",
+                {role: scores, "x": x, "cond": cond},
             )
         return scores
 
