@@ -18,7 +18,7 @@ from markovia.algos.offline import method as offline
 from markovia.algos.on_policy import auxiliary, divergence, entropy, filters, merging, method, references, rewards, schedules, surrogates, tokens
 from markovia.algos.on_policy.method import NaturalGradient
 from markovia.algos.preference.method import FromPreferences
-from markovia.algos.safe import constraint, dual, termination
+from markovia.algos.safe import constraint, dual, replayed, termination
 from markovia.algos.systems import Method, find
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
@@ -26,7 +26,7 @@ from markovia.envs.registry import kind_of
 FOLDER = Path(__file__).parent / "presets"
 _ON_POLICY = (advantages, auxiliary, divergence, entropy, filters, merging, method, references, rewards, schedules, surrogates, tokens)
 _CHAINS = (adjoint, denoising_preference, diffusion_policy, sources)
-_MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, *_CHAINS, constraint, dual, termination)
+_MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, *_CHAINS, constraint, dual, replayed, termination)
 _CLASSES: dict[str, type] = {
     name: c for m in _MODULES for name, c in vars(m).items() if isinstance(c, type) and dataclasses.is_dataclass(c)
 }

@@ -17,6 +17,7 @@ from markovia.agents.distributions import Distribution, Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
 from markovia.algos.off_policy.actors import guided_loss, held_loss, logged_loss, supported_loss
+from markovia.algos.off_policy.costs import priced
 from markovia.algos.off_policy.losses import (
     Aggregate,
     aggregate,
@@ -81,6 +82,7 @@ class ActorCritic(nn.Module):
     critic  Q_1 .. Q_N          target      follows `critic`, or `value` where targets bootstrap from it
     value   V, or absent        references  "target": policy of smoothed targets; "old": pi_k of mirror descent
     evaluation  the policy that acts after training, where that is not the one of the targets
+    cost    critics of each cost, all in one ensemble, and `cost_target`; absent without a constraint
     Quantile critics belong to the agent, which acts by them. Imitation alone has neither critic nor target.
     Critics start from the stream (seed, "init-critic").
     """
@@ -104,6 +106,14 @@ class ActorCritic(nn.Module):
             b = method.behaviour
             self.behaviour = None if b is None else ConditionalVAE(space, agent.action_size, b.hidden, b.activation)
             self.value = None if v is None else ValueNet(Trunk(space, v.hidden, v.activation))
+            limited = method.constraint
+            if limited is not None:
+                k = limited.critic
+                size = limited.num_costs * k.num
+                self.cost: nn.Module | None = QEnsemble(space, agent.action_size, size, k.hidden, k.activation, k.layer_norm)
+            else:
+                self.cost = None
+        self.cost_target = None if self.cost is None else copy.deepcopy(self.cost).requires_grad_(False)
         self.followed = "value" if isinstance(method.target, ValueTarget) else "critic"
         self.target = None if c is None else copy.deepcopy(getattr(self, self.followed)).requires_grad_(False)
         wanted = {"target": isinstance(method.target, SmoothedTarget), "old": method.mirrors}
@@ -286,7 +296,10 @@ class ActorCritic(nn.Module):
             return logged_loss(self, slot, batch, noise, adv)
         dist = self.dist(self.agent, batch.obs, noise.dtype)
         raw = self.choose(dist, noise)
-        value = self.one_q(self.critic, batch.obs, self.agent.unit_action(raw), slot.aggregate)
+        action = self.agent.unit_action(raw)
+        value = self.one_q(self.critic, batch.obs, action, slot.aggregate)
+        if self.cost is not None:
+            value = value - priced(self, batch, action)
         objective = -value
         stats: Stats = {}
         if m.entropic or slot.inverse_step is not None:
@@ -299,6 +312,8 @@ class ActorCritic(nn.Module):
             density = log_density(dist, raw, m.temperature)
             objective = mirror_objective(value, density, density_old, lam=lam, inverse_step=step, q=order)
             stats["entropy_nats"] = -dist.log_prob(raw).detach().mean()
+        if m.constraint is not None and m.constraint.mix == "sum":
+            objective = objective / (1.0 + batch.extra["cost_weight"].sum(-1))
         loss = objective.mean()
         stats["actor_loss"] = loss.detach()
         if slot.penalty:

@@ -11,21 +11,24 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
-from markovia.algos.collect import StepCollector, final_obs
+from markovia.algos.collect import StepCollector, cost_of, final_obs
 from markovia.algos.off_policy.replay import Batch, Replay
+from markovia.algos.safe.constraint import checked_cost
 
 
 class ReplayCollector(StepCollector):
     """One step of every environment at a time, written to `replay`: the final observation of an episode is kept apart from the next one's first.
 
     Steps that only reset (NEXT_STEP) are not written. Rewards enter as `reward` gives them, unscaled where it is None; episodes count them raw.
+    Costs are counted where the task tells them, and written as the column `cost` for methods with limits (`num_costs`).
     """
 
     reward: Callable[[np.ndarray], np.ndarray] | None = None
 
-    def __init__(self, venv: VectorEnv, agent: ControlAgent, replay: Replay, seed: int = 0) -> None:
+    def __init__(self, venv: VectorEnv, agent: ControlAgent, replay: Replay, seed: int = 0, num_costs: int = 0, cost_gamma: float = 1.0) -> None:
         self.agent, self.replay = agent, replay
-        super().__init__(venv, agent, num_steps=1, seed=seed, scale_reward=False)
+        super().__init__(venv, agent, num_steps=1, seed=seed, scale_reward=False, cost_gamma=cost_gamma)
+        self.num_costs = num_costs
 
     def reset(self, seed: int) -> None:
         super().reset(seed)
@@ -35,7 +38,7 @@ class ReplayCollector(StepCollector):
     def step(self, agent: ControlAgent, generator: torch.Generator, uniform: bool = False) -> int:
         """One step with the policy's own exploration, or with `uniform` actions; the number of transitions that came of it.
 
-        Raises ValueError for a reward that is not finite.
+        Raises ValueError for a reward or a cost that is not finite, and where there are not as many costs as limits.
         """
         live = ~self._starting
         unit = self._unit_action(agent, generator, uniform)
@@ -45,14 +48,19 @@ class ReplayCollector(StepCollector):
         swapped = done.any() and not self.next_step
         final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv, self._steps - 1)) if swapped else following
         paid = r if self.reward is None else self.reward(r)
-        rows = Batch(self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device))
+        cost = cost_of(infos, done & (not self.next_step), len(r))
+        limited = checked_cost(None if cost is None else _like(cost, unit), self.num_costs) if self.num_costs else None
+        rows = Batch(
+            self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device),
+            {} if limited is None else {"cost": limited},
+        )  # fmt: skip
         if not live.all():
             index = torch.from_numpy(np.flatnonzero(live)).to(unit.device)
             rows = rows.map(lambda x: x[index])
         if live.any():
             self.replay.add(rows)
         self._obs = following
-        self._episode(r, live, done, None)
+        self._episode(r, live, done, None if cost is None else np.where(live[:, None], cost, 0.0))
         self._starting = done if self.next_step else np.zeros_like(done)
         return int(live.sum())
 

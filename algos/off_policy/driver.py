@@ -16,10 +16,13 @@ from torch import Tensor
 from markovia.agents.control import ControlAgent
 from markovia.algos.finite import Watch
 from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.costs import cost_names
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.off_policy.slots import Ascent, Behaviour, Weighted
 from markovia.algos.off_policy.update import Update
+from markovia.algos.safe.handler import drain_costs, finished
+from markovia.algos.safe.replayed import ReplayHandler
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream_seed
 from markovia.algos.trainer import Budget, part
@@ -60,6 +63,7 @@ class OffPolicyDriver(Budget):
         self._check()
         self.nets = ActorCritic(method, agent, seed)
         self.update = Update(self.nets, compile)
+        self.constraint = None if method.constraint is None else ReplayHandler(method.constraint, method.gamma)
         self.collector.reset(stream_seed(seed, "env", 0))
 
     def _check(self) -> None:
@@ -101,6 +105,8 @@ class OffPolicyDriver(Budget):
         """Count the iteration; its statistics."""
         self.watch.look()
         self.iteration += 1
+        if self.constraint is not None:
+            self.constraint.measure(*finished(self.collector), move=self.constraint.constraint.estimator == "episodes")
         return {**self.describe(), **stats.means(), "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps)}
 
     def updates_due(self) -> int:
@@ -120,7 +126,12 @@ class OffPolicyDriver(Budget):
         if self.models_behaviour:
             return self.update.fit_behaviour(batch, noise)
         self.set_lr()
-        return self.update(batch, noise, self.moves_actor)
+        if self.constraint is None:
+            return self.update(batch, noise, self.moves_actor)
+        stats = self.update(self.constraint.prepare(batch, self.progress), noise, self.moves_actor)
+        if self.constraint.constraint.estimator == "critic":
+            self.constraint.observe([float(stats[name]) for name in cost_names(self.constraint.constraint.num_costs)])
+        return stats
 
     def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """A minibatch and the noise of its update."""
@@ -148,7 +159,7 @@ class OffPolicyDriver(Budget):
         if self.collector.episodes:
             out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
             self.collector.episodes.clear()
-        return out
+        return out | drain_costs(self.collector) | ({} if self.constraint is None else self.constraint.describe())
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 
@@ -168,6 +179,7 @@ class OffPolicyDriver(Budget):
             "num_env_steps": self.num_env_steps,
             "num_updates": self.num_updates,
             "episodes": list(self.collector.episodes),
+            "constraint": None if self.constraint is None else self.constraint.state(),
         }
         return tensors, meta
 
@@ -180,3 +192,5 @@ class OffPolicyDriver(Budget):
         self.collector.load_state(part(tensors, "collector."))
         self.iteration, self.num_env_steps, self.num_updates = meta["iteration"], meta["num_env_steps"], meta["num_updates"]
         self.collector.episodes[:] = meta["episodes"]
+        if self.constraint is not None:
+            self.constraint.load_state(meta["constraint"])

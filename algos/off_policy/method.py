@@ -38,6 +38,7 @@ from markovia.algos.off_policy.slots import (
     Value,
     ValueTarget,
 )
+from markovia.algos.safe.replayed import ReplayConstraint
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class OffPolicy:
     behaviour: Behaviour | JointBehaviour | None = None  # model of the policy that wrote the data, for actor=Supported() and actor=Guided()
     evaluation: Held | ClosedForm | None = None  # what acts after training and never enters a target: an actor with its own objective, or a formula
     temperature: Temperature = field(default_factory=TunedTemperature)
+    constraint: ReplayConstraint | None = None  # limits on what an episode may cost
 
     def __post_init__(self) -> None:
         for name in ("num_env_steps", "num_envs", "num_steps", "replay_size", "batch_size", "policy_delay"):
@@ -115,6 +117,8 @@ class OffPolicy:
             raise ValueError("actor=Guided(), behaviour=JointBehaviour() and value=LowerValue() need each other and serve nothing else: set all 3")
         if isinstance(self.value, LowerValue) and not isinstance(self.target, SmoothedTarget):
             raise ValueError("value=LowerValue() is fitted to the targets of smoothed actions: set target=SmoothedTarget()")
+        if self.constraint is not None and not isinstance(self.actor, Ascent):
+            raise ValueError(f"a constraint prices the cost of the action that climbs Q: it needs actor=Ascent(), got {type(self.actor).__name__}")
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
             raise ValueError(
                 "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "

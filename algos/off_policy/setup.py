@@ -19,4 +19,6 @@ def build(method: OffPolicy, request: Request) -> Setup:
     agent = ControlAgent.from_spaces(venv.single_observation_space, venv.single_action_space, critic=False, device=request.device, **options)
     # A step of all environments may pass the budget by all but one of them.
     replay = Replay(min(method.replay_size, method.num_env_steps + method.num_envs))
-    return stepped_setup("control", agent, ReplayCollector(venv, agent, replay, request.seed), venv, request)
+    limited = method.constraint
+    costs = (0, 1.0) if limited is None else (limited.num_costs, limited.cost_gamma)
+    return stepped_setup("control", agent, ReplayCollector(venv, agent, replay, request.seed, *costs), venv, request)

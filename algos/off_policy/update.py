@@ -1,4 +1,4 @@
-"""One minibatch update: value -> critic -> behaviour -> actor -> evaluation -> temperature -> targets, eagerly, or compiled as one function.
+"""One minibatch update: value -> critic -> costs -> behaviour -> actor -> evaluation -> temperature -> targets, eagerly or as one compiled function.
 
 Each loss is differentiated for its own network alone: while the actor climbs Q, no gradient of the critics' weights is computed.
 """
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from markovia.algos.compiled import Compiled
 from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
+from markovia.algos.off_policy.costs import cost_loss
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.slots import Held, JointBehaviour
 from markovia.algos.optimizer import Optimizer, Rule
@@ -42,13 +43,14 @@ class Update:
         self.nets = nets
         second = m.evaluation if isinstance(m.evaluation, Held) else None
         wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor),
-                  "evaluation": (nets.evaluation, second), "behaviour": (nets.behaviour, m.behaviour)}  # fmt: skip
+                  "evaluation": (nets.evaluation, second), "behaviour": (nets.behaviour, m.behaviour),
+                  "cost": (nets.cost, None if m.constraint is None else m.constraint.critic)}  # fmt: skip
         self.optimizers = {
             name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
         if nets.log_lam is not None:
             self.optimizers["temperature"] = _adam([nets.log_lam], m.temperature.lr)  # type: ignore[union-attr]
-        self.sources = [nets.followed] * (nets.target is not None) + ["actor"] * ("target" in nets.references)
+        self.sources = [nets.followed] * (nets.target is not None) + ["cost"] * (nets.cost is not None) + ["actor"] * ("target" in nets.references)
         self.followers: list[Tensor] = []
         for i, (net, layout) in enumerate(self.tied_nets()):
             self.replace_vector(i, tied(net, self.optimizers[layout]))
@@ -61,6 +63,7 @@ class Update:
         """The networks that are copies of others, and the optimiser whose layout each has: targets in the order of `sources`, then pi_k."""
         nets = self.nets
         followers: list[tuple[nn.Module, str]] = [] if nets.target is None else [(nets.target, nets.followed)]
+        followers += [] if nets.cost_target is None else [(nets.cost_target, "cost")]
         names = [name for name in ("target", "old") if name in nets.references]
         return followers + [(nets.reference_policies[name], "actor") for name in names]
 
@@ -98,6 +101,10 @@ class Update:
             loss, found = nets.critic_loss(batch, y, noise[3:])
             stats |= found
             descend("critic", loss)
+        if nets.cost is not None:
+            loss, found = cost_loss(nets, batch, noise[0])
+            stats |= found
+            descend("cost", loss)
         if isinstance(nets.method.behaviour, JointBehaviour):
             loss, found = nets.behaviour_loss(batch, noise[-4:-2])
             stats |= found

@@ -43,6 +43,8 @@ class Offline(OffPolicy):
         for name, wanted in (("learning_starts", 0), ("num_envs", 1), ("utd", 1.0), ("replay_size", 1)):
             if getattr(self, name) != wanted:
                 raise ValueError(f"{name} means nothing for a fixed dataset, so it must stay {wanted}, got {getattr(self, name)}")
+        if self.constraint is not None:
+            raise ValueError("datasets hold no costs here, so a constraint has nothing to go by; set constraint=None")
         if isinstance(self.target, SmoothedTarget) and self.target.penalty and not self.data.next_action:
             raise ValueError("target.penalty compares with the next logged action; set data.next_action=True")
         if isinstance(self.target, LoggedTarget) and not self.data.next_action:

@@ -26,6 +26,7 @@ from markovia.algos.on_policy.loss import critic_loss, policy_loss
 from markovia.algos.on_policy.merging import Merger
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
+from markovia.algos.on_policy.optimism import Judge
 from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, mix, put
 from markovia.algos.on_policy.update import LossFn, Update
@@ -78,6 +79,8 @@ class OnPolicyDriver(Budget):
         self.outcome: dict[str, Any] = {}  # what the last batch was, for those who want to see it: texts or samples, and returns
         self._check()
         self.constraint = None if method.constraint is None else ConstraintHandler.for_agent(method.constraint, method.advantage, agent)
+        optimistic = self.constraint is not None and self.constraint.constraint.optimistic
+        self.judge = Judge(method, agent, self.constraint) if self.constraint is not None and optimistic else None
         self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
         self._given = dict(references or {})
         self._check_references()
@@ -157,7 +160,11 @@ class OnPolicyDriver(Budget):
             reward = self.prepare(rollout)
             self.advantages(rollout, reward)
             self._set_lr()
+            if self.judge is not None:
+                self.judge.seen()
             found = self.improve(rollout, reward)
+            if self.judge is not None:
+                self.judge.next()
             found = {**self.describe(rollout), **found}
         self.iteration += 1
         self.num_env_steps += drawn
@@ -200,6 +207,8 @@ class OnPolicyDriver(Budget):
             adv = normalise(adv, rollout.mask)
         if self.constraint is not None:
             adv = self.constraint.mix(rollout, adv, self.method.advantage)
+        if self.judge is not None:
+            adv = self.judge.optimistic(rollout, reward, adv, self.advantage_state)
         rollout.columns["adv"], rollout.columns["ret"] = adv, ret
 
     def improve(self, rollout: Rollout, reward: Tensor) -> dict[str, float]:
@@ -382,6 +391,7 @@ class OnPolicyDriver(Budget):
         for name, optimizer in self._optimizers().items():
             tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
         tensors |= {f"collector.{k}": v for k, v in self.collector.state().items()}
+        tensors |= {} if self.judge is None else {f"judge.{k}": v for k, v in self.judge.state().items()}
         merging, merging_meta = ({}, None) if self.merger is None else self.merger.state()
         tensors |= {f"merger.{k}": v for k, v in merging.items()}
         if isinstance(self.method.controller, DualAscent):
@@ -418,5 +428,7 @@ class OnPolicyDriver(Budget):
         self.collector.episodes[:] = meta["episodes"]
         if self.constraint is not None:
             self.constraint.load_state(meta["constraint"])
+        if self.judge is not None:
+            self.judge.load_state(part(tensors, "judge."))
         if self.merger is not None:
             self.merger.load_state(part(tensors, "merger."), meta["merger"])

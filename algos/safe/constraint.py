@@ -58,6 +58,12 @@ def mix_advantages(adv: Tensor, cost_adv: Tensor, weight: Tensor, how: Mix = "su
     raise ValueError(f"mix must be 'sum', 'plain' or 'difference', got {how!r}")
 
 
+def optimistic_advantage(adv: Tensor, before: Tensor) -> Tensor:
+    """2 A_k - A_{k-1}, (B, T): A_k as it will be next if it changes as it just did; `before` is what the critic and the weights of the iteration
+    before say of the same batch.                                                                                          [arXiv 2302.01275]"""
+    return 2.0 * adv - before
+
+
 def centred(cost_adv: Tensor, mask: Tensor) -> Tensor:
     """Cost advantages (B, T, m) minus their mean over mask, each column. Not divided by a deviation: that would make the multiplier's unit
     depend on the batch."""
@@ -74,17 +80,23 @@ class Constraint:
     """
 
     cost_limit: tuple[float, ...] = (25.0,)  # what an episode may cost, one number per cost of info["cost"]; a plain number is taken as one
+    aim: float = 1.0  # share of the limit that learning aims at; below 1 leaves room for the noise of sampled costs
     dual: Dual = field(default_factory=gradient)
     mix: Mix = "sum"
     cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
     termination: SoftTermination | None = None
+    optimistic: bool = False  # improve on 2 A_k - A_{k-1}, A_{k-1} the mixed advantage by the critic and weights of the iteration before (ReLOAD)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cost_limit", tuple(limits(self.cost_limit).tolist()))
+        if not 0 < self.aim <= 1:
+            raise ValueError(f"aim is a share of the limit in (0, 1], got {self.aim}")
         if not 0 <= self.cost_gamma <= 1:
             raise ValueError(f"cost_gamma must lie in [0, 1], got {self.cost_gamma}")
         if self.termination is not None and not isinstance(self.dual, FixedDual):
             raise ValueError("constraints as terminations need no multiplier: set dual=FixedDual(0.0)")
+        if isinstance(self.dual, TrustRegionDual) and self.optimistic:
+            raise ValueError("CPO mixes no advantages, so none can be optimistic; set dual=optimistic(lr), a PIDDual")
         if isinstance(self.dual, TrustRegionDual) and self.num_costs > 1:
             raise ValueError(f"CPO's closed form serves one cost, but {self.num_costs} limits are set; use a PIDDual")
 
@@ -92,6 +104,11 @@ class Constraint:
     def limits(self) -> np.ndarray:
         """(m,)."""
         return np.array(self.cost_limit)
+
+    @property
+    def aims(self) -> np.ndarray:
+        """(m,) what learning aims at: `aim` of each limit."""
+        return self.aim * self.limits
 
     @property
     def num_costs(self) -> int:

@@ -104,6 +104,11 @@ def augmented(penalty: float, lr: float, init: float = 0.0) -> PIDDual:
     return PIDDual(kp=penalty, ki=lr, init=init, weight_max=None)
 
 
+def log_augmented(penalty: float = 10.0, lr: float = 3e-4, init: float = 0.6931) -> PIDDual:
+    """CAL's: [lam + penalty (cost - limit)]_+ with lam = exp(l), l by Adam on lam (cost - limit).                             [arXiv 2401.14758]"""
+    return PIDDual(kp=penalty, ki=lr, init=init, weight_max=None, optimizer="adam", space="log")
+
+
 def optimistic(lr: float, init: float = 0.0) -> PIDDual:
     """Optimistic ascent lam + lr (2 e_k - e_{k-1}), e_{-1} = 0: its sum telescopes to lr e_k + lr sum e, so K_P = K_I = lr. [arXiv 2302.01275]"""
     return PIDDual(kp=lr, ki=lr, init=init, weight_max=None)
@@ -160,23 +165,30 @@ class FixedDual:
 
 @dataclass(frozen=True)
 class TrustRegionDual:
-    """No memory: CPO finds the multiplier of each step in closed form (`trust_region_dual`); needs the natural-gradient solver."""
+    """CPO finds the multiplier of each step in closed form (`trust_region_dual`); needs the natural-gradient solver.
+
+    The linearised cost falls short of what a step really costs, so the limit may be missed by the same amount for ever. A margin makes up for it:
+    margin <- [margin + margin_lr (cost - limit)]_+, added to the violation that the step must make up for.  [learn_margin of the code of Ray 2019]
+    """
 
     tolerance: float = 0.0  # rise of the cost surrogate that the line search lets pass, cost per step; 1e-3 suits exact advantages
+    margin_lr: float = 0.0  # 0: no margin, CPO as in the paper
 
     def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be >= 0, got {self.tolerance}")
+        if not (self.tolerance >= 0 and self.margin_lr >= 0):
+            raise ValueError(f"tolerance and margin_lr must be >= 0, got {self.tolerance} and {self.margin_lr}")
 
     def start(self, num_costs: int) -> State:
-        return {}
+        return {"margin": [0.0] * num_costs}
 
     def initial(self, num_costs: int) -> np.ndarray:
         return np.zeros(num_costs)
 
     def update(self, state: State, cost: Any, limit: Any) -> tuple[State, np.ndarray]:
-        """0: the advantages are not mixed."""
-        return state, np.zeros(len(checked(cost, limit)[0]))
+        """The next margin; weight 0: the advantages are not mixed."""
+        c, d = checked(cost, limit)
+        margin = np.maximum(np.asarray(state["margin"]) + self.margin_lr * (c - d), 0.0)
+        return {"margin": margin.tolist()}, np.zeros(len(c))
 
 
 Dual = PIDDual | BarrierDual | FixedDual | TrustRegionDual

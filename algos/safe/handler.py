@@ -31,7 +31,7 @@ class ConstraintHandler:
         self.constraint, self.unit = constraint, 1.0 - gamma if gamma < 1 else 1.0
         m = constraint.num_costs
         self.dual_state = constraint.dual.start(m)
-        self.weight = constraint.dual.initial(m)
+        self.weight = self.weight_before = constraint.dual.initial(m)  # now, and in the iteration before
         self.cost = np.full(m, np.nan)  # last measured, nan before the first episode has ended
         self.horizon = 1.0  # mean length of the episodes that it was measured on
         self.above = 0  # measured iterations in a row with a violation
@@ -51,23 +51,29 @@ class ConstraintHandler:
 
     @property
     def step_violation(self) -> float | None:
-        """What CPO's step must make up for, in the cost surrogate's unit (a mean per step); None for other duals and before any episode ended."""
+        """What CPO's step must make up for, margin included, in the cost surrogate's unit (a mean per step); None for other duals and before any
+        episode ended."""
         if not isinstance(self.constraint.dual, TrustRegionDual) or np.isnan(self.cost[0]):
             return None
-        return float(self.violation[0]) / self.horizon
+        return float(self.cost[0] - self.constraint.aims[0] + self.dual_state["margin"][0]) / self.horizon
 
     @property
     def violation(self) -> np.ndarray:
         """(m,) cost - limit per episode; nan before anything was measured."""
         return self.cost - self.constraint.limits
 
-    def measure(self, costs: Sequence[Sequence[float]], lengths: Sequence[int]) -> None:
-        """Update the weight from the costs (k, m) and lengths (k,) of the episodes that have just finished; without any, nothing moves."""
+    def measure(self, costs: Sequence[Sequence[float]], lengths: Sequence[int], move: bool = True) -> None:
+        """Update the weight from the costs (k, m) and lengths (k,) of the episodes that have just finished; without any, nothing moves.
+
+        With move=False the costs are only noted: the weight follows another estimate.
+        """
+        self.weight_before = self.weight
         if not len(costs):
             return
         self.cost = np.asarray(costs, dtype=np.float64).mean(0)
         self.horizon = float(np.mean(lengths))
-        self.dual_state, self.weight = self.constraint.dual.update(self.dual_state, self.cost, self.constraint.limits)
+        if move:
+            self.dual_state, self.weight = self.constraint.dual.update(self.dual_state, self.cost, self.constraint.aims)
         # An unpaid or terminating constraint makes no promise about the limit.
         self.above = self.above + 1 if (self.violation > 0).any() and not isinstance(self.constraint.dual, FixedDual) else 0
         if self.above == PATIENCE:
@@ -88,8 +94,11 @@ class ConstraintHandler:
         reward, rollout.continuation = soften(reward, rollout.continuation, delta)
         return reward
 
-    def mix(self, rollout: Rollout, adv: Tensor, advantage: Advantage) -> Tensor:
-        """The advantage (B, T) to improve on; the record gets `cost_adv` (B, T, m), centred, and the cost critics' targets `cost_ret`."""
+    def mix(self, rollout: Rollout, adv: Tensor, advantage: Advantage, before: bool = False) -> Tensor:
+        """The advantage (B, T) to improve on; the record gets `cost_adv` (B, T, m), centred, and the cost critics' targets `cost_ret`.
+
+        `before` mixes with the weights of the iteration before.
+        """
         assert rollout.cost is not None
         pairs = [
             advantage(rollout.cost[..., i] * self.unit, _column(rollout, 1 + i), state) for i, state in enumerate(self.advantage_states)
@@ -98,7 +107,8 @@ class ConstraintHandler:
         rollout.columns["cost_adv"] = cost_adv
         if advantage.needs_critic:
             rollout.columns["cost_ret"] = torch.stack([r for _, r in pairs], -1)
-        return mix_advantages(adv, cost_adv, torch.as_tensor(self.weight, device=adv.device), self.constraint.mix)
+        weight = torch.as_tensor(self.weight_before if before else self.weight, device=adv.device)
+        return mix_advantages(adv, cost_adv, weight, self.constraint.mix)
 
     def describe(self) -> dict[str, float]:
         """What is logged: weight and violation, one entry per cost."""
@@ -113,6 +123,7 @@ class ConstraintHandler:
         return {
             "dual": self.dual_state,
             "weight": self.weight.tolist(),
+            "weight_before": self.weight_before.tolist(),
             "cost": [None if np.isnan(c) else c for c in self.cost.tolist()],
             "horizon": self.horizon,
             "above": self.above,
@@ -122,7 +133,7 @@ class ConstraintHandler:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put `state()` back."""
-        self.dual_state, self.weight = state["dual"], np.array(state["weight"])
+        self.dual_state, self.weight, self.weight_before = state["dual"], np.array(state["weight"]), np.array(state["weight_before"])
         self.cost = np.array([np.nan if c is None else c for c in state["cost"]])
         self.horizon, self.above, self.advantage_states = state["horizon"], state["above"], state["advantage_states"]
         self.scale = None if state["scale"] is None else torch.tensor(state["scale"], dtype=torch.float64)

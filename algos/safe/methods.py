@@ -1,5 +1,5 @@
-"""The constrained methods: settings of the on-policy loop with its constraint slot filled (where a row is silent, PPO's default holds), and the
-methods that are solved on tables."""
+"""The constrained methods: settings of the on-policy and the off-policy loop with the constraint slot filled (where a row is silent, PPO's or SAC's
+default holds), and the methods that are solved on tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.slots import Critics
 from markovia.algos.on_policy.method import Descent, NaturalGradient, OnPolicy, ValueLoss
 from markovia.algos.on_policy.surrogates import PolicyGradient
 from markovia.algos.safe.conservative import History, Rule, explore
 from markovia.algos.safe.constraint import Constraint
-from markovia.algos.safe.dual import FixedDual, TrustRegionDual, pid
+from markovia.algos.safe.dual import FixedDual, TrustRegionDual, gradient, optimistic, pid
 from markovia.algos.safe.exact import Trace, reload
 from markovia.algos.safe.pareto import Front, c_morl
+from markovia.algos.safe.replayed import ReplayConstraint
 from markovia.algos.safe.shield import Shielded, correct, least_advantage, shielded_policy
 from markovia.algos.safe.termination import SoftTermination
 from markovia.algos.table import Row, table
@@ -34,6 +37,12 @@ TRPO_LAG = replace(
     surrogate=PolicyGradient(),
     solver=NaturalGradient(max_backtracks=15),
     value=ValueLoss(coef=1.0, separate=Descent(lr=1e-3, anneal=False, epochs=10, minibatch=128)),
+)
+
+# Ten updates an environment step on small minibatches, as published; targets move by 0.0025 every update in place of 0.005 every second one.
+CAL = OffPolicy(utd=10.0, batch_size=12, learning_starts=5000, start="policy", polyak=0.0025, constraint=ReplayConstraint())
+SAC_LAG = OffPolicy(
+    constraint=ReplayConstraint(dual=gradient(), mix="sum", critic=Critics(num=1), conservatism=0.0, estimator="episodes"),
 )
 
 SAFE = table(
@@ -60,6 +69,23 @@ SAFE = table(
             "cat", replace(PPO_LAG, constraint=Constraint(dual=FixedDual(), termination=SoftTermination())), "ppo", "2403.18765",
             "a violation ends the episode for the learner with a probability, and nothing is weighed", STEPPED,
             (_HERE + "termination:termination_probability", _HERE + "termination:soften"), "cat@exact",
+        ),
+        Row(
+            "reload/ppo", replace(PPO_LAG, constraint=Constraint(dual=optimistic(0.01), optimistic=True)), "reload", "2302.01275",
+            "ReLOAD on sampled advantages: those of the last critic and multiplier, on the same batch, are subtracted from twice the present ones",
+            STEPPED, (_HERE + "constraint:optimistic_advantage", _HERE + "dual:optimistic"), "reload/ppo",
+        ),
+        Row(
+            "cal", CAL, "sac", "2401.14758", "cost critics of replayed actions, read pessimistically, against an augmented Lagrangian", ("control",),
+            (
+                "markovia.algos.off_policy.costs:upper_cost", "markovia.algos.off_policy.costs:cost_loss", _HERE + "dual:log_augmented",
+                _HERE + "constraint:discounted_limit",
+            ),
+            "cal",
+        ),
+        Row(
+            "cal/sac-lag", SAC_LAG, "cal", "2401.14758", "one cost critic, and a multiplier by gradient ascent on the cost of finished episodes",
+            ("control",), ("markovia.algos.off_policy.costs:cost_loss", _HERE + "dual:gradient"), "cal",
         ),
     ]
 )

@@ -25,6 +25,7 @@ _OFF_POLICY = "markovia.claims.off_policy:"
 _OFFLINE = "markovia.claims.offline:"
 _OFFLINE_EXACT = "markovia.claims.offline_exact:"
 _SAFE = "markovia.claims.safe:"
+_SAFE_LEARNING = "markovia.claims.safe_learning:"
 _LANGUAGE = "markovia.claims.language:"
 _TARGETS = "markovia.claims.language_targets:"
 _ENTROPY = "markovia.claims.language_entropy:"
@@ -130,6 +131,10 @@ CLAIMS: dict[str, Claim] = {
     "trpo-lag": Claim(_SAFE + "trpo_lag_grid", "slow"),
     "reload": Claim(_SAFE + "reload_cycles"),
     "stepmix": Claim(_SAFE + "stepmix_floor"),
+    "reload/ppo": Claim(_SAFE_LEARNING + "reload_grid", "slow"),
+    "cal": Claim(_SAFE_LEARNING + "cal_exact"),
+    "cal@pendulum": Claim(_SAFE_LEARNING + "cal_pendulum", "slow"),
+    "stepmix@baseline": Claim(_SAFE_LEARNING + "stepmix_baseline"),
     "stepmix@offline": Claim(_SAFE + "stepmix_offline"),
     "epsmix": Claim(_SAFE + "epsmix_floor"),
     "c-morl": Claim(_SAFE + "c_morl_front"),

@@ -10,7 +10,7 @@ import torch
 from markovia.agents.records import Rollout
 from markovia.algos.advantages import GAE, LeaveOneOut
 from markovia.algos.safe.constraint import Constraint
-from markovia.algos.safe.dual import FixedDual, PIDDual
+from markovia.algos.safe.dual import FixedDual, PIDDual, TrustRegionDual
 from markovia.algos.safe.handler import PATIENCE, ConstraintHandler
 from markovia.algos.safe.termination import SoftTermination
 
@@ -111,6 +111,17 @@ def test_state_is_json_and_goes_on_to_the_same_numbers():
             second.measure(c, [5])
             second.soften(rollout, rollout.reward, 1.0)
         assert json.dumps(second.state()) == json.dumps(whole.state())
+
+
+def test_a_margin_and_an_aim_tighten_what_cpo_sees():
+    handler = ConstraintHandler(Constraint(cost_limit=10.0, aim=0.8, dual=TrustRegionDual(margin_lr=0.5)), gamma=0.9)
+    # aim 8: violations 4 and 2, so that the margin is 2, then 3; an episode of 100 steps
+    for cost, expected in ((12.0, (4.0 + 2.0) / 100), (10.0, (2.0 + 3.0) / 100)):
+        handler.measure([[cost]], [100])
+        assert handler.step_violation == pytest.approx(expected)
+    assert handler.violation.tolist() == [0.0]  # what is reported is against the limit itself
+    handler.measure([[0.0]], [100])  # 3 - 4 < 0
+    assert handler.step_violation == pytest.approx(-0.08) and handler.state()["dual"] == {"margin": [0.0]}
 
 
 def test_a_limit_that_is_never_met_is_told_once():
