@@ -108,3 +108,13 @@ def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> 
     published = json.loads((FOLDER / "published_offline.json").read_text())
     for t in published["tables"]:
         assert len(t["scores"]) == 9 and all(list(s) == list(next(iter(t["scores"].values()))) for s in t["scores"].values())
+
+
+def test_the_safe_plan_starts_with_what_the_first_task_is_compared_on(module: Any) -> None:
+    safe = module("safe")
+    entries = safe.plan(safe.TASKS, safe.METHODS, [0, 1])
+    first = entries[: 2 * len(safe.FIRST)]
+    assert first == [(safe.TASKS[0], m, s) for s in (0, 1) for m in safe.FIRST]
+    after = entries[len(first) :]
+    assert [s for *_, s in after] == sorted(s for *_, s in after) and len(set(entries)) == len(safe.TASKS) * len(safe.METHODS) * 2
+    assert safe.AT_LIMIT[safe.TASKS[0]] == pytest.approx(3209.6)
