@@ -33,6 +33,8 @@ from markovia.envs.text.tokens import as_tokenizer
 
 # Logits held at once while nothing is differentiated: 2^26 float32 are 256 MB.
 CHUNK_LOGITS = 2**26
+# Logits of a padded pass that is differentiated; with their log-softmax and both gradients 4.3 GB.
+MOST_LOGITS = 2**28
 # Entries of an architecture that would have transformers fetch or run code.
 _NOT_FROM_FILES = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "quantization_config")
 
@@ -131,10 +133,13 @@ class LanguageAgent(Agent):
     def evaluate(self, rollout: Rollout, want: Iterable[str]) -> Evaluation:
         """Teacher-forced log-probs, entropies, logits, values and hidden states at the response tokens; zero where not valid.
 
-        Without gradient the rows are cut so that at most CHUNK_LOGITS logits exist at once. Raises ValueError for an unknown quantity.
+        Without gradient the rows are cut so that at most CHUNK_LOGITS logits exist at once. What is larger (a row without gradient, or MOST_LOGITS
+        with it) is evaluated packed, so that logits are made in pieces, where the model can and no whole distributions are wanted.
+        Raises ValueError for an unknown quantity.
         """
         want = check_want(want, self.critic is not None, "value_head=True")
-        out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if self._packing() else self.evaluate_padded(rollout, want))
+        packed = self._packing() or ("dist" not in want and self._too_large(*rollout.shape) and self._packable())
+        out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if packed else self.evaluate_padded(rollout, want))
         if "dist" in out:
             out["dist"] = Categorical(out["dist"])
         return Evaluation(**out)
@@ -198,10 +203,17 @@ class LanguageAgent(Agent):
         joined = {k: torch.cat(v) for k, v in parts.items()}
         return {k: x.new_zeros(*rollout.shape, *x.shape[1:]).index_put(at, x) for k, x in joined.items()}
 
+    def _too_large(self, rows: int, length: int) -> bool:
+        """Whether a padded pass over so many rows would hold more logits at once than it should."""
+        row = length * self.tokenizer.vocab_size
+        return rows * row > MOST_LOGITS if torch.is_grad_enabled() and not self._adapters_off else row > CHUNK_LOGITS
+
     def _packing(self) -> bool:
-        """Whether packs are wanted and this model computes them rightly; a model that does not is told of once."""
-        if not self.options.packed:
-            return False
+        """Whether packs are wanted and possible."""
+        return self.options.packed and self._packable()
+
+    def _packable(self) -> bool:
+        """Whether this model computes packs rightly; one that does not is told of once."""
         if self._packs is None:
             reason = self._unfit()
             self._packs = reason is None

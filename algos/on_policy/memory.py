@@ -1,7 +1,7 @@
 """How much memory a run of a language agent will need, told before it starts: bytes of what lasts, and of the phase that needs most.
 
     lasting   weights + reference + gradients + the optimiser's averages + distributions in the record
-    sampling  key-value cache of all rows, and one step's logits (float32, softmax, float64 sums)
+    sampling  key-value cache of all rows, and one step's logits, probabilities and sums
     scoring   log-probs without gradient, in chunks
     update    what one backward pass keeps, and its logits
     step      the optimiser's temporaries
@@ -24,7 +24,7 @@ from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.optimizer import LONG, PIECE, Rule
 
 GB = 1e9
-SAMPLED = 4 + 4 + 8  # bytes per logit of a sampling step: logits, probabilities, their sums in float64
+SAMPLED = 4 + 4 + 4 + 8 + 8  # bytes per logit of a sampling step: logits of prompts and of rows, probabilities, these in float64 and their sums
 COPIES = 4  # of the logits in an update: they, their log-softmax, and the gradients of both
 
 

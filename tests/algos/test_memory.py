@@ -40,7 +40,7 @@ def tiny(layers=2, hidden=16, inner=24, heads=2, kv=2, vocab=12, tied=False, **o
 def test_phases_by_hand():
     assert (SIZES.gradients, SIZES.averages, SIZES.record) == (800, 1600, 0)
     assert SIZES.lasting == 1000 + 1000 + 800 + 1600
-    assert SIZES.sampling == 10 * (10 * 16 + 16 * 30)  # 10 rows of 6 + 4 tokens; 4 + 4 + 8 bytes for each of 30 logits
+    assert SIZES.sampling == 10 * (10 * 16 + 28 * 30)  # 10 rows of 6 + 4 tokens; 4 + 4 + 4 + 8 + 8 bytes for each of 30 logits
     assert SIZES.scoring == 2 * 4 * 10 * 4 * 30  # all 10 rows fit into a chunk
     assert SIZES.update == 5 * 700 + 4 * 4 * (5 * 4 * 30)  # 4 copies of 5 x 4 x 30 float32
     assert SIZES.step == 4 * 800
