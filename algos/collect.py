@@ -59,6 +59,8 @@ class StepCollector:
         # The most recent ones; a loop that reads them empties them.
         self.episode_lengths: deque[int] = deque(maxlen=1000)
         self.episode_costs: deque[list[float]] = deque(maxlen=1000)
+        # Moves actions on their way to the environment; the record then holds them (`executed`, from -1 to 1) and where episodes ended (`ended`).
+        self.shield: Callable[[Any, Any], tuple[Any, np.ndarray]] | None = None
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -96,6 +98,8 @@ class StepCollector:
         cost: np.ndarray | None = None  # until the environment tells one
         finals: list[tuple[np.ndarray, int, Any]] = []  # environments, step, their raw final observations
         actor = agent.actor()  # type: ignore[attr-defined]
+        ended = np.zeros((B, T), dtype=bool)
+        executed = np.zeros((B, T, 0 if self.shield is None else int(np.prod(self.venv.single_action_space.shape or (1,)))))
         for t in range(T):
             live = ~self._starting
             obs = actor.observe(self._raw, update=live)
@@ -105,8 +109,11 @@ class StepCollector:
             _put(store["obs"], obs, t)
             store["action"][:, t] = action
             env_action = actor.env_action(action)
+            if self.shield is not None:
+                env_action, executed[:, t] = self.shield(obs, env_action)
             r, term, trunc, infos = self._advance(env_action, live)
             done = term | trunc
+            ended[:, t] = done
             valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
             step_cost = cost_of(infos, done & (not self.next_step), B)
             if step_cost is not None:
@@ -129,7 +136,11 @@ class StepCollector:
         if len(who):
             finals.append((who, T - 1, _rows(self._raw, who)))
             truncated[who, -1] = True
-        return self._record(agent, store, reward, terminated, truncated, valid, cost, finals)
+        rollout = self._record(agent, store, reward, terminated, truncated, valid, cost, finals)
+        if self.shield is not None:
+            device = rollout.valid.device
+            rollout.columns |= {"executed": torch.from_numpy(executed).to(device), "ended": torch.from_numpy(ended).to(device)}
+        return rollout
 
     def _record(
         self,

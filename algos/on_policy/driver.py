@@ -31,6 +31,7 @@ from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, mix, put
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
+from markovia.algos.safe.guard import Guard
 from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
 from markovia.algos.statistics import Statistics
 from markovia.algos.streams import stream_seed
@@ -81,6 +82,10 @@ class OnPolicyDriver(Budget):
         self.constraint = None if method.constraint is None else ConstraintHandler.for_agent(method.constraint, method.advantage, agent)
         optimistic = self.constraint is not None and self.constraint.constraint.optimistic
         self.judge = Judge(method, agent, self.constraint) if self.constraint is not None and optimistic else None
+        self.guard: Guard | None = None
+        if method.constraint is not None and method.constraint.shield is not None:
+            self.guard = Guard(method.constraint, agent, seed)
+            collector.shield = self.guard.act  # type: ignore[attr-defined]
         self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
         self._given = dict(references or {})
         self._check_references()
@@ -158,6 +163,7 @@ class OnPolicyDriver(Budget):
         if rollout.shape[0]:
             self.outcome = {**rollout.outcome, "returns": rollout.returns()} if rollout.outcome else {}
             reward = self.prepare(rollout)
+            guarded = {} if self.guard is None else self.guard.learn(rollout, self.generator("guard"))
             self.advantages(rollout, reward)
             self._set_lr()
             if self.judge is not None:
@@ -165,7 +171,7 @@ class OnPolicyDriver(Budget):
             found = self.improve(rollout, reward)
             if self.judge is not None:
                 self.judge.next()
-            found = {**self.describe(rollout), **found}
+            found = {**self.describe(rollout), **guarded, **found}
         self.iteration += 1
         self.num_env_steps += drawn
         self._after_iteration(found, rollout.shape[0])
@@ -377,6 +383,8 @@ class OnPolicyDriver(Budget):
     def boundary(self) -> None:
         """Reseed and reset the environments; called at every checkpoint, so that resuming needs no simulator state."""
         self.collector.reset(stream_seed(self.seed, "env", self.iteration))
+        if self.guard is not None:
+            self.guard.restart()
 
     def _optimizers(self) -> dict[str, Optimizer]:
         out = {name: update.optimizer for name, update in self.updates.items()}
@@ -407,6 +415,9 @@ class OnPolicyDriver(Budget):
             "constraint": None if self.constraint is None else self.constraint.state(),
             "merger": merging_meta,
         }
+        if self.guard is not None:
+            guard, meta["guard"] = self.guard.state()
+            tensors |= {f"guard.{k}": v for k, v in guard.items()}
         return tensors, meta
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -428,6 +439,8 @@ class OnPolicyDriver(Budget):
         self.collector.episodes[:] = meta["episodes"]
         if self.constraint is not None:
             self.constraint.load_state(meta["constraint"])
+        if self.guard is not None:
+            self.guard.load_state(part(tensors, "guard."), meta["guard"])
         if self.judge is not None:
             self.judge.load_state(part(tensors, "judge."))
         if self.merger is not None:

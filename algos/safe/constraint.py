@@ -64,6 +64,28 @@ def optimistic_advantage(adv: Tensor, before: Tensor) -> Tensor:
     return 2.0 * adv - before
 
 
+@dataclass(frozen=True)
+class ChanceShield:
+    """Actions on their way to the environment are moved until they spend no more than a share of the state's chance to stay safe (acs)."""
+
+    alpha: float = 0.8  # share of the safety margin that one step may spend
+    epsilon: float = 0.3  # tolerated chance of an unsafe episode, in the end
+    epsilon_first: float = 4.0  # at the start; above 1 nothing is moved
+    epsilon_fall: float = 0.3  # fall per iteration
+    step: float = 0.05  # of a correction, the Box reaching from -1 to 1
+    iterations: int = 20  # corrections at most
+    hidden: tuple[int, ...] = (64, 64)  # widths of both networks
+    lr: float = 1e-3
+    epochs: int = 5  # passes of V_s over the steps with a label; A_s takes twice as many
+    minibatch: int = 256
+
+    def __post_init__(self) -> None:
+        if not (0 < self.alpha <= 1 and 0 <= self.epsilon <= 1 and self.epsilon_fall >= 0 and self.step > 0):
+            raise ValueError(f"expected alpha in (0, 1], epsilon in [0, 1], epsilon_fall >= 0 and step > 0, got {self}")
+        if min(self.iterations, self.epochs, self.minibatch) < 1 or not self.lr > 0:
+            raise ValueError(f"iterations, epochs and minibatch must be >= 1 and lr > 0, got {self}")
+
+
 def centred(cost_adv: Tensor, mask: Tensor) -> Tensor:
     """Cost advantages (B, T, m) minus their mean over mask, each column. Not divided by a deviation: that would make the multiplier's unit
     depend on the batch."""
@@ -85,6 +107,7 @@ class Constraint:
     mix: Mix = "sum"
     cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
     termination: SoftTermination | None = None
+    shield: ChanceShield | None = None  # moves actions of a Box on their way to the environment while learning
     optimistic: bool = False  # improve on 2 A_k - A_{k-1}, A_{k-1} the mixed advantage by the critic and weights of the iteration before (ReLOAD)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from markovia.algos.off_policy.slots import Critics
 from markovia.algos.on_policy.method import Descent, NaturalGradient, OnPolicy, ValueLoss
 from markovia.algos.on_policy.surrogates import PolicyGradient
 from markovia.algos.safe.conservative import History, Rule, explore
-from markovia.algos.safe.constraint import Constraint
+from markovia.algos.safe.constraint import ChanceShield, Constraint
 from markovia.algos.safe.dual import FixedDual, TrustRegionDual, gradient, optimistic, pid
 from markovia.algos.safe.exact import Trace, reload
 from markovia.algos.safe.pareto import Front, c_morl
@@ -74,6 +74,11 @@ SAFE = table(
             "reload/ppo", replace(PPO_LAG, constraint=Constraint(dual=optimistic(0.01), optimistic=True)), "reload", "2302.01275",
             "ReLOAD on sampled advantages: those of the last critic and multiplier, on the same batch, are subtracted from twice the present ones",
             STEPPED, (_HERE + "constraint:optimistic_advantage", _HERE + "dual:optimistic"), "reload/ppo",
+        ),
+        Row(
+            "acs/ppo", replace(PPO_LAG, constraint=Constraint(dual=FixedDual(0.1), mix="plain", shield=ChanceShield())), "acs", "2310.03379",
+            "the shield from learnt safety values while PPO learns on reward less 0.1 cost", ("control",),
+            (_HERE + "guard:safe_labels", _HERE + "shield:correct", _HERE + "shield:least_advantage"), "acs/ppo",
         ),
         Row(
             "cal", CAL, "sac", "2401.14758", "cost critics of replayed actions, read pessimistically, against an augmented Lagrangian", ("control",),

@@ -1,0 +1,134 @@
+"""acs/ppo: labels of safe episodes, the shield on its way to the environment, and what a run keeps of it."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.algos.on_policy.driver import OnPolicyDriver
+from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.presets import configure, override
+from markovia.algos.safe.constraint import ChanceShield
+from markovia.algos.safe.guard import safe_labels
+from markovia.algos.safe.shield import least_advantage
+from markovia.algos.setup import build
+
+torch.set_num_threads(1)
+ENV = "markovia/SafePendulum-v0"
+SMALL: dict[str, Any] = {
+    "num_envs": 2, "num_steps": 210, "num_env_steps": 100_000, "solver": {"minibatch": 105, "epochs": 1},
+    "constraint": {"shield": {"epsilon_first": 0.5, "hidden": [8], "iterations": 2, "epochs": 1, "step": 0.3}},
+}  # fmt: skip
+
+
+def driver(**changes: Any) -> OnPolicyDriver:
+    method: OnPolicy = override(override(configure("acs/ppo", ENV), SMALL), changes)
+    setup = build(ENV, method, 0, agent_options={"hidden": (8,)})
+    return OnPolicyDriver(method, setup.agent, setup.collector, 0)
+
+
+@pytest.mark.check("value", "acs/ppo")
+def test_labels_by_hand():
+    nan = np.nan
+    cost = np.array([[1.0, 0.0, 1.0, 3.0, 0.0], [0.0, 1.0, 0.0, 0.0, 1.0]])[..., None]
+    ended = np.array([[False, True, False, False, False], [False, False, False, True, False]])
+    labels, running = safe_labels(cost, ended, np.array([[1.0], [2.0]]), np.array([2.0]))
+    # row 0: 1 + 1 stays at the limit; 1 + 3 is over it before its end. Row 1: 2 + 1 over; then nobody knows yet.
+    np.testing.assert_array_equal(labels, [[1, 1, 0, 0, 0], [0, 0, 0, 0, nan]])
+    assert running.tolist() == [[4.0], [1.0]]
+    assert safe_labels(cost[:1], ended[:1], np.zeros((1, 1)), np.array([9.0]))[0].tolist()[0][:2] == [1.0, 1.0]
+
+
+@pytest.mark.check("invariance", "acs/ppo")
+def test_rows_are_labelled_alone_and_parts_go_on():
+    rng = np.random.default_rng(0)
+    cost, ended, limit = rng.random((3, 12, 2)), rng.random((3, 12)) < 0.3, np.array([1.5, 2.0])
+    labels, running = safe_labels(cost, ended, np.zeros((3, 2)), limit)
+    order = [2, 0, 1]
+    again, moved = safe_labels(cost[order], ended[order], np.zeros((3, 2)), limit)
+    np.testing.assert_array_equal(again, labels[order])
+    np.testing.assert_allclose(moved, running[order])
+    _, first = safe_labels(cost[:, :5], ended[:, :5], np.zeros((3, 2)), limit)
+    np.testing.assert_allclose(safe_labels(cost[:, 5:], ended[:, 5:], first, limit)[1], running)
+
+
+@pytest.mark.check("gradient", "acs/ppo")
+def test_moved_actions_gain_safety_and_are_what_the_environment_gets():
+    run = driver()
+    guard, obs = run.guard, np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    with torch.no_grad():
+        guard.net["value"].head.bias += 3.0  # psi near 0.95 > 1 - epsilon: a step may spend little
+    guard.shield = replace(guard.shield, alpha=0.01, step=1e-3)
+    before = np.linspace(-1.5, 1.5, 6, dtype=np.float32)[:, None]
+    after, unit = guard.act(obs, before)
+    with torch.no_grad():
+        judged = [guard.net["advantage"](torch.from_numpy(obs), torch.from_numpy(a / 2.0).float())[0] for a in (before, after)]
+        bound = least_advantage(guard.psi(torch.from_numpy(obs)), alpha=0.01, epsilon=0.5)
+    moved = (after != before)[:, 0]
+    assert (moved == (judged[0] < bound).numpy()).all() and (judged[1] >= judged[0] - 1e-6).all()
+    np.testing.assert_allclose(unit, after / 2.0, atol=1e-6)  # torque in [-2, 2]
+    assert after.dtype == before.dtype
+
+
+@pytest.mark.check("limit", "acs/ppo")
+def test_a_shield_that_tolerates_everything_is_the_penalty_alone():
+    off, bare = driver(constraint={"shield": {"epsilon_first": 50.0}}), driver()
+    bare.method = replace(bare.method, constraint=replace(bare.method.constraint, shield=None))
+    bare = OnPolicyDriver(bare.method, (setup := build(ENV, bare.method, 0, agent_options={"hidden": (8,)})).agent, setup.collector, 0)
+    for _ in range(2):
+        a, b = off.step(), bare.step()
+    assert a["shielded"] == 0.0 and "shielded" not in b and {k: a[k] for k in b} == b
+    for p, q in zip(off.agent.net.parameters(), bare.agent.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_networks_learn_which_actions_are_safe():
+    """One state, episodes of one step: safe exactly when the action is positive."""
+    run = driver(constraint={"shield": {"epochs": 40, "hidden": [16], "lr": 0.01, "epsilon_first": 0.5}})
+    rollout, _ = run._collect()
+    assert rollout.columns["executed"].shape == (2, 210, 1) and rollout.columns["ended"].sum() == 2
+    rollout.obs = torch.zeros_like(rollout.obs)
+    rollout.columns["executed"] = torch.linspace(-1, 1, 420, dtype=torch.float64).view(2, 210, 1)
+    rollout.columns["ended"] = torch.ones_like(rollout.columns["ended"])
+    rollout.cost = 100.0 * (rollout.columns["executed"] <= 0).to(rollout.reward)
+    found = run.guard.learn(rollout, torch.Generator().manual_seed(0))
+    assert found["safe"] == 0.5 and "executed" not in rollout.columns
+    state = torch.zeros(2, 3)
+    assert run.guard.psi(state)[0].item() == pytest.approx(0.5, abs=0.1)
+    bad, good = run.guard.net["advantage"](state, torch.tensor([[-0.7], [0.7]]))[0].tolist()
+    assert bad < -0.3 and good > 0.3
+
+
+@pytest.mark.check("resume", "acs/ppo")
+def test_resumed_runs_give_the_same_numbers(tmp_path):
+    whole = driver()
+    for _ in range(2):
+        whole.step()
+    whole.boundary()
+    save_tensors(tmp_path / "state.safetensors", *whole.state())
+    expected = [whole.step() for _ in range(2)]
+    assert any(s["shielded"] > 0 for s in expected) and expected[-1]["epsilon"] == 0.3
+    resumed = driver()
+    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
+    resumed.boundary()
+    assert json.dumps([resumed.step() for _ in range(2)]) == json.dumps(expected)
+
+
+@pytest.mark.check("bad_input", "acs/ppo")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ChanceShield(alpha=0.0), "alpha in"),
+        (lambda: ChanceShield(epsilon=2.0), "epsilon in"),
+        (lambda: ChanceShield(iterations=0), "must be >= 1"),
+        (lambda: driver(constraint={"cost_limit": [-1.0]}), "no policy meets"),
+        (lambda: OnPolicyDriver(m := configure("acs/ppo", ENV), build("CartPole-v1", m, 0).agent, None, 0), "needs a Box of actions"),
+    ],
+)
+def test_bad_input_is_taught(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
