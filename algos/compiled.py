@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from markovia.agents.products import worthwhile
+
 Pure = Callable[..., tuple[Tensor, ...]]
 
 
@@ -63,6 +65,33 @@ def trace(function: Pure, args: Sequence[Tensor]) -> tuple[torch.fx.GraphModule,
     return graph_module, used
 
 
+def use_products(graph_module: torch.fx.GraphModule) -> None:
+    """Let large products of float32 matrices on the CPU be computed by `markovia.agents.products`, where that is faster; in place."""
+    aten, product = torch.ops.aten, torch.ops.markovia.product.default
+    graph = graph_module.graph
+
+    def call(target: Callable[..., Any], *args: Any) -> torch.fx.Node:
+        return graph.call_function(target, args)
+
+    for node in list(graph.nodes):
+        if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        left, right = a.meta["val"], b.meta["val"]
+        (*members, m, k), n = left.shape, right.shape[-1]
+        if left.dtype != torch.float32 or left.device.type != "cpu" or not worthwhile(m, k, n):
+            continue
+        with graph.inserting_before(node):
+            if members:
+                pairs = [[call(aten.select.int, x, 0, i) for x in (a, b)] for i in range(members[0])]
+                out = call(aten.stack.default, [call(product, x, call(aten.t.default, y)) for x, y in pairs])
+            else:
+                out = call(product, a, call(aten.t.default, b))
+            node.replace_all_uses_with(call(aten.add.Tensor, out, bias[0]) if bias else out)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
 class Compiled:
     """`function` as one compiled function per set of shapes; the first `static` arguments are the same tensors at every call.
 
@@ -89,6 +118,7 @@ class Compiled:
 
         began = time.perf_counter()
         graph_module, used = trace(self.function, args)
+        use_products(graph_module)
         # Equal keys promise what the guards would check at every call.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         if args[0].device.type == "cuda":
