@@ -5,7 +5,6 @@ W x + (alpha/r) B A x,   A (r, in) random, B (out, r) zero at the start, so that
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from markovia.envs.names import nearest
 
 
 def lora_config(lora: dict[str, Any], **fixed: Any) -> Any:
@@ -29,9 +30,8 @@ def lora_config(lora: dict[str, Any], **fixed: Any) -> Any:
         settings["lora_alpha"] = settings.pop("alpha")
     known = inspect.signature(LoraConfig).parameters
     if unknown := sorted(settings.keys() - known.keys()):
-        near = difflib.get_close_matches(unknown[0], known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "e.g. {'r': 16, 'alpha': 32, 'target_modules': 'all-linear'}"
-        raise ValueError(f"lora has no setting {unknown[0]!r}; {hint}")
+        hint = nearest(unknown[0], known) or "; e.g. {'r': 16, 'alpha': 32, 'target_modules': 'all-linear'}"
+        raise ValueError(f"lora has no setting {unknown[0]!r}{hint}")
     return LoraConfig(**settings, **fixed)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from markovia.envs.names import nearest as nearest  # the methods' code asks for it here
 
 # The kinds of test that a method can have.
 CHECKS = ("value", "gradient", "limit", "invariance", "resume", "bad_input")
@@ -35,9 +36,3 @@ def table(rows: Iterable[Row]) -> dict[str, Row]:
             raise ValueError(f"method id {row.id!r} appears twice in the table")
         out[row.id] = row
     return out
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """" did you mean ...?" for an unknown name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -120,7 +120,6 @@ def test_every_row_is_reached_from_the_command_line(method_id: str) -> None:
         assert any(re.search(rf"(def|class) {name}\b", text) for text in lines), f"{file}:{line} is not {name}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method_id", TRAINED)
 def test_every_row_has_flags(method_id: str) -> None:
     row = ROWS[method_id]

@@ -15,7 +15,6 @@ each environment that is gone.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -30,6 +29,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from markovia.envs.control.vector import each_seed, make_env
+from markovia.envs.names import nearest
 
 Array = np.ndarray
 Info = dict[str, Array]
@@ -381,9 +381,8 @@ def has_batch() -> bool:
 def find_task(env_id: str) -> Task:
     """The row of an id; an id without one raises ValueError with those that have."""
     if env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, 1, 0.6)
         raise ValueError(
-            f"vectorization='mujoco' has no {env_id!r}{f', did you mean {near[0]!r}?' if near else ''} (it has {', '.join(TASKS)}); "
+            f"vectorization='mujoco' has no {env_id!r}{nearest(env_id, TASKS)} (it has {', '.join(TASKS)}); "
             "vectorization='sync' takes any Gymnasium id"
         )
     return TASKS[env_id]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import sys
 import warnings
@@ -15,6 +14,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from markovia.envs.names import nearest
 from markovia.envs.untrusted import check_code
 
 
@@ -59,11 +59,7 @@ def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             warnings.simplefilter("ignore", DeprecationWarning)
             return gym.spec(env_id if env_id in gym.registry else name)
     except gym.error.Error as error:
-        ids = list(gym.registry)
-        bare = {i.rpartition("/")[2]: i for i in ids}
-        # The name alone is compared too, so that a forgotten namespace is found.
-        near = difflib.get_close_matches(name, ids, 4, 0.5) + [bare[n] for n in difflib.get_close_matches(name, list(bare), 2, 0.7)]
-        hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else "; gymnasium.pprint_registry() lists all"
+        hint = nearest(name, gym.registry) or "; gymnasium.pprint_registry() lists all"
         raise ValueError(f"no environment has the id {env_id!r}{hint}") from error
 
 
@@ -127,8 +123,7 @@ def _envpool(env_id: str, num_envs: int, seed: int, kwargs: dict[str, Any]) -> V
     except ImportError as error:
         raise ImportError("vectorization='envpool' needs envpool: pip install markovia[fast]") from error
     if env_id not in envpool.list_all_envs():
-        near = difflib.get_close_matches(env_id, envpool.list_all_envs(), 4, 0.5)
-        raise ValueError(f"envpool has no {env_id!r}; nearest: {', '.join(near) or 'none'}. vectorization='sync' takes any Gymnasium id")
+        raise ValueError(f"envpool has no {env_id!r}{nearest(env_id, envpool.list_all_envs())} (vectorization='sync' takes any Gymnasium id)")
     return EnvPool(lambda s: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=s, **kwargs), seed)
 
 

@@ -8,9 +8,10 @@ Functions here work on single noise levels: `ab` is alphas_cumprod of a step and
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
+
+from markovia.envs.names import nearest
 
 KINDS = ("ddpm", "ddim", "flow_sde", "flow_resample", "consistency", "direct")
 FINALS = ("drop", "floor", "mid", "train0")
@@ -21,9 +22,7 @@ def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """Return `value` when it is allowed, else raise a ValueError that names the nearest choice."""
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(allowed)}.{hint}")
+    raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(allowed)}{nearest(str(value), allowed)}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ Every function takes and returns numpy arrays or torch tensors; use float64.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from markovia.envs.exact.arrays import Array, exp, like, log, to_numpy, where, xlogy
+from markovia.envs.names import nearest
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ def f_divergence(name: str, alpha: float | None = None) -> FDivergence:
             raise ValueError("the alpha divergence needs its order: f_divergence('alpha', alpha=0.5)")
         return _alpha(alpha)
     if name not in _TABLE:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown f-divergence {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
+        raise ValueError(f"unknown f-divergence {name!r}{nearest(name, NAMES)} (known: {', '.join(NAMES)})")
     if alpha is not None:
         raise ValueError(f"{name!r} has no order; alpha={alpha} belongs to f_divergence('alpha', alpha={alpha})")
     return _TABLE[name]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from markovia.envs.names import nearest
 from markovia.envs.offline.hdf5 import links_outside, refused
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.transitions import About, Transitions, box_like
@@ -71,8 +71,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
                 if values is not None:
                     found[name] = values
             elif name in REQUIRED:
-                near = difflib.get_close_matches(name, present, 1, 0.3)
-                hint = f"; is it {near[0]!r}?" if near else f"; the file has {', '.join(present) or 'no arrays'}"
+                hint = nearest(name, present) or f"; the file has {', '.join(present) or 'no arrays'}"
                 faults.append(Fault(name, None, f"missing key{hint}"))
     return {k: _one_axis(v) if k in ("rewards", "terminals", "timeouts") else v for k, v in found.items()}, faults
 

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from markovia.envs.names import nearest
 from markovia.envs.offline.minari_check import check_files
 from markovia.envs.offline.scores import Reference
 from markovia.envs.offline.transitions import About, Obs, Transitions, columns, map_obs
@@ -58,11 +59,8 @@ def open_minari(dataset_id: str, download: bool = False) -> Any:
     check_id(dataset_id)
     minari = _minari()
     if not download and not (dataset_root() / dataset_id / "data").is_dir():
-        import difflib
-
-        near = difflib.get_close_matches(dataset_id, local_ids(), 3, 0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"no dataset {dataset_id} in {dataset_root()}{hint}. download=True fetches it, `markovia collect` makes one")
+        hint = nearest(dataset_id, local_ids())
+        raise ValueError(f"no dataset {dataset_id} in {dataset_root()}{hint} (download=True fetches it, `markovia collect` makes one)")
     if download and not (dataset_root() / dataset_id / "data").is_dir():
         minari.download_dataset(dataset_id)
     return open_folder(dataset_root() / dataset_id / "data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from markovia.envs.names import nearest
 
 TABLE = Path(__file__).parent / "references.json"
 
@@ -59,9 +60,8 @@ def reference(env_id: str, horizon: int) -> Reference:
             f"the reference returns of {env_id} were made with episodes of at most {made} steps, not {horizon}; returns of another "
             f"time limit can't be put on that scale: evaluate with max_episode_steps={limits[0]}"
         )
-    near = difflib.get_close_matches(env_id, {e for e, _ in known}, 3, 0.5)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    raise ValueError(f"no reference returns are known for {env_id!r}{hint}. A dataset may bring its own (ref_min_score and ref_max_score)")
+    hint = nearest(env_id, sorted({e for e, _ in known}))
+    raise ValueError(f"no reference returns are known for {env_id!r}{hint} (a dataset may bring its own: ref_min_score and ref_max_score)")
 
 
 def score_pct(returns: Any, env_id: str, horizon: int) -> np.ndarray:

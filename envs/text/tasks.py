@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from markovia.envs.names import nearest
 from markovia.envs.text.rewards import RewardFn, call_rewards, check_weights, exact_answer, names_of, resolve, vader_compound
 from markovia.envs.text.tokens import Tokenizer, as_tokenizer, left_pad
 
@@ -255,10 +256,7 @@ TASKS: dict[str, Callable[..., TextTask] | str] = {
 def task_function(task: str | Callable[..., TextTask]) -> Callable[..., TextTask]:
     """What makes a task: a ready one's name or "module:function". Raises ValueError for an unknown name, with the nearest one."""
     if isinstance(task, str) and task not in TASKS and ":" not in task:
-        import difflib
-
-        near = difflib.get_close_matches(task, TASKS, 1)
-        raise ValueError(f"unknown text task {task!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(TASKS)}"))
+        raise ValueError(f"unknown text task {task!r}{nearest(task, TASKS)} (known: {', '.join(sorted(TASKS))})")
     return resolve(TASKS.get(task, task) if isinstance(task, str) else task)
 
 

@@ -387,13 +387,13 @@ def test_ratios_are_one_on_the_first_pass_with_guidance_inside_the_policy() -> N
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: FKSteering(potential="maximum"), "Did you mean 'max'"),
+        (lambda: FKSteering(potential="maximum"), "did you mean 'max'"),
         (lambda: FKSteering(num_particles=0), "at least 1 chain"),
         (lambda: FKSteering(lam=-1.0), "finite strength"),
         (lambda: FKSteering(first=0.9, last=0.2), "expected shares"),
         (lambda: FKSteering(threshold=2.0), "share of the particles"),
         (lambda: RLGuidance(math.nan), "0 for the reference"),
-        (lambda: ITPS("gds"), "Did you mean 'gd'"),
+        (lambda: ITPS("gds"), "did you mean 'gd'"),
         (lambda: ITPS(repeats=0), "counts >= 1"),
         (lambda: ITPS(start=1.0), "share in"),
         (lambda: ITPS().sample(gaussian_task(), SKETCH, 2), r"no paths; expected \(H, 2\)"),

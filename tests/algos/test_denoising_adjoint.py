@@ -173,7 +173,7 @@ def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
     "call, message",
     [
         (lambda: AdjointMatching(lam=0.0), "1/beta"),
-        (lambda: AdjointMatching(index="nxt"), "Did you mean 'next'"),
+        (lambda: AdjointMatching(index="nxt"), "did you mean 'next'"),
         (lambda: AdjointMatching(steps_per_chain=0), "at least 1"),
         (lambda: AdjointMatching(solver=Descent(micro=4, kl_stop_nats=0.1)), "solver.micro, solver.kl_stop_nats has no meaning"),
         (lambda: AdjointMatching(drop_quantile=1.0), r"share in \(0, 1\)"),

@@ -317,7 +317,7 @@ def test_rewards_may_be_lists_or_arrays():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: DenoisingEnv(small_task(), "residuals"), "Did you mean 'residual'"),
+        (lambda: DenoisingEnv(small_task(), "residuals"), "did you mean 'residual'"),
         (lambda: DenoisingEnv(small_task(), bound=float("inf")), "positive finite"),
         (lambda: DenoisingEnv(small_task(), render_mode="human"), "rgb_array"),
         (lambda: DenoisingVectorEnv(small_task(), 0), "at least 1"),
@@ -327,10 +327,10 @@ def test_rewards_may_be_lists_or_arrays():
         (lambda: DenoisingVectorEnv(small_task(), 2).reset(seed=[1]), "1 seeds for 2"),
         (lambda: small_task(conditions=[1.0, 2.0]), "one row per condition"),
         (lambda: small_task().judged(torch.zeros(1, 2)), "no judge"),
-        (lambda: make_task("digit"), "Did you mean 'digits'"),
+        (lambda: make_task("digit"), "did you mean 'digits'"),
         (lambda: make_task("digits", wanted=10), "a digit, 0 to 9"),
         (lambda: make_task("mixture2d", wanted=8), "0 to 7"),
-        (lambda: make_task("digits", final="flor"), "Did you mean 'floor'"),
+        (lambda: make_task("digits", final="flor"), "did you mean 'floor'"),
         (lambda: load_pretrained("digit"), "digits_judge"),
         (lambda: build_network({"network": "UNet"}), "'UNet' is unknown"),
         (lambda: network_config(torch.nn.Linear(1, 1)), "Linear has no JSON config"),

@@ -314,9 +314,9 @@ def test_the_scheduler_is_not_changed():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"final": "flor"}, "Did you mean 'floor'"),
-        ({"kind": "dpm"}, "Did you mean 'ddpm'"),
-        ({"prediction_type": "epsilom"}, "Did you mean 'epsilon'"),
+        ({"final": "flor"}, "did you mean 'floor'"),
+        ({"kind": "dpm"}, "did you mean 'ddpm'"),
+        ({"prediction_type": "epsilom"}, "did you mean 'epsilon'"),
         ({"kind": "flow_sde"}, "does not fit DDIMScheduler"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"eta": -1.0}, "noise scale"),
@@ -364,5 +364,5 @@ def test_unusable_schedulers_are_explained():
         GaussianKernel.from_scheduler(object(), K)
     with pytest.raises(ValueError, match="not a kernel config"):
         GaussianKernel.from_config({"kind": "ddim"})
-    with pytest.raises(ValueError, match="Did you mean 'sum'"):
+    with pytest.raises(ValueError, match="did you mean 'sum'"):
         log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 1), reduce="summ")

@@ -150,7 +150,7 @@ def test_a_scheduler_without_a_gaussian_step_can_be_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"PNDMScheduler is not supported.*DDIMScheduler\.from_config"):
         pipeline(pipe, prompts=PROMPTS)
     assert pipeline(pipe, prompts=PROMPTS, scheduler="ddim", num_steps=3).kernel.kind == "ddim"
-    with pytest.raises(ValueError, match="Did you mean 'ddim'"):
+    with pytest.raises(ValueError, match="did you mean 'ddim'"):
         pipeline(pipe, prompts=PROMPTS, scheduler="dddim")
 
 
@@ -200,7 +200,7 @@ def test_ready_rewards_by_hand():
     assert compressibility(black) > compressibility(noise)
     assert image_reward("incompressibility") is READY["incompressibility"] and image_reward(brightness) is brightness
     assert image_reward("markovia.envs.denoising.rewards:brightness") is brightness
-    with pytest.raises(ValueError, match="Did you mean 'brightness'"):
+    with pytest.raises(ValueError, match="did you mean 'brightness'"):
         image_reward("britness")
 
 

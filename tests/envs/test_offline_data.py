@@ -190,7 +190,7 @@ def test_minari_filtered_views_and_ids(minari_root):
     assert best.num_episodes == 1 and best.returns()[0] == pytest.approx(pointmass_data("mix", episodes=5).returns()[4])
     with pytest.raises(ValueError, match="add the version"):
         load("mix")
-    with pytest.raises(ValueError, match="nearest: mix-v3"):
+    with pytest.raises(ValueError, match=r"did you mean .*mix-v3"):
         load("mix-v2")
     with pytest.raises(ValueError, match="exists already"):
         write_minari(pointmass_data("mix", episodes=1), "mix-v3")
@@ -307,7 +307,7 @@ def test_faulty_d4rl_is_reported_by_field_and_row(tmp_path):
     nan[4, 1] = np.nan
     both = np.arange(10) == 3
     cases = {
-        "missing": ({"drop": ("rewards",), "reward": np.zeros(10)}, "fault  rewards: missing key; is it 'reward'?"),
+        "missing": ({"drop": ("rewards",), "reward": np.zeros(10)}, "fault  rewards: missing key; did you mean 'reward'"),
         "length": ({"actions": np.zeros((9, 2))}, "fault  actions, row 9: 9 rows, expected 10 (observations)"),
         "nan": ({"observations": nan}, "fault  observations, row 4: nan (1 such row(s))"),
         "inf": ({"rewards": np.where(np.arange(10) == 6, np.inf, 0.0)}, "fault  rewards, row 6: inf"),
