@@ -138,7 +138,7 @@ class LanguageAgent(Agent):
         Raises ValueError for an unknown quantity.
         """
         want = check_want(want, self.critic is not None, "value_head=True")
-        packed = self._packing() or ("dist" not in want and self._too_large(*rollout.shape) and self._packable())
+        packed = self._packing() or ("dist" not in want and self._too_large(*rollout.shape) and self.packable())
         out: dict[str, Any] = dict(self._evaluate_packed(rollout, want) if packed else self.evaluate_padded(rollout, want))
         if "dist" in out:
             out["dist"] = Categorical(out["dist"])
@@ -210,9 +210,9 @@ class LanguageAgent(Agent):
 
     def _packing(self) -> bool:
         """Whether packs are wanted and possible."""
-        return self.options.packed and self._packable()
+        return self.options.packed and self.packable()
 
-    def _packable(self) -> bool:
+    def packable(self) -> bool:
         """Whether this model computes packs rightly; one that does not is told of once."""
         if self._packs is None:
             reason = self._unfit()

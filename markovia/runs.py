@@ -93,6 +93,7 @@ def train(
     eval_checkpoints: bool = False,
     max_seconds: float | None = None,
     compile: bool | None = None,
+    over_memory: bool = False,
     track: str | None = None,
     progress: bool = True,
     method_id: str | None = None,
@@ -117,6 +118,7 @@ def train(
     max_seconds      ends the run after the iteration in which this time is over
     compile          whether updates are compiled (torch.compile); None: where the run is long enough to repay it. Compiled and eager updates
                      agree to rounding, so a run is resumed as it was begun
+    over_memory      begin a run of a language model even if it needs more memory than the machine has
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
     callbacks        called with a `RunInfo` after each iteration; False ends the run
     prepare          called with the `Setup` before its first step, to wrap its collector's environments (`setup.collector.venv`)
@@ -126,7 +128,7 @@ def train(
     import torch
 
     from markovia.algos.distributed import launched, shared_driver
-    from markovia.algos.on_policy.method import OnPolicy
+    from markovia.algos.memory import before_run
     from markovia.algos.setup import build, make_driver, num_threads, worth_compiling
 
     if env is not None:
@@ -185,13 +187,9 @@ def train(
         raise ValueError(f"{env} or its agent does not know one of the arguments that were given ({given}): {e}") from e
     if prepare is not None:
         prepare(setup)
-    if setup.kind == "language" and isinstance(settings, OnPolicy):
-        from markovia.algos.on_policy.memory import before_run
-
-        size = 1 if workers is None else workers.size
-        needed = before_run(setup.agent, settings, setup.task.prompt_length, setup.task.max_new_tokens, size, shard)
-        if progress and writes:
-            print(needed)
+    needed = before_run(settings, setup, 1 if workers is None else workers.size, shard, over_memory)
+    if needed and progress and writes:
+        print(needed)
     if workers is None:
         driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
     else:

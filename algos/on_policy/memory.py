@@ -10,14 +10,14 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import dataclass
 
 import torch
 
 from markovia.agents.checkpointing import layers_of
-from markovia.agents.interface import Agent
-from markovia.agents.language import CHUNK_LOGITS, LanguageAgent
+from markovia.agents.language import CHUNK_LOGITS, MOST_LOGITS, LanguageAgent
 from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
@@ -48,6 +48,8 @@ class Memory:
     distributions: int = 0  # whole distributions that the record holds for each decision
     wide: bool = False  # whether the loss reads entropies or distributions, not log-probs alone
     packed: bool = False
+    pieces: bool = False  # whether logits beyond a limit are made in pieces though nothing is packed
+    samples: bool = True  # whether responses are sampled, not read from a file
     cpu: bool = True
     chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
 
@@ -65,18 +67,20 @@ class Memory:
 
     @property
     def sampling(self) -> int:
-        return self.rows * ((self.prompt + self.new) * self.cache + SAMPLED * self.vocab)
+        return self.rows * ((self.prompt + self.new) * self.cache + SAMPLED * self.vocab) if self.samples else 0
 
     @property
     def scoring(self) -> int:
-        """Logits and log-softmax of as many whole rows as fit into a chunk, one at least."""
+        """Logits and log-softmax of as many whole rows as fit into a chunk, one at least, or a piece of one."""
         row = self.new * self.vocab
+        if (self.packed or self.pieces) and row > self.chunk:
+            return 2 * 4 * max(self.chunk, self.vocab)
         return 2 * 4 * row * min(self.rows, max(1, self.chunk // row))
 
     @property
     def update(self) -> int:
         logits = self.part * self.new * self.vocab
-        if self.packed:
+        if self.packed or (self.pieces and logits > MOST_LOGITS and not self.wide):
             logits = min(logits, max(self.chunk, self.vocab))
         return self.part * self.activation + self.once + 4 * (COPIES + 3 * self.wide) * logits
 
@@ -128,25 +132,33 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
         cache=cache_bytes(agent), activation=activation, once=once,
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
-        packed=agent.options.packed, cpu=agent.device.type == "cpu",
+        packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu",
     )  # fmt: skip
 
 
+def in_pieces(agent: LanguageAgent, part: int, new: int) -> bool:
+    """Whether a pass over `part` responses of `new` tokens has so many logits that the agent makes them in pieces, and can."""
+    row = new * agent.tokenizer.vocab_size
+    return (part * row > MOST_LOGITS or row > CHUNK_LOGITS) and agent.packable()
+
+
 def available(device: torch.device) -> tuple[float, float]:
-    """(free, all) bytes where the agent lives; infinite where nobody tells."""
+    """(free, all) bytes where the agent lives; all are taken for free where nobody tells, and infinite where nobody knows."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return float(free), float(total)
     try:
         import psutil
     except ImportError:
-        return math.inf, math.inf
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else math.inf
+        return total, total
     memory = psutil.virtual_memory()
     return float(memory.available), float(memory.total)
 
 
-def check(memory: Memory, free: float, total: float) -> None:
-    """Warn when the run may need more than is free; raise ValueError when it needs more than the machine has. The weights are already there.
+def check(memory: Memory, free: float, total: float, anyway: bool = False) -> None:
+    """Warn when the run may need more than is free; raise ValueError when it needs more than the machine has, unless it is to go on `anyway`. The
+    weights are already there.
 
     Allocators hold back what was freed: of SmolLM2 on a CPU the process grew by up to a fifth and 0.4 GB more than the tensors, so that is added.
     """
@@ -156,15 +168,6 @@ def check(memory: Memory, free: float, total: float) -> None:
     mend = "smaller solver.micro, gradient_checkpointing or packed in the agent options, LoRA in place of all weights, fewer num_envs"
     text = f"this run needs {memory}. Beyond the weights that is {more / GB:.3g} GB and what the allocator holds back, "
     text += f"but {free / GB:.3g} GB are free of {total / GB:.3g}; try {mend}"
-    if memory.total > total:
-        raise ValueError(text)
+    if memory.total > total and not anyway:
+        raise ValueError(f"{text}; --over-memory begins it all the same")
     warnings.warn(text, stacklevel=2)
-
-
-def before_run(agent: Agent, method: OnPolicy, prompt: int, new: int, processes: int = 1, shard: bool = False) -> str:
-    """One line about the memory that a run (each of its processes) will need, after `check`."""
-    assert isinstance(agent, LanguageAgent)
-    memory = estimate(agent, method, prompt, new, processes, shard)
-    free, total = available(agent.device)
-    check(memory, free, total)
-    return f"memory: {memory}" + (f"; {free / GB:.3g} GB are free beside the weights" if free < math.inf else "")

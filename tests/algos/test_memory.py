@@ -1,6 +1,7 @@
 """The estimate of a run's memory: against counts by hand, and against what torch's allocator gave out during an update."""
 
 import math
+import types
 import warnings
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from markovia.agents.language import LanguageAgent
 from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
 from markovia.algos.on_policy.driver import OnPolicyDriver
-from markovia.algos.on_policy.memory import Memory, before_run, check, estimate
+from markovia.algos.memory import before_run
+from markovia.algos.on_policy.memory import Memory, check, estimate
 from markovia.algos.presets import configure, override
 from markovia.algos.systems import find
 from markovia.envs.text.tasks import TextTask
@@ -55,6 +57,12 @@ def test_options_by_hand():
     assert replace(SIZES, chunk=300).scoring == 2 * 4 * 2 * 120  # two rows of 4 x 30 logits fit
     assert replace(SIZES, chunk=1).scoring == 2 * 4 * 120  # one row at least
     assert replace(SIZES, distributions=1).record == 4 * 10 * 4 * 30
+    long = replace(SIZES, chunk=100, pieces=True)  # a row of 4 x 30 logits is more than a chunk
+    assert (long.scoring, replace(long, pieces=False).scoring) == (2 * 4 * 100, 2 * 4 * 120)
+    assert long.update == SIZES.update  # an update's logits are few
+    many = replace(SIZES, part=5, new=4, vocab=2**24, pieces=True, chunk=2**25)
+    assert many.update == 5 * 700 + 4 * 4 * 2**25 and replace(many, wide=True).update > 4 * 7 * 2**28  # whole distributions are whole
+    assert (replace(SIZES, samples=False).sampling, SIZES.sampling > 0) == (0, True)
     assert replace(SIZES, once=50).update == SIZES.update + 50
     assert (replace(SIZES, slots=0).averages, replace(SIZES, slots=0).step) == (0, 2 * 800)
 
@@ -179,8 +187,11 @@ def test_too_little_memory_is_told_before_the_run():
         check(sizes, 9e9, 24e9)
     with pytest.raises(ValueError, match="needs about 10 GB"):
         check(sizes, 6e9, 8e9)
+    with pytest.warns(UserWarning, match="needs about 10 GB"):
+        check(sizes, 6e9, 8e9, anyway=True)
 
 
 def test_the_line_at_the_start_names_its_parts():
-    line = before_run(tiny(), find("grpo").value, 6, 5)
+    task = types.SimpleNamespace(prompt_length=6, max_new_tokens=5)
+    line = before_run(find("grpo").value, types.SimpleNamespace(kind="language", agent=tiny(), task=task))
     assert line.startswith("memory: about") and "weights" in line and "reference" in line and "free beside the weights" in line
