@@ -65,10 +65,13 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
 
 
 def _likes(env_id: str, environments: dict[str, Any]) -> list[str]:
-    """The environment and those that it is "like", the farthest first."""
+    """The environment and those that it is "like", the farthest first. Raises ValueError for a circle."""
     chain: list[str] = []
     key: str | None = env_id
     while key in environments:
+        if key in chain:
+            circle = " -> ".join([*reversed(chain), key])
+            raise ValueError(f"presets/environments.json goes round in a circle of \"like\": {circle}; take one of these out")
         chain.insert(0, key)
         key = environments[key].get("like")
     return chain

@@ -238,8 +238,19 @@ class Clone:
     lr: float = 3e-4
 
 
+class _ClimbsQ:
+    """A deterministic actor that climbs Q, divided by its mean size, and is held by something."""
+
+    alpha: float  # weight of Q / mean |Q|
+    weight: float  # of what holds it
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0.0 or self.weight < 0.0:
+            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
+
+
 @dataclass(frozen=True)
-class Held:
+class Held(_ClimbsQ):
     """A deterministic actor climbs Q, divided by its mean size, and is held by the squared distance to logged actions."""
 
     alpha: float = 2.5  # weight of Q / mean |Q|
@@ -248,23 +259,15 @@ class Held:
     aggregate: Aggregate = "first"  # which Q
     lr: float = 3e-4
 
-    def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.weight < 0.0:
-            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
-
 
 @dataclass(frozen=True)
-class Supported:
+class Supported(_ClimbsQ):
     """A deterministic actor climbs Q, divided by its mean size, and is held where the slot `behaviour` bounds the density of logged actions."""
 
     alpha: float = 1.0  # weight of Q / mean |Q|
     weight: float = 0.1  # weight of the bound on -log mu(a|s), in its own scale
     aggregate: Aggregate = "first"  # which Q
     lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.weight < 0.0:
-            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ class JointBehaviour:
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(_ClimbsQ):
     """A deterministic actor climbs Q, divided by its mean size; the better of logged and modelled action holds it where one is worth more than V."""
 
     alpha: float = 2.5  # weight of Q / mean |Q|
@@ -306,10 +309,6 @@ class Guided:
     detach_target: bool = False  # True: no gradient through the behaviour model, whose action follows from the actor's own
     aggregate: Aggregate = "first"  # which Q
     lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.weight < 0.0:
-            raise ValueError(f"actor.alpha and actor.weight must be >= 0, got {self.alpha} and {self.weight}")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from on_policy_pieces import (
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.records import Rollout
+from markovia.algos import presets
 from markovia.algos.advantages import GAE
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.driver import OnPolicyDriver
@@ -98,6 +99,13 @@ def test_an_environment_takes_the_presets_of_the_one_that_it_is_like_and_changes
     assert configure("ppo", "Walker2d-v5") == cheetah != configure("ppo", "Acrobot-v1")
     assert isinstance(swimmer.advantage, GAE) and (swimmer.advantage.gamma, swimmer.advantage.lam) == (0.9999, 0.98)
     assert swimmer.value == cheetah.value and swimmer.solver == replace(cheetah.solver, lr=6e-4)
+
+
+def test_a_circle_of_likes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    circle = {"A-v0": {"like": "B-v0"}, "B-v0": {"like": "C-v0"}, "C-v0": {"like": "B-v0"}}
+    monkeypatch.setattr(presets, "_data", lambda: {"kinds": {}, "environments": circle})
+    with pytest.raises(ValueError, match="A-v0 -> B-v0 -> C-v0 -> B-v0; take one of these out"):
+        configure("ppo", "A-v0")
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
