@@ -9,8 +9,8 @@ import torch
 
 from markovia.agents.language import LanguageAgent
 from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
-from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.memory import before_run
+from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.memory import Memory, check, estimate
 from markovia.algos.presets import configure, override
 from markovia.algos.systems import find

@@ -44,7 +44,7 @@ def test_sizes_of_files_and_rounds_by_hand():
     assert sizes(settings("dpo"), FileItems(items(7, 9, 20), "pairs")) == (5, 9, 2)  # gold that is not read
     assert sizes(settings("dpo"), OwnSamples(items(7, 9), "pairs")) == (5, 9, 3)
     task = types.SimpleNamespace(prompt_length=11, max_new_tokens=13)
-    for name, rows in (("ipo/online", 2), ("ipo/nash-md", 1), ("sppo", find("sppo").value.sampler.per_prompt)):
+    for name, rows in (("ipo/online", 2), ("ipo/nash-md", 1), ("sppo", 2)):  # sppo learns from the best and the worst of five
         assert sizes(settings(name), JudgedSamples(task, settings(name))) == (11, 13, rows), name
 
 
