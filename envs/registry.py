@@ -89,6 +89,8 @@ ENVS += [
     )
 ]
 
+ENVS += [{"id": "markovia/TwoGoals-v0", "entry_point": "markovia.envs.control.multi_objective:TwoGoalsEnv", "max_episode_steps": 25}]
+
 # What kind of MDP an id is, for our own agents; ids that are not listed are control tasks.
 KINDS: dict[str, str] = {
     "markovia/Tabular-v0": "tabular",

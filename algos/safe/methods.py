@@ -18,6 +18,7 @@ from markovia.algos.safe.conservative import History, Rule, explore
 from markovia.algos.safe.constraint import ChanceShield, Constraint
 from markovia.algos.safe.dual import FixedDual, TrustRegionDual, gradient, optimistic, pid
 from markovia.algos.safe.exact import Trace, reload
+from markovia.algos.safe.front import FrontLearning
 from markovia.algos.safe.pareto import Front, c_morl
 from markovia.algos.safe.replayed import ReplayConstraint
 from markovia.algos.safe.shield import Shielded, correct, least_advantage, shielded_policy
@@ -175,6 +176,12 @@ SAFE |= table(
             "c-morl", FrontSearch(), None, "2410.02236",
             "a front of returns: optima of a few preferences, extended under constraints on the other returns", ("tabular",),
             (_HERE + "pareto:extend", _HERE + "pareto:hypervolume", _HERE + "pareto:crowding_distance"), "c-morl", _EXACT, _WHY,
+        ),
+        Row(
+            "c-morl/ppo", FrontLearning(), "c-morl", "2410.02236",
+            "both stages learnt by PPO: fixed preferences, then extensions with a barrier on the other returns", ("control",),
+            (_HERE + "front:extension_limits", _HERE + "dual:BarrierDual", _HERE + "pareto:crowding_distance"), "c-morl/ppo", _EXACT,
+            "a search over runs of the on-policy loop: gradient and resume are those of ppo-lag",
         ),
         Row(
             "acs", Safeguard(), None, "2310.03379", "a step may spend only a share of the chance to stay safe: actions that spend more are moved",

@@ -12,6 +12,8 @@ from markovia.algos.off_policy.costs import upper_cost
 from markovia.algos.presets import configure, override
 from markovia.algos.safe.dual import log_augmented
 from markovia.algos.safe.exact import primal_dual
+from markovia.algos.safe.front import FrontLearning
+from markovia.algos.safe.pareto import hypervolume
 from markovia.algos.setup import build, make_driver
 from markovia.claims.safe import _explored
 from markovia.envs.exact.cmdps import cmdp_grid
@@ -148,3 +150,18 @@ def acs_pendulum(limit: float = 25.0, seeds: int = 2, steps: int = 80_000) -> di
         "measured": ours[1], "bound": bare[1], "holds": ours[1] < bare[1],
         "share of iterations above the limit, cost, return": {"shield": ours, "none": bare},
     }  # fmt: skip
+
+
+def learnt_front() -> dict[str, Any]:
+    """C-MORL by PPO on the two goals: after two rounds of extensions from three preferences the front has more hypervolume over (0, 0) than before,
+    and a sparsity less than half. Measured is the share of the hypervolume of staying anywhere between the goals from the first step on."""
+    method = replace(FrontLearning(), rounds=0)
+    first = method.search("markovia/TwoGoals-v0")
+    whole = replace(method, rounds=2).search("markovia/TwoGoals-v0")
+    p = np.linspace(-1.0, 1.0, 1001)
+    ideal = hypervolume(25.0 * np.stack([1 - (p + 1) ** 2 / 4, 1 - (p - 1) ** 2 / 4], 1), np.zeros(2))
+    before, after = (front.metrics(np.zeros(2)) for front in (first, whole))
+    share = after["hypervolume"] / ideal
+    holds = share > 0.85 and after["hypervolume"] > before["hypervolume"] and after["sparsity"] < 0.5 * before["sparsity"]
+    sizes = [len(first.points), len(whole.points)]
+    return {"measured": share, "bound": 0.85, "holds": bool(holds), "points": sizes, "before": before, "after": after}
