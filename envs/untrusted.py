@@ -27,7 +27,11 @@ def magic_of_pickle(path: str | Path) -> str | None:
     """What kind of pickle a file is, told by its first bytes and, of an archive, by its members; None for anything else. Nothing is unpickled."""
     path = Path(path)
     with path.open("rb") as f:
-        head = f.read(8)
+        head = f.read(9)
+        size = os.fstat(f.fileno()).st_size
+    # A safetensors file begins with the length of its header, whose first bytes may be any; no pickle has a brace behind a length that fits.
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return None
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return f"a pickle of protocol {head[1]}"
     if head[:2] == b"PK":

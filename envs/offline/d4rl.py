@@ -80,16 +80,22 @@ def _one_axis(values: np.ndarray) -> np.ndarray:
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
+def _misshapen(name: str, values: np.ndarray) -> list[Fault]:
+    """What the other checks could not even look at: no rows, or rows of another shape than the column's."""
+    if not len(values):
+        return [Fault(name, None, "has no rows; record the dataset again")]
+    flat = name in ("rewards", "terminals", "timeouts")
+    if (values.ndim != 1) if flat else (values.ndim < (1 if name == "actions" else 2) or not values.size):
+        return [Fault(name, None, f"has the shape {values.shape}, expected {'one number' if flat else 'an array'} per row")]
+    return []
+
+
 def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
     """Faults that one sees only in two columns together, or in the values."""
-    faults = [Fault(name, None, "has no rows; record the dataset again") for name, values in columns.items() if not len(values)]
+    faults = [fault for name, values in columns.items() for fault in _misshapen(name, values)]
     if faults:
         return faults
     for name, values in columns.items():
-        flat = name in ("rewards", "terminals", "timeouts")
-        if (flat and values.ndim != 1) or (name != "actions" and not flat and values.ndim < 2):
-            faults.append(Fault(name, None, f"has the shape {values.shape}, expected {'one number' if flat else 'an array'} per row"))
-            continue
         faults += wrong_length(name, len(values), len(columns["observations"]), "observations") if "observations" in columns else []
         if name in ("terminals", "timeouts"):
             row = np.flatnonzero((values != 0) & (values != 1))
