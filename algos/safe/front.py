@@ -153,5 +153,5 @@ class FrontLearning:
         limit = None if env.spec is None else env.spec.max_episode_steps
         env.close()
         if limit is None:
-            raise ValueError(f"{env_id} has no max_episode_steps, which turns a floor under a return into a limit on its shortfall; register it with one")
+            raise ValueError(f"{env_id} has no max_episode_steps, so a floor under a return is no limit on a shortfall; register it with one")
         return float(limit)
