@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from markovia.rundir import RunError
 
 if TYPE_CHECKING:
     from markovia.texts import TextBatch
@@ -24,25 +28,41 @@ def numbers(stats: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Scalars over num_env_steps; after a resume the events past the checkpoint are purged."""
+    """Scalars over num_env_steps; after a resume the events past the checkpoint are purged. All of it raises RunError when the disk refuses."""
 
     def __init__(self, run: Path, num_env_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run), purge_step=num_env_steps + 1 if num_env_steps else None)
+        self.run, self.refused = run, False
+        with self._told():
+            self.writer = SummaryWriter(str(run), purge_step=num_env_steps + 1 if num_env_steps else None)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Its events are written by a thread, whose error comes back at some later call, and again at every one after that."""
+        try:
+            yield
+        except OSError as e:
+            if not self.refused:
+                self.refused = True
+                reason = f"could not write TensorBoard's events in {self.run}: {e.strerror or e}"
+                raise RunError(f"{reason}; free some space and try again (a run goes on with --resume)") from e
 
     def write(self, stats: dict[str, Any]) -> None:
-        for name, value in numbers(stats).items():
-            self.writer.add_scalar(name, value, int(stats["num_env_steps"]))
+        with self._told():
+            for name, value in numbers(stats).items():
+                self.writer.add_scalar(name, value, int(stats["num_env_steps"]))
 
     def texts(self, batch: TextBatch, num_env_steps: int, with_samples: bool) -> None:
         """The spread of a batch's rewards, and some of its texts."""
-        self.writer.add_histogram("reward", batch.rewards, num_env_steps)
-        if with_samples:
-            self.writer.add_text("samples", batch.markdown(), num_env_steps)
+        with self._told():
+            self.writer.add_histogram("reward", batch.rewards, num_env_steps)
+            if with_samples:
+                self.writer.add_text("samples", batch.markdown(), num_env_steps)
 
     def close(self) -> None:
-        self.writer.close()
+        with self._told():
+            self.writer.close()
 
 
 def tracker(package: str) -> Any:
