@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any
 
 import pytest
@@ -25,8 +24,6 @@ from markovia.algos.denoising.particles import (
 )
 from markovia.algos.denoising.rlg import RLGuidance
 from markovia.algos.denoising.sampling import denoise, predictor
-from markovia.algos.systems import find
-from markovia.claims import CLAIMS
 from markovia.envs.denoising.env import DenoisingTask
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import GuidedDenoiser, MLPDenoiser
@@ -68,21 +65,6 @@ def path_task(num_steps: int = 20, conditions: Any = None, **options: Any) -> De
 
 
 SKETCH = torch.stack([torch.linspace(-1, 1, 5), torch.full((5,), -0.4)], -1)
-
-
-# -- the table -------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method_id", DENOISING)
-def test_row_is_whole(method_id: str) -> None:
-    row = DENOISING[method_id]
-    assert row.id == method_id and row.new and row.kinds == ("denoising",) and re.fullmatch(r"\d{4}\.\d{5}", row.paper)
-    assert row.parent is None or find(row.parent)
-    assert row.claim in CLAIMS and (len(row.checks) == 6 or row.not_checked)
-    from markovia.catalogue import card, resolve
-
-    texts = [resolve(f).__doc__ or "" for f in row.functions]
-    assert all(texts) and method_id in card(method_id) and f"arxiv.org/abs/{row.paper}" in card(method_id)
 
 
 # -- sampling and RL guidance --------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +20,6 @@ from markovia.algos.on_policy.divergence import KL, f_reward, k3, min_p_logp
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.entropy import anchor_pull, nucleus_entropy, peak_mask
 from markovia.algos.on_policy.filters import AccuracyBand
-from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import sequence_ratio, value_error, weights
 from markovia.algos.on_policy.merging import Merger, Warp, merged
 from markovia.algos.on_policy.references import lerp, slerp
@@ -33,20 +30,6 @@ from markovia.algos.on_policy.tokens import ClipCov, TopCov, conflict_weights, c
 from markovia.algos.systems import find
 from markovia.algos.tree_records import TreeCollector
 from markovia.envs.exact.token_mdp import EnumerableTokenMDP
-
-# -- the table -----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method_id", ROWS)
-def test_row_is_whole(method_id: str) -> None:
-    row = LANGUAGE[method_id]
-    assert row.claim and row.new and re.fullmatch(r"\d{4}\.\d{5}", row.paper) and row.parent is not None and find(row.parent)
-    texts = []
-    for where in row.functions:
-        module, _, name = where.partition(":")
-        texts.append(getattr(importlib.import_module(module), name).__doc__)
-    assert all(texts) and any(row.paper in text or re.search(r"=|max\(|/ ", text) for text in texts)
-
 
 # -- 1: values by hand ---------------------------------------------------------------------------------------------------------------------
 

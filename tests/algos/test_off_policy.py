@@ -1,29 +1,24 @@
-"""Every row of the off-policy table: values, gradients, limits, invariance, resume, bad input; and what replay, critics and driver promise."""
+"""Every row of the off-policy table: values, gradients, limits, invariance, bad input."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from off_policy_pieces import BOX, F64, OBS, everything, linear_layers, made, make_agent, minibatch, policy_by_hand, tiny
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
-from markovia.agents.interface import Agent
 from markovia.algos.off_policy import losses
 from markovia.algos.off_policy.actor_critic import ActorCritic, log_density
 from markovia.algos.off_policy.driver import OffPolicyDriver
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
-from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.off_policy.slots import (
     Ascent,
     Critics,
@@ -36,78 +31,8 @@ from markovia.algos.off_policy.slots import (
     ValueTarget,
 )
 from markovia.algos.off_policy.update import Update
-from markovia.algos.presets import configure, override
-from markovia.algos.setup import build, make_driver
-from markovia.algos.systems import find
-from markovia.runs import train
-
-torch.set_num_threads(1)
-F64 = torch.float64
-OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-BOX = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 4.0], np.float32))
-TINY: dict[str, Any] = {"policy": {"hidden": [8], "activation": "tanh"}, "critic": {"hidden": [8, 8], "activation": "tanh"}}
-SHORT: dict[str, Any] = {**TINY, "learning_starts": 6, "num_steps": 15, "num_env_steps": 60, "batch_size": 8}
-
-
-def tiny(method_id: str, **changes: Any) -> OffPolicy:
-    """A row with small smooth networks."""
-    method = override(OFF_POLICY[method_id].value, TINY)
-    if method.value is not None:
-        method = override(method, {"value": {"hidden": [8], "activation": "tanh"}})
-    return dataclasses.replace(method, **changes)
-
-
-def make_agent(method: OffPolicy, seed: int = 0) -> ControlAgent:
-    torch.manual_seed(seed)
-    agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
-    agent.net.double()
-    shake(agent.net)
-    return agent
-
-
-def shake(net: torch.nn.Module, size: float = 0.3, seed: int = 4) -> None:
-    """Move every parameter by a normal of standard deviation `size`."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
-
-
-def made(method: OffPolicy, compile: bool = False) -> Update:
-    """Networks in float64, no two of them alike, so that a mix-up of target, old and current ones is seen."""
-    nets = ActorCritic(method, make_agent(method), 0)
-    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), *([] if nets.value is None else [nets.value])]):
-        shake(net, 0.2, seed=10 + i)
-    return Update(nets, compile)
-
-
-def minibatch(n: int = 6, seed: int = 0) -> tuple[Batch, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
-    ends = torch.arange(n) % 3 == 0
-    batch = Batch(normal(n, 3), normal(n, 2).tanh(), normal(n), normal(n, 3), 1.0 - ends.to(F64), torch.arange(n) % 3 == 1)
-    return batch, normal(3, n, 2)
-
-
-def everything(update: Update) -> torch.Tensor:
-    """All numbers that an update moves, targets included."""
-    return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
-
-
-# -- the table -----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method_id", OFF_POLICY)
-def test_row_is_whole(method_id: str) -> None:
-    row = OFF_POLICY[method_id]
-    assert row.id == method_id and row.claim and row.new and re.fullmatch(r"\d{4}\.\d{5}", row.paper)
-    assert row.parent is None or find(row.parent)
-    texts = []
-    for where in row.functions:
-        module, _, name = where.partition(":")
-        texts.append(getattr(importlib.import_module(module), name).__doc__)
-    assert all(re.search(r"\d{4}\.\d{5}", text) for text in texts)
-
+from markovia.algos.presets import configure
+from markovia.algos.setup import build
 
 # -- 1: values -----------------------------------------------------------------------------------------------------------------------------
 
@@ -139,24 +64,11 @@ def test_equations_by_hand() -> None:
     assert [losses.aggregate(q, how).tolist() for how in ("min", "mean", "first")] == [[1.0, 1.0], [2.0, 3.0], [1.0, 5.0]]
 
 
-def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    for i, (weight, bias) in enumerate(layers):
-        x = x @ weight + bias
-        x = x.tanh() if i < len(layers) - 1 else x
-    return x
-
-
 def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
     """Each member by itself."""
     stacked = [*critic.hidden, critic.head]
     x = torch.cat([obs, action], 1)
     return [linear_layers(x, [(layer.weight[j], layer.bias[j, 0]) for layer in stacked])[:, 0] for j in range(critic.num)]
-
-
-def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
-    net = agent.net["policy"]
-    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
-    return linear_layers(obs, [(m.weight.T, m.bias) for m in layers])
 
 
 def v_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
@@ -347,48 +259,6 @@ def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
     assert torch.equal(nets.goal(batch, noise[0], 0.2), y)
 
 
-# -- 5: resume -----------------------------------------------------------------------------------------------------------------------------
-
-
-def pendulum(method_id: str, **changes: Any) -> OffPolicyDriver:
-    method = override(OFF_POLICY[method_id].value, {**SHORT, **changes})
-    driver: OffPolicyDriver = make_driver(method, build("Pendulum-v1", method, 5), seed=5)
-    return driver
-
-
-@pytest.mark.parametrize("method_id", OFF_POLICY)
-@pytest.mark.check("resume")
-def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
-    """Through a file on disk, the replay having wrapped around, bit for bit."""
-    changes: dict[str, Any] = {"replay_size": 20, "num_envs": 2, "utd": 0.5, "actor": {"refresh_steps": 10}}
-    straight = pendulum(method_id, **changes)
-    straight.step()
-    straight.boundary()
-    save_tensors(tmp_path / "state.safetensors", *straight.state())
-    stats = straight.step()
-    resumed = pendulum(method_id, **changes)
-    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    resumed.boundary()
-    assert resumed.step() == stats
-    a, meta_a = straight.state()
-    b, meta_b = resumed.state()
-    assert meta_a == meta_b and a.keys() == b.keys() and straight.num_updates > 20
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-
-
-def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:
-    method = override(configure("sac", "Pendulum-v1"), {**SHORT, "num_steps": 200, "num_env_steps": 800, "utd": 0.1})
-    options: dict[str, Any] = {"num_checkpoints": 4, "eval_episodes": 1, "progress": False}
-    whole = train(method, "Pendulum-v1", out=tmp_path / "whole", **options)
-    stopped = train(method, "Pendulum-v1", out=tmp_path / "parts", callbacks=[lambda info: info.iteration < 2], **options)
-    assert stopped.done["num_env_steps"] == 400
-    resumed = train(method, "Pendulum-v1", out=tmp_path / "parts", resume=True, **options)
-    assert resumed.done["evaluation"] == whole.done["evaluation"] and resumed.done["num_env_steps"] == 800
-    assert all(torch.equal(v, resumed.agent.state()[k]) for k, v in whole.agent.state().items())
-    again = Agent.load(max((tmp_path / "parts" / "checkpoints").iterdir()) / "agent")
-    assert all(torch.equal(v, again.state()[k]) for k, v in whole.agent.state().items())
-
-
 # -- 6: bad input --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -427,125 +297,3 @@ def test_bad_input_is_answered(make: Any, match: str | None) -> None:
         return
     with pytest.raises(ValueError, match=match):
         make()
-
-
-# -- policies, driver -----------------------------------------------------------------------------------------------------------------------
-
-
-def test_policies_are_bounded_and_their_mode_is_what_is_evaluated() -> None:
-    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    for method in (tiny("sac"), tiny("td3")):
-        agent = make_agent(method)
-        agent.net.float()
-        action, logp = agent.act(agent.observe(obs), generator=torch.Generator().manual_seed(0))
-        unit = agent.unit_action(action)
-        assert bool((unit.abs() <= 1).all()) and torch.isfinite(logp).all()
-        low, high = torch.tensor(BOX.low), torch.tensor(BOX.high)
-        np.testing.assert_allclose(agent.env_action(action), (low + 0.5 * (unit + 1) * (high - low)).numpy(), rtol=1e-6, atol=1e-6)
-        params = policy_by_hand(agent, torch.from_numpy(obs))
-        mode = low + 0.5 * (params[:, :2].tanh() + 1) * (high - low)
-        np.testing.assert_allclose(agent.predict(obs, deterministic=True)[0], mode.detach().numpy(), rtol=1e-5, atol=1e-6)
-    noise = agent.policy(agent.observe(obs)).log_std
-    assert torch.allclose(noise, torch.full_like(noise, math.log(0.1)))
-
-
-def test_updates_follow_steps_delay_and_refresh() -> None:
-    driver = pendulum("td3", num_steps=10, learning_starts=4, utd=2.0)
-    start = {k: v.clone() for k, v in driver.nets.target.state_dict().items()}
-    actors = []
-    inner = driver.nets.actor_loss
-    driver.nets.actor_loss = lambda *a: (actors.append(1), inner(*a))[1]  # type: ignore[method-assign]
-    driver.step()
-    assert driver.num_env_steps == 10 and driver.num_updates == 12 and len(actors) == 6
-    assert any(not torch.equal(v, start[k]) for k, v in driver.nets.target.state_dict().items())
-    for refresh, same in ((8, True), (20, False)):
-        half = pendulum("mdpo-off", num_steps=9, learning_starts=4, utd=0.5, actor={"refresh_steps": refresh})
-        half.step()
-        assert half.num_updates == 2 and half.num_env_steps == 9  # int(0.5 * 5), the last of them at step 8
-        old, new = (a.net["policy"].head.weight for a in (half.nets.references["old"], half.agent))
-        assert torch.equal(old, new) == same
-
-
-class Logged:
-    """A dataset as a source: nothing is added to its replay, and a step of the budget is one update."""
-
-    def __init__(self, rows: Batch) -> None:
-        self.replay, self.episodes = Replay(len(rows.reward)), []
-        self.replay.add(rows)
-
-    def step(self, agent: Any, generator: torch.Generator, uniform: bool = False) -> int:
-        return 1
-
-    def reset(self, seed: int) -> None:
-        return
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-def test_a_fixed_dataset_is_a_source_like_any_other() -> None:
-    method = tiny("td3", learning_starts=0, num_env_steps=12, num_steps=8, batch_size=4)
-    source = Logged(minibatch(30)[0])
-    driver = OffPolicyDriver(method, make_agent(method), source)  # type: ignore[arg-type]
-    before = everything(driver.update)
-    while not driver.finished:
-        driver.step()
-    assert driver.num_updates == 12 and source.replay.size == 30
-    assert not torch.equal(everything(driver.update), before)
-    assert not any(k.startswith("collector.") for k in driver.state()[0])
-
-
-def test_targets_follow_by_polyak() -> None:
-    update, (batch, noise) = made(tiny("td3", polyak=0.25)), minibatch()
-    nets = update.nets
-    pairs = [(nets.target, nets.critic), (nets.references["target"].net["policy"], nets.policy)]
-    before = [[p.clone() for p in t.parameters()] for t, _ in pairs]
-    update(batch, noise, False)
-    assert all(torch.equal(p, q) for (t, _), old in zip(pairs, before, strict=True) for p, q in zip(t.parameters(), old, strict=True))
-    update(batch, noise, True)
-    for (target, source), old in zip(pairs, before, strict=True):
-        for p, q, s in zip(target.parameters(), old, source.parameters(), strict=True):
-            torch.testing.assert_close(p, 0.75 * q + 0.25 * s)
-
-
-def test_bfloat16_stays_close_and_keeps_float32_weights() -> None:
-    ends = []
-    for precision in ("float32", "bfloat16"):
-        update = pendulum("sac", precision=precision).update
-        batch, noise = minibatch()
-        batch = Batch(batch.obs, batch.action[:, :1], batch.reward, batch.next_obs, batch.continuation, batch.truncated)
-        stats = update(batch.map(lambda x: x.float() if x.is_floating_point() else x), noise[..., :1].float(), True)
-        assert all(p.dtype == torch.float32 for p in update.nets.critic.parameters())
-        ends.append(torch.stack([stats[k] for k in ("critic_loss", "actor_loss", "q")]))
-    torch.testing.assert_close(ends[0], ends[1], rtol=0.03, atol=0.03)
-    assert not torch.equal(ends[0], ends[1])
-
-
-@pytest.mark.parametrize("method_id", OFF_POLICY)
-def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the compiled update but the compiler, which takes half a minute: the traced operations one by one."""
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
-    eager, traced = made(tiny(method_id)), made(tiny(method_id), compile=True)
-    for i in range(6):
-        batch, noise = minibatch(seed=i)
-        left, right = (u(batch, noise, i % 2 == 1) for u in (eager, traced))
-        assert left.keys() == right.keys()
-        torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
-        if "old" in eager.nets.references and i == 2:
-            eager.refresh()
-            traced.refresh()
-    torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method_id", ["td3", "mdpo-off/tsallis"])
-def test_compiled_update_agrees_with_the_eager_one(method_id: str) -> None:
-    """Both functions of a delayed actor; float64, so that only the order of sums differs."""
-    method = tiny(method_id, policy_delay=2)
-    eager, compiled = made(method), made(method, compile=True)
-    for i in range(20):
-        batch, noise = minibatch(seed=i)
-        for update in (eager, compiled):
-            update(batch, noise, i % 2 == 1)
-    assert compiled.compiled is not None and compiled.compiled.seconds > 0
-    torch.testing.assert_close(everything(eager), everything(compiled), rtol=1e-7, atol=1e-9)

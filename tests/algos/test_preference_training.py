@@ -1,4 +1,4 @@
-"""The preference loop on the shipped arithmetic model: data to batches, every row, anchors, resume, rounds of samples."""
+"""The preference loop on the shipped arithmetic model: every row, reference log-probs, anchors, evaluation."""
 
 import copy
 import dataclasses
@@ -7,148 +7,18 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from preference_pieces import LORA, ROWS, anchor, load, make, method_of, pairs, parameters
 
 from markovia.agents.language import LanguageAgent
 from markovia.algos.preference import driver as driver_module
-from markovia.algos.preference.anchors import EachRound, Extrapolated, FromPolicy, Sync
-from markovia.algos.preference.data import check_needs, make_batch, prepare, with_logps
-from markovia.algos.preference.driver import PreferenceDriver, moving_reference
+from markovia.algos.preference.anchors import EachRound, Extrapolated, Sync
+from markovia.algos.preference.data import check_needs, make_batch, with_logps
+from markovia.algos.preference.driver import moving_reference
 from markovia.algos.preference.evaluation import HeldOut
 from markovia.algos.preference.method import Preference
-from markovia.algos.preference.methods import PREFERENCE
-from markovia.algos.preference.mixture import mixture
-from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples, win_rates
 from markovia.algos.presets import override
 from markovia.algos.systems import Method
-from markovia.envs.text.preferences import DataOptions, load_preferences
-from markovia.envs.text.tasks import arithmetic
 from markovia.settings import from_json, to_json
-
-torch.set_num_threads(1)
-ROWS = {i: r for i, r in PREFERENCE.items() if isinstance(r.value, Preference)}
-LORA = {"lora": {"r": 2}}
-SUMS = [(3 * i % 10, 7 * i % 10) for i in range(12)]
-
-
-def write(folder, rows):
-    path = folder / "prefs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def pairs(**columns):
-    return [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 1 + i % 3), **columns} for i, (a, b) in enumerate(SUMS)]
-
-
-def load(folder, rows, **options):
-    return load_preferences(write(folder, rows), LanguageAgent.from_name("arithmetic").tokenizer, DataOptions(**options))
-
-
-def make(method, data, seed=0, agent=None, **options):
-    agent = agent or LanguageAgent.from_name("arithmetic", packed=True, value_head="value" in method.needs, **options)
-    prepare(method, data)
-    return PreferenceDriver(method, agent, FileItems(data.items, data.kind), seed)
-
-
-def method_of(row, **changes):
-    value = dataclasses.replace(ROWS[row].value, **{"num_env_steps": 12, "num_envs": 4, **changes})
-    return dataclasses.replace(value, solver=dataclasses.replace(value.solver, lr=1e-3))
-
-
-# -- batches -------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_and_views_of_a_pair_with_gold(tmp_path):
-    data = load(tmp_path, pairs(gold="1", q=0.75, margin=2, weight=3, score_chosen=1, score_rejected=0)[:2])
-    needs = ("pairs", "gold", "q", "margin", "score", "label", "diff", "keep")
-    batch = make_batch(data.items, "pairs", needs, 0, generator=torch.Generator().manual_seed(0))
-    v = batch.views
-    assert batch.record.shape[0] == 6 and v.pairs.tolist() == [[0, 1], [3, 4]] and v.gold.tolist() == [2, 5]
-    assert v.q.tolist() == [0.75] * 2 and v.margin.tolist() == [2.0] * 2 and v.weight.tolist() == [3.0] * 2
-    assert v.score.tolist() == [1.0, 0.0, 0.0] * 2 and v.label.tolist() == [True, False, False] * 2
-    assert not (v.diff & ~batch.record.mask).any() and not (v.keep & ~batch.record.mask).any()
-    # 0+0=: chosen "0", rejected "1"; EOS is the same in both.
-    assert v.diff[0].tolist()[:2] == [True, False]
-    assert batch.record.action[batch.record.valid].tolist().count(2) == 6  # every response ends in EOS, which is in the mask
-    # Without need of gold its row is not made.
-    assert make_batch(data.items, "pairs", ("pairs",), 0).record.shape[0] == 4
-
-
-def test_rows_and_views_of_lists_single_responses_and_demonstrations(tmp_path):
-    rows = [{"prompt": "1+1=", "completions": ["2", "3", "4"], "scores": [1, 0, 2]}, {"prompt": "2+1=", "completions": ["3", "5"], "scores": [1, 0]}]
-    data = load(tmp_path, rows)
-    assert make_batch(data.items, "lists", ("groups", "score"), 0).views.groups.tolist() == [[0, 1, 2], [3, 4, -1]]
-    text = LanguageAgent.from_name("arithmetic").tokenizer
-    best = make_batch(data.items, "lists", ("pairs",), 0)
-    assert best.views.pairs.tolist() == [[0, 1], [2, 3]] and [text.decode(r[:1]) for r in best.record.action.tolist()] == ["4", "3", "3", "5"]
-    demos = make_batch(data.items, "lists", ("unpaired",), 0)
-    assert demos.views.unpaired.tolist() == [0, 1] and [text.decode(r[:1]) for r in demos.record.action.tolist()] == ["4", "3"]
-    data = load(tmp_path, [{"prompt": "1+1=", "completion": c, "label": c == "2", "weight": 2} for c in "23"])
-    batch = make_batch(data.items, "single", ("unpaired", "label"), 0)
-    assert batch.views.label.tolist() == [True, False] and batch.views.weight.tolist() == [2.0, 2.0]
-    data = load(tmp_path, pairs(weight=2)[:2])
-    batch = make_batch(data.items, "pairs", ("unpaired", "label"), 0)  # pairs taken apart: both rows carry the weight
-    v = batch.views
-    assert v.unpaired.tolist() == [0, 1, 2, 3] and v.label.tolist() == [True, False] * 2 and v.weight.tolist() == [2.0] * 4
-    assert make_batch(data.items, "pairs", ("unpaired",), 0).record.shape[0] == 2  # demonstrations: the chosen ones
-
-
-def test_rows_and_views_of_crossed_prompts(tmp_path):
-    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "31", "other_prompt": "30+1=", "weight": w} for w in (2.0, 3.0)]
-    data = load(tmp_path, rows)
-    assert "crossed" in data.columns and data.items[0].other.responses == data.items[0].responses[::-1]
-    batch = make_batch(data.items, "pairs", ROWS["iopo"].value.needs, 0)
-    text = LanguageAgent.from_name("arithmetic").tokenizer
-    columns = zip(*batch.record.obs.values(), batch.record.action, batch.record.valid, strict=True)
-    whole = [text.decode([*p[m].tolist(), *a[v].tolist()[:-1]]) for p, m, a, v in columns]
-    assert whole == ["1+1=2", "1+1=31", "30+1=31", "30+1=2"] * 2
-    # y1|x1, y2|x2, y2|x1, y1|x2; the pairs within each prompt are for the log
-    v = batch.views
-    assert v.groups.tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]] and v.weight.tolist() == [2.0, 3.0]
-    assert v.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert make_batch(data.items, "pairs", ("pairs",), 0).record.shape[0] == 4  # other methods leave the second prompt alone
-    bad = load(tmp_path, [*rows, {**rows[0], "other_prompt": "1+1="}])
-    assert bad.report.dropped == {"other_prompt without a prompt, or equal to it": [3]}
-
-
-def test_every_pass_sees_every_item_once_whatever_the_batches(tmp_path):
-    source = FileItems(load(tmp_path, pairs()).items, "pairs")
-    whole = [i.line for i in source.take(0, 36, seed=3)]
-    assert all(sorted(whole[k : k + 12]) == list(range(1, 13)) for k in (0, 12, 24)) and whole[:12] != whole[12:24]
-    parts = [i.line for start in range(0, 35, 7) for i in source.take(start, 7, seed=3)]
-    assert parts == whole[:35]
-
-
-@pytest.mark.parametrize(
-    ("row", "rows", "message"),
-    [
-        ("dpo", [{"prompt": "1+1=", "completion": "2"}], "the method reads pairs .* add the columns chosen and rejected"),
-        ("mmpo", pairs(), "reads score .* add the columns score_chosen and score_rejected"),
-        ("nca", pairs(), "reads groups .* add the columns score_chosen and score_rejected"),
-        ("tpo", pairs(), "reads gold .* add the column gold"),
-        ("ipo/online", pairs(), "reads q .* add the column q"),
-        ("dro", [{"prompt": "1+1=", "completion": "2"}], "reads score .* add the column score"),
-        ("kto", [{"prompt": "1+1=", "completion": "2"}], "reads label .* add the column label"),
-        ("brain", [{"prompt": "1+1=", "completions": ["2", "3"], "scores": [1, 0]}], "add the column proposal_logps"),
-        ("spo-seq", pairs(), "add the columns stage1_chosen_logps and stage1_rejected_logps"),
-        ("iopo", pairs(), "add the column other_prompt"),
-    ],
-)
-def test_a_missing_column_is_named(tmp_path, row, rows, message):
-    with pytest.raises(ValueError, match=message):
-        check_needs(ROWS[row].value, load(tmp_path, rows))
-
-
-def test_lists_without_a_best_response_are_counted(tmp_path):
-    ranked = [{"prompt": "1+1=", "completions": ["2", "3"], "scores": s} for s in ([1, 0], [1, 1])]
-    data = load(tmp_path, ranked)
-    prepare(ROWS["dpo"].value, data)
-    assert len(data.items) == 1 and data.report.dropped == {"all scores are equal": [2]} and data.report.kept == 1
-    with pytest.raises(ValueError, match="no list has a best and a worst"):
-        prepare(ROWS["dpo"].value, load(tmp_path, ranked[1:]))
-
-
-# -- the loop ------------------------------------------------------------------------------------------------------------------------------
 
 STORED = {f"{a}_{side}_logps" for a in ("old", "proposal", "stage0", "stage1") for side in ("chosen", "rejected", "gold")}
 
@@ -317,14 +187,6 @@ def test_a_moving_anchor_of_adapters_shares_the_base():
         assert (p is q) == (not p.requires_grad) and not (q.requires_grad and p.requires_grad)
 
 
-def parameters(driver):
-    return torch.cat([p.detach().flatten() for p in driver.trained])
-
-
-def anchor(driver):
-    return torch.cat([p.flatten() for p in driver.moved])
-
-
 def test_soft_hard_and_round_wise_anchors(tmp_path):
     data, options = load(tmp_path, pairs()), LORA
     soft = make(method_of("tr-dpo", reference=Sync(0.25, 2)), data, **options)
@@ -363,145 +225,9 @@ def test_settings_that_do_not_go_together():
         Preference(num_envs=0)
 
 
-# -- resume --------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("row", "options"),
-    [("dpo", {}), ("dpo", LORA), ("tr-dpo", LORA), ("sdpo-stepwise", {}), ("apo-accelerated", {}), ("kto", {}), ("sam-po", {}), ("dro", {})],
-    ids=str,
-)
-@pytest.mark.check("resume")
-def test_n_plus_n_steps_are_2n_to_the_bit(tmp_path, row, options):
-    changes = {"num_env_steps": 24, "num_envs": 4} | ({"reference": Sync(0.5, 1)} if row == "tr-dpo" else {})
-    columns = {"score_chosen": 1, "score_rejected": 0} if row == "dro" else {}
-
-    def fresh():
-        torch.manual_seed(0)  # adapters begin at random
-        return make(method_of(row, **changes), load(tmp_path, pairs(**columns)), seed=5, **options)
-
-    whole, half = fresh(), fresh()
-    stats = [whole.step() for _ in range(6)]
-    for _ in range(3):
-        half.step()
-    tensors, meta = half.state()
-    tensors, meta = {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(meta))
-    resumed = fresh()
-    resumed.load_state(tensors, meta)
-    resumed.boundary()
-    assert [resumed.step() for _ in range(3)] == stats[3:]
-    assert whole.finished and resumed.finished
-    one, two = whole.state(), resumed.state()
-    assert one[1] == two[1] and one[0].keys() == two[0].keys()
-    assert [k for k in one[0] if not torch.equal(one[0][k], two[0][k])] == []
-
-
 def test_settings_survive_json():
     for row in ROWS.values():
         assert from_json(Method, json.loads(json.dumps(to_json(row.value)))) == row.value
-
-
-# -- rounds of samples ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_win_rates():
-    # s(2) = 0.880797 against each of the two others; each 1 has (1 - 0.880797 + 0.5) / 2 = 0.309601.
-    assert win_rates(torch.tensor([[3.0, 1.0, 1.0]])).tolist() == [pytest.approx([0.880797, 0.309601, 0.309601], abs=1e-6)]
-
-
-def noisy(prompts, completions, **columns):
-    """Prefers answers that begin with a small digit, so that samples of a trained model still differ."""
-    return [float(9 - int(c[0])) if c[:1].isdigit() else -5.0 for c in completions]
-
-
-def sampled(row, **changes):
-    method = method_of(row, **{"num_envs": 4, "num_env_steps": 12, **changes})
-    task = arithmetic()
-    task.rewards, task.solved = [noisy], None
-    agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
-    return PreferenceDriver(method, agent, JudgedSamples(task, method), seed=0)
-
-
-SAMPLED = ["ipo/online", "rebel", "irepo", "sppo", "sppo/hard", "inpo", "nash-mp", "brain", "ipo/ipo-md", "ipo/nash-md", "vpo/online"]
-
-
-@pytest.mark.parametrize("row", SAMPLED)
-def test_rounds_of_judged_samples(row):
-    driver = sampled(row)
-    stats = driver.step()
-    assert stats["num_env_steps"] == 4.0 and "return" in stats and all(v == v for v in stats.values())
-    assert stats["loss"] == stats["loss"]
-
-
-def test_pairs_of_a_round_are_best_and_worst_with_the_samplers_log_probs():
-    driver = sampled("rebel")
-    items, found = driver.source.draw(driver.agent, None, 0, 8, 0, torch.Generator().manual_seed(0))
-    assert items and 0.0 <= found["tied"] < 1.0
-    batch = make_batch(items, "pairs", driver.method.needs, 0)
-    text = [driver.agent.tokenizer.decode(r) for i in items for r in i.responses]
-    assert torch.tensor(noisy(None, text)).tolist() == [s for i in items for s in i.score]
-    assert all(i.score[0] > i.score[1] and i.values["q"] == pytest.approx(1 / (1 + 2.718281828 ** (i.score[1] - i.score[0]))) for i in items)
-    logp = driver.agent.evaluate(batch.record, ["logp"]).logp
-    assert torch.allclose(logp, batch.logps["old"], atol=1e-5)
-
-
-def test_rounds_resume_to_the_bit():
-    whole, half, resumed = (sampled("rebel") for _ in range(3))
-    stats = [whole.step() for _ in range(3)]
-    half.step()
-    tensors, meta = half.state()
-    resumed.load_state({k: v.clone() for k, v in tensors.items()}, meta)
-    assert [resumed.step() for _ in range(2)] == stats[1:]
-
-
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_a_mixture_samples_the_normalised_product(options):
-    agent = LanguageAgent.from_name("arithmetic", temperature=2.0, **options)
-    reference = agent.reference()
-    with torch.no_grad():
-        for i, p in enumerate(agent.parameters("policy")):
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    starts = arithmetic().starts(8, torch.Generator().manual_seed(0), group_size=2)
-
-    def generated(who):
-        return who.generate(starts, torch.Generator().manual_seed(1))
-
-    for mix, same in ((0.0, agent), (1.0, reference)):
-        assert torch.equal(generated(mixture(agent, reference, mix)).action, generated(same).action)
-    rollout = generated(mixture(agent, reference, 0.3))
-    p, q = (who.evaluate(rollout, ["dist"]).dist.logits.detach() for who in (agent, reference))
-    logp = torch.log_softmax(0.7 * p + 0.3 * q, -1).gather(-1, rollout.action[..., None])[..., 0]
-    assert torch.allclose(logp * rollout.valid, rollout.logp_old, atol=1e-4)
-
-
-def test_a_duel_is_won_by_the_policys_own_response():
-    driver = sampled("ipo/nash-md")
-    items, found = driver.source.draw(driver.agent, driver.reference, 0, 6, 0, torch.Generator().manual_seed(0))
-    assert len(items) == 6 and all(len(i.responses) == len(i.score) == 1 and 0.0 < i.score[0] < 1.0 for i in items)
-    assert found["win_rate"] == pytest.approx(sum(i.score[0] for i in items) / 6)
-
-
-def test_own_samples_stand_beside_the_pairs_of_a_file(tmp_path):
-    data, method = load(tmp_path, pairs()), method_of("spac")
-    prepare(method, data)
-    agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
-    driver = PreferenceDriver(method, agent, OwnSamples(data.items, "pairs"), 0)
-    items, _ = driver.source.draw(agent, None, 0, 4, 0, torch.Generator().manual_seed(0))
-    assert all(len(i.responses) == 3 and len(i.logps["old"]) == 3 for i in items) and all(len(i.responses) == 2 for i in data.items)
-    batch = make_batch(items, "pairs", method.needs, 0)
-    assert batch.views.gold.tolist() == [2, 5, 8, 11]
-    assert torch.allclose(agent.evaluate(batch.record, ["logp"]).logp, batch.logps["old"], atol=1e-5)
-    # All log-ratios are 0 at the start: coef log 2 = 10 log 2, the terms vanish.
-    assert driver.step()["loss"] == pytest.approx(6.93147, abs=1e-3)
-
-
-def test_rounds_alone_have_no_pairs_of_a_file():
-    for row in ("dpo", "spac"):
-        with pytest.raises(ValueError, match="learns from pairs of a file"):
-            JudgedSamples(arithmetic(), ROWS[row].value)
-    with pytest.raises(ValueError, match="say how many items"):
-        method = Preference(sampler=FromPolicy(2))
-        PreferenceDriver(method, LanguageAgent.from_name("arithmetic"), JudgedSamples(arithmetic(), method))
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.interface import Agent
 from markovia.agents.reward_model import RewardModel, reward_of_run
 from markovia.algos.preference.pairwise import logistic
-from markovia.algos.preference.reward_model import REWARD_MODEL, RewardModelDriver, RewardTraining, bradley_terry, judge_items, pairs_of
+from markovia.algos.preference.reward_model import RewardModelDriver, RewardTraining, bradley_terry, judge_items, pairs_of
 from markovia.algos.preference.sources import FileItems
 from markovia.algos.presets import override
-from markovia.algos.systems import find
 from markovia.cli import run
 from markovia.envs.text.preferences import Item
 from markovia.envs.text.rewards import call_rewards, resolve
@@ -79,11 +78,6 @@ def weights_after(driver: RewardModelDriver, steps: int = 3) -> Tensor:
 
 
 # -- 1: by hand --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_row_is_whole() -> None:
-    row = REWARD_MODEL["reward-model"]
-    assert find("reward-model") is row and row.claim == row.id and row.paper in bradley_terry.__doc__  # type: ignore[operator]
 
 
 @pytest.mark.check("value", "reward-model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import numpy as np
@@ -10,17 +9,7 @@ import pytest
 import torch
 
 from markovia.algos.on_policy.rewards import calibrated, combine
-from markovia.algos.on_policy.tilting import TILTING, aligned_for_best_of_n, evidence_bound, exponent_of_kl, tilt_kl, win_rate, win_rate_variation
-from markovia.algos.systems import find
-
-
-@pytest.mark.parametrize("row_id", TILTING)
-def test_row_is_whole(row_id: str) -> None:
-    row = find(row_id)
-    assert row.claim == row_id and row.not_checked
-    for where in row.functions:
-        module, _, name = where.partition(":")
-        assert row.paper in getattr(importlib.import_module(module), name).__doc__ or "KL(" in getattr(importlib.import_module(module), name).__doc__
+from markovia.algos.on_policy.tilting import aligned_for_best_of_n, evidence_bound, exponent_of_kl, tilt_kl, win_rate, win_rate_variation
 
 
 @pytest.mark.check("value", "rl-kl-bayes")

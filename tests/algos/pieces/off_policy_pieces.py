@@ -1,0 +1,83 @@
+"""What the test files of the off-policy table share: small rows, and networks in float64 of which no two are alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from markovia.agents.control import ControlAgent
+from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.methods import OFF_POLICY
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.update import Update
+from markovia.algos.presets import override
+
+torch.set_num_threads(1)
+F64 = torch.float64
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+BOX = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 4.0], np.float32))
+TINY: dict[str, Any] = {"policy": {"hidden": [8], "activation": "tanh"}, "critic": {"hidden": [8, 8], "activation": "tanh"}}
+SHORT: dict[str, Any] = {**TINY, "learning_starts": 6, "num_steps": 15, "num_env_steps": 60, "batch_size": 8}
+
+
+def tiny(method_id: str, **changes: Any) -> OffPolicy:
+    """A row with small smooth networks."""
+    method = override(OFF_POLICY[method_id].value, TINY)
+    if method.value is not None:
+        method = override(method, {"value": {"hidden": [8], "activation": "tanh"}})
+    return dataclasses.replace(method, **changes)
+
+
+def make_agent(method: OffPolicy, seed: int = 0) -> ControlAgent:
+    torch.manual_seed(seed)
+    agent = ControlAgent.from_spaces(OBS, BOX, critic=False, normalize_obs=False, **method.policy.agent_options())
+    agent.net.double()
+    shake(agent.net)
+    return agent
+
+
+def shake(net: torch.nn.Module, size: float = 0.3, seed: int = 4) -> None:
+    """Move every parameter by a normal of standard deviation `size`."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
+
+
+def made(method: OffPolicy, compile: bool = False) -> Update:
+    """Networks in float64, no two of them alike, so that a mix-up of target, old and current ones is seen."""
+    nets = ActorCritic(method, make_agent(method), 0)
+    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), *([] if nets.value is None else [nets.value])]):
+        shake(net, 0.2, seed=10 + i)
+    return Update(nets, compile)
+
+
+def minibatch(n: int = 6, seed: int = 0) -> tuple[Batch, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
+    ends = torch.arange(n) % 3 == 0
+    batch = Batch(normal(n, 3), normal(n, 2).tanh(), normal(n), normal(n, 3), 1.0 - ends.to(F64), torch.arange(n) % 3 == 1)
+    return batch, normal(3, n, 2)
+
+
+def everything(update: Update) -> torch.Tensor:
+    """All numbers that an update moves, targets included."""
+    return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
+
+
+def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.tanh() if i < len(layers) - 1 else x
+    return x
+
+
+def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
+    net = agent.net["policy"]
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    return linear_layers(obs, [(m.weight.T, m.bias) for m in layers])

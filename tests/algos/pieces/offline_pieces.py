@@ -1,0 +1,207 @@
+"""What the test files of the offline table share: small rows, networks in float64, and their outputs written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from markovia.algos.off_policy.actor_critic import ActorCritic
+from markovia.algos.off_policy.method import OffPolicy
+from markovia.algos.off_policy.replay import Batch
+from markovia.algos.off_policy.slots import Behaviour, Conservative
+from markovia.algos.off_policy.update import Update
+from markovia.algos.offline.method import Offline
+from markovia.algos.offline.methods import OFFLINE
+from markovia.algos.offline.setup import make_agent
+from markovia.algos.presets import override
+from markovia.algos.systems import find
+
+torch.set_num_threads(1)
+F64 = torch.float64
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
+POINT = "markovia/PointMass2D-v0"
+DATASET = "fixture:pointmass2d/blend"
+ACTIVE = [m for m, row in OFFLINE.items() if row.value.critic is not None]
+
+
+def tiny(method_id: str, **changes: Any) -> Offline:
+    """A row with small smooth networks."""
+    method = override(OFFLINE[method_id].value, {"policy": {"hidden": [8], "activation": "tanh"}})
+    if method_id.startswith("cfpi"):
+        method = override(method, {"critic": {"hidden": [8, 8], "activation": "tanh", "quantiles": 2, "embedding": 3}})
+        return dataclasses.replace(override(method, {"policy": {"num": min(method.policy.num, 2)}}), **changes)
+    for slot in ("critic", "value", "behaviour"):
+        if getattr(method, slot) is not None:
+            method = override(method, {slot: {"hidden": [8], "activation": "tanh"}})
+    if isinstance(method.regulariser, Conservative):
+        method = override(method, {"regulariser": {"num": 2}})
+    if isinstance(method.behaviour, Behaviour):
+        method = override(method, {"behaviour": {"steps": 6}})
+    if method_id.startswith("edac"):
+        method = override(method, {"critic": {"num": 3}})
+    return dataclasses.replace(method, **changes)
+
+
+def shake(net: torch.nn.Module, seed: int, size: float = 0.3) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
+
+
+def made(method: OffPolicy, compile: bool = False) -> Update:
+    """Networks in float64, no two of them alike."""
+    torch.manual_seed(0)
+    agent = make_agent(method, OBS, BOX, normalize_obs=False)
+    agent.net.double()
+    shake(agent.net, 4)
+    nets = ActorCritic(method, agent, 0)
+    for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), nets.value, nets.evaluation, nets.behaviour]):
+        if net is not None:
+            shake(net, 10 + i)
+    return Update(nets, compile)
+
+
+def minibatch(n: int = 6, seed: int = 0, noises: int = 9) -> tuple[Batch, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=g, dtype=F64)  # noqa: E731
+    extra = {"next_action": normal(n, 2).tanh(), "ret": normal(n)}
+    continuation = (torch.arange(n) % 3 > 0).to(F64)
+    batch = Batch(normal(n, 3), normal(n, 2).tanh(), normal(n), normal(n, 3), continuation, torch.zeros(n, dtype=torch.bool), extra)
+    return batch, normal(noises, n, 2)
+
+
+def everything(update: Update) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
+
+
+LAM = 0.2
+
+
+def one(*x: float) -> torch.Tensor:
+    return torch.tensor(x, dtype=F64)
+
+
+def forward(layers: list[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.tanh() if i < len(layers) - 1 else x
+    return x
+
+
+def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """Each member by itself; layer norm as written in the paper where the critics have it."""
+    out = []
+    for j in range(critic.num):
+        x = torch.cat([obs, action], 1)
+        for layer in critic.hidden:
+            x = x @ layer.weight[j] + layer.bias[j, 0]
+            if layer.scale is not None:
+                x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+                x = x * layer.scale[j, 0] + layer.shift[j, 0]
+            x = x.tanh()
+        out.append((x @ critic.head.weight[j] + critic.head.bias[j, 0])[:, 0])
+    return out
+
+
+def net_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
+    return forward([(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)], obs)
+
+
+def quantiles_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor, tau: torch.Tensor) -> list[torch.Tensor]:
+    """Each member and level by itself, (k, b)."""
+    out = []
+    for j in range(critic.num):
+        dense = lambda x, layer, j=j: x @ layer.weight[j] + layer.bias[j, 0]  # noqa: E731
+        x = dense(torch.cat([obs, action], 1), critic.hidden[0]).tanh()
+        rows = []
+        for level in tau:
+            cosines = torch.stack([torch.cos(math.pi * i * level) for i in range(critic.embedding)], 1)
+            rows.append(dense(dense(x * dense(cosines, critic.levels).tanh(), critic.merge).tanh(), critic.head)[:, 0])
+        out.append(torch.stack(rows))
+    return out
+
+
+def quantile_loss_by_hand(nets: ActorCritic, batch: Batch, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Huber's loss of every pair of a predicted and a target quantile, weighted by tau or 1 - tau."""
+    tau, total = torch.distributions.Normal(0.0, 1.0).cdf(noise[5:7, :, 0]), torch.zeros((), dtype=F64)
+    for z in quantiles_by_hand(nets.critic, batch.obs, batch.action, tau):
+        for i in range(2):
+            for target in y:
+                weight = torch.where(target < z[i], 1 - tau[i], tau[i])
+                total = total + (weight * torch.nn.functional.huber_loss(z[i], target, reduction="none")).mean() / 2
+    return total
+
+
+def mixture_by_hand(nets: ActorCritic, batch: Batch) -> torch.Tensor:
+    """-log of the mixture's density of atanh(a), over the slope 1 - a^2, from torch's own mixture."""
+    m, params = nets.agent.modes, policy_by_hand(nets.agent, batch.obs)  # type: ignore[attr-defined]
+    logits, mean, log_std = params[:, :m], params[:, m : 3 * m].reshape(-1, m, 2), params[:, 3 * m :].reshape(-1, m, 2)
+    parts = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=logits), parts).log_prob(torch.atanh(batch.action))
+    return -(density - torch.log(1 - batch.action**2).sum(1)).mean()
+
+
+def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
+    return net_by_hand(agent.net["policy"], obs)
+
+
+def squashed_by_hand(agent: Any, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """tanh(mean + std noise) and its log density: the normal's over the slope 1 - a^2."""
+    mean, log_std = policy_by_hand(agent, obs).split(2, -1)
+    action = (mean + log_std.exp() * noise).tanh()
+    return action, (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - action**2)).sum(-1)
+
+
+def support_by_hand(vae: Any, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The bound from a likelihood and a divergence of torch.distributions: U = (beta / 2d)(-ELBO - d (log sigma + 0.5 log 2 pi))."""
+    mean, log_std = net_by_hand(vae.encode, torch.cat([obs, action], 1)).chunk(2, 1)
+    posterior = torch.distributions.Normal(mean, log_std.clamp(-4, 15).exp())
+    z = mean + log_std.clamp(-4, 15).exp() * torch.cat([noise[0], noise[1]], 1)
+    sigma = (0.5 / 4) ** 0.5
+    likelihood = torch.distributions.Normal(net_by_hand(vae.decode, torch.cat([obs, z], 1)).tanh(), sigma).log_prob(action).sum(1)
+    elbo = likelihood - torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    return 0.5 / 4 * (-elbo - 2 * (math.log(sigma) + 0.5 * math.log(2 * math.pi)))
+
+
+def decoded_by_hand(vae: Any, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    mean, log_std = net_by_hand(vae.encode, torch.cat([obs, action], 1)).chunk(2, 1)
+    z = mean + log_std.exp() * torch.cat([noise[0], noise[1]], 1)
+    return net_by_hand(vae.decode, torch.cat([obs, z], 1)).tanh()
+
+
+def guided_by_hand(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """Row by row: which action guides, and whether it does."""
+    action, v = policy_by_hand(nets.agent, batch.obs).tanh(), net_by_hand(nets.value, batch.obs)[:, 0]
+    decoded = decoded_by_hand(nets.behaviour, batch.obs, action, noise[-2:])
+    own, logged, here = (q_by_hand(nets.critic, batch.obs, a)[0] for a in (decoded, batch.action, action))
+    total = torch.zeros((), dtype=F64)
+    for i in range(len(v)):
+        guide = decoded[i] if own[i] >= logged[i] else batch.action[i]
+        if own[i] >= v[i] or logged[i] > v[i]:
+            total = total + 0.5 * ((action[i] - guide) ** 2).mean() / len(v)
+    return total - 2.5 * here.mean() / here.abs().mean()
+
+
+def loss_and_gradient(nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> list[torch.Tensor]:
+    loss = nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0]
+    return [loss.detach(), *torch.autograd.grad(loss, list(nets.policy.parameters()))]
+
+
+def critic_losses(method: Offline, batch: Batch, noise: torch.Tensor) -> list[torch.Tensor]:
+    nets = made(method).nets
+    y = nets.goal(batch, noise[0], LAM)
+    loss = nets.critic_loss(batch, y, noise[3:])[0]
+    return [y, loss.detach(), *torch.autograd.grad(loss, list(nets.critic.parameters())), *loss_and_gradient(nets, batch, noise)]
+
+
+def as_sac(method: Offline, **changes: Any) -> OffPolicy:
+    """SAC's row with this one's networks."""
+    sac = dataclasses.replace(find("sac").value, policy=method.policy, critic=method.critic)
+    return override(sac, changes)
