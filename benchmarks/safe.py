@@ -18,7 +18,7 @@ from grid import Cell, arguments, folder, measure, train_cell  # type: ignore[im
 RESULTS = Path(__file__).parent / "results" / "safe.json"
 PUBLISHED = Path(__file__).parent / "published_safe.json"
 TASKS = ["markovia/SafeHalfCheetahVelocity-v0", "markovia/SafeHopperVelocity-v0", "markovia/SafePointGoal-v0"]
-METHODS = ["ppo", "ppo-lag", "ppo-lag/pid", "cpo", "trpo-lag", "cat", "reload/ppo", "cal"]
+METHODS = ["ppo", "ppo-lag", "ppo-lag/pid", "cpo", "trpo-lag", "cat", "reload/ppo", "cal", "acs/ppo"]
 FIRST = METHODS[:4]  # what is compared at 1M steps on the first task
 LIMIT = 25.0
 # Return of running at the speed limit for a whole episode: 1000 (v_max + bonus for staying up), with nothing paid for control.
