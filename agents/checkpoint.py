@@ -235,6 +235,7 @@ def _most_layers(config: Any) -> int:
     if not isinstance(config, dict):
         return max(map(_most_layers, config), default=0) if isinstance(config, list) else 0
     own = [v for k, v in config.items() if isinstance(v, int) and ("layer" in k or "depth" in k)]
+    own += [len(v) for k, v in config.items() if isinstance(v, list) and ("hidden" in k or "channels" in k)]
     return max([*own, *map(_most_layers, config.values())], default=0)
 
 

@@ -1,6 +1,7 @@
 """Files of every format that is read, changed in ways that hypothesis chooses: only errors that teach may come, no crash, and no code may run.
 
     python tests/trust/fuzz.py --minutes 10 --format checkpoint config jsonl hdf5 minari
+    python tests/trust/fuzz.py --examples jsonl=100
     python tests/trust/fuzz.py --replay tests/trust/corpus/<name>
 
 Inputs that failed are kept in tests/trust/corpus (test_fuzz.py reads them all again); each batch runs in a process of its own with 3 GB of memory to
@@ -110,7 +111,7 @@ def brief(error: BaseException) -> str:
     return "".join([f"{type(error).__name__}: {error!s:.400}", *(f"\n    {Path(f.filename).name}:{f.lineno} {f.line}" for f in frames)])
 
 
-def apart(name: str, number: int, folder: Path) -> tuple[int, str | None]:
+def apart(name: str, number: int, folder: Path, examples: int = BATCH) -> tuple[int, str | None]:
     """(inputs tried, what went wrong) of a batch in a process of its own."""
     read, write = os.pipe()
     child = os.fork()
@@ -120,7 +121,7 @@ def apart(name: str, number: int, folder: Path) -> tuple[int, str | None]:
         resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, used + SPARE))
         watch()
         try:
-            told: tuple[int, str | None] = batch(name, number, folder), None
+            told: tuple[int, str | None] = batch(name, number, folder, examples), None
         except BaseException as error:
             told = 0, brief(error)
         with os.fdopen(write, "w") as out:
@@ -152,12 +153,23 @@ def long_run(name: str, minutes: float, first: int) -> dict[str, Any]:
     return {"format": name, "minutes": round(minutes, 2), "inputs": tried, "failures": sorted(set(failures))}
 
 
+def few(counts: dict[str, str], number: int) -> int:
+    """So many inputs of each format; 1 when one of them failed."""
+    with tempfile.TemporaryDirectory() as place:
+        for name in counts:
+            checked(name, FORMATS[name].good(), Path(place) / "input")
+        wrong = {name: apart(name, number, Path(place), int(count))[1] for name, count in counts.items()}
+    print(*(f"{name}: {why}" for name, why in wrong.items() if why is not None), sep="\n")
+    return int(any(why is not None for why in wrong.values()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=10.0, help="per format")
     parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, help="JSON file for what was tried and found; one entry per format")
+    parser.add_argument("--examples", nargs="+", help="FORMAT=COUNT: so many inputs of each instead of minutes; nothing is kept")
     parser.add_argument("--replay", type=Path, help="read one input of the corpus again")
     args = parser.parse_args()
     if args.replay is not None:
@@ -165,6 +177,8 @@ def main() -> int:
             checked(args.replay.name.partition("-")[0], files_of(args.replay), Path(place) / "input")
         print("an error that teaches, or none")
         return 0
+    if args.examples is not None:
+        return few(dict(e.split("=") for e in args.examples), args.seed)
     found = json.loads(args.out.read_text()) if args.out is not None and args.out.is_file() else {}
     for name in args.format:
         found[name] = long_run(name, args.minutes, args.seed)

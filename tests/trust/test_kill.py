@@ -1,4 +1,4 @@
-"""Runs that are killed while they train and while they write (benchmarks/kill.py does it 50 times), full disks, folders that refuse, clocks that go back."""
+"""Kills while training and while writing (benchmarks/kill.py has 50 of each), full disks, folders that refuse, clocks that go back."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ def test_a_disk_that_refuses_from_some_write_on_costs_nothing(number: int, after
 
 def test_folders_that_are_none_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="is a file.*--out"):
+    with pytest.raises(RunError, match=r"is a file.*--out"):
         run(tmp_path / "file")
-    with pytest.raises(RunError, match="could not make the run folder.*--out"):
+    with pytest.raises(RunError, match=r"could not make the run folder.*--out"):
         run(tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
     run(tmp_path / "run")
