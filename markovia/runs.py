@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markovia.asked import Asked
 from markovia.config_check import check_config
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
-from markovia.provenance import commit, versions
 from markovia.report import sinks, tracker
 from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, sweep, write_json, write_text
-from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
+from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments
 from markovia.summary import summary
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from markovia.algos.setup import Setup
     from markovia.algos.systems import Method
 
-SCHEMA = 1
 # What may differ between the run that was stopped and the one that goes on.
 _NOT_COMPARED = ("versions", "commit", "python")
 
@@ -125,11 +123,8 @@ def train(
     together         called with the loop of iterations in the place of running it; returns why it ended (several seeds at once: markovia.seeds)
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
     """
-    import torch
-
-    from markovia.algos.distributed import launched, shared_driver
+    from markovia.algos.distributed import launched
     from markovia.algos.memory import before_run
-    from markovia.algos.setup import build, make_driver, num_threads, worth_compiling
 
     if env is not None:
         env_spec(env)
@@ -144,88 +139,79 @@ def train(
         if value < least:
             raise ValueError(f"{flag} must be >= {least}, got {value}")
     workers, device = launched(device, shard)
-    writes = workers is None or workers.rank == 0  # of several processes the first one keeps the run folder
     _check_device(device)
-    logged = None if dataset is None else str(dataset)
-    run = Path(out) if out is not None else default_folder(name, logged or env or Path(data or "data").name.partition(".")[0], seed)
-    config: dict[str, Any] = {
-        "schema": SCHEMA,
-        "method": name,
-        "settings": to_json(settings),
-        "env": env,
-        **({} if file is None else {"data": file}),
-        **({} if logged is None else {"dataset": logged}),
-        **({"read": read} if read else {}),
-        **({"references": dict(references)} if references else {}),
-        **({} if texts is None else {"texts": {str(texts): content_hash(texts)}}),
-        "env_kwargs": to_json(env_kwargs),
-        "agent_options": to_json(options),
-        "vectorization": vectorization,
-        "seed": seed,
-        "device": device if workers is None else torch.device(device).type,
-        "num_checkpoints": num_checkpoints,
-        "eval_episodes": eval_episodes,
-        "compile": compile,
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    if writes:
+    asked = Asked(
+        name=name, settings=settings, env=env, env_kwargs=env_kwargs, agent_options=options, file=file, judge=judge, read=read,
+        dataset=None if dataset is None else str(dataset), references=references, texts=None if texts is None else str(texts),
+        vectorization=vectorization, seed=seed, device=device, shard=shard, workers=workers, num_checkpoints=num_checkpoints,
+        eval_episodes=eval_episodes, compile=compile,
+    )  # fmt: skip
+    run = Path(out) if out is not None else default_folder(name, asked.dataset or env or Path(data or "data").name.partition(".")[0], seed)
+    config = asked.config()
+    if asked.writes:
         _check_folder(run, config, resume)
     if track:
         tracker(track)
-    try:
-        judged = None if file is None else {**file, "judge": judge}
-        beside: dict[str, Any] = {"references": references, "texts": None if texts is None else str(texts)}
-        kwargs: dict[str, Any] = {"env_kwargs": env_kwargs, "agent_options": options, "vectorization": vectorization}
-        at_first = "cpu" if shard else device  # a model that is cut goes to its device in parts
-        setup = build(env, settings, seed, **kwargs, device=at_first, data=judged, dataset=logged, **beside)
-    except TypeError as e:
-        if "unexpected keyword argument" not in str(e):
-            raise
-        given = f"env_kwargs {sorted(env_kwargs)}, agent_options {sorted(options)}"
-        raise ValueError(f"{env} or its agent does not know one of the arguments that were given ({given}): {e}") from e
+    setup = asked.build()
     if prepare is not None:
         prepare(setup)
-    needed = before_run(settings, setup, 1 if workers is None else workers.size, shard, over_memory)
-    if needed and progress and writes:
+    told = progress and asked.writes
+    needed = before_run(settings, setup, asked.num_processes, shard, over_memory)
+    if needed and told:
         print(needed)
-    if workers is None:
-        driver = make_driver(settings, setup, seed, worth_compiling(settings, setup) if compile is None else compile)
-    else:
-        driver = shared_driver(settings, setup.agent, setup.collector, seed, workers, setup.references, setup.texts, device)
+    driver = asked.driver(setup)
+    metrics = _begin(run, config, setup, driver, asked.writes, told)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
-
-    # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
-    if load_checkpoint(run, driver):
-        driver.boundary()
-    metrics = Metrics(run)
-    if writes:
-        _open_folder(run, config)
-        if setup.note:
-            write_text(run / "data.txt", setup.note + "\n")
-            if progress:
-                print(setup.note)
-        for filename, content in setup.files.items():
-            write_text(run / filename, content)
-        metrics.cut(driver.iteration)
     # A reset before the time limit would cut every episode: none would end, and no return would be seen.
     places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
     loop = Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
     loop.workers = workers
-    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if writes else []
+    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if asked.writes else []
+    why = _learn(loop, together)
+    evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
+    done = _conclude(loop, why, evaluation, eval_checkpoints) if asked.writes else {}
+    return RunResult(run, setup.agent, done)
+
+
+def _begin(run: Path, config: dict[str, Any], setup: Setup, driver: Any, writes: bool, told: bool) -> Metrics:
+    """Put the newest checkpoint into the driver, and lay the folder out for what comes; the metrics that count so far."""
+    # Before anything is swept: a folder whose checkpoint can't be read stays as it is.
+    if load_checkpoint(run, driver):
+        driver.boundary()
+    metrics = Metrics(run)
+    if not writes:
+        return metrics
+    _open_folder(run, config)
+    if setup.note:
+        write_text(run / "data.txt", setup.note + "\n")
+        if told:
+            print(setup.note)
+    for filename, content in setup.files.items():
+        write_text(run / filename, content)
+    metrics.cut(driver.iteration)
+    return metrics
+
+
+def _learn(loop: Loop, together: Callable[[Any], str] | None) -> str:
+    """Run the loop to its end, on as many threads as its optimiser steps are worth; why it ended."""
+    import torch
+
+    from markovia.algos.setup import num_threads
+
     usual = torch.get_num_threads()
     try:
-        torch.set_num_threads(num_threads(driver.method, setup, usual))
-        why = loop.run_to_end() if together is None else together(loop)
+        torch.set_num_threads(num_threads(loop.driver.method, loop.setup, usual))
+        return loop.run_to_end() if together is None else together(loop)
     finally:
         torch.set_num_threads(usual)
         for sink in loop.sinks:
             sink.close()
-        setup.collector.close()
-    evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
-    if not writes:
-        return RunResult(run, setup.agent, {})
+        loop.setup.collector.close()
+
+
+def _conclude(loop: Loop, why: str, evaluation: dict[str, Any] | None, best: bool) -> dict[str, Any]:
+    """Write done.json; with `best` also the best of the evaluations at checkpoints."""
+    driver = loop.driver
     done = {
         "ended": why,
         "iteration": driver.iteration,
@@ -234,11 +220,11 @@ def train(
         "compile_seconds": round(driver.compile_seconds, 3),
         "evaluation": None if evaluation is None else summary(evaluation),
     }
-    if eval_checkpoints and eval_episodes:
-        scores = [row["eval_return"] for row in metrics.read() if row.get("eval_return") is not None]
+    if best and evaluation is not None:
+        scores = [row["eval_return"] for row in loop.metrics.read() if row.get("eval_return") is not None]
         done["best_eval_return"] = max(scores) if scores else None
-    write_json(run / "done.json", done)
-    return RunResult(run, setup.agent, done)
+    write_json(loop.run / "done.json", done)
+    return done
 
 
 def _check_device(device: str) -> None:
