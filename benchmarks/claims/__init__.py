@@ -133,7 +133,7 @@ CLAIMS: dict[str, Claim] = {
     "stepmix": Claim(_SAFE + "stepmix_floor"),
     "reload/ppo": Claim(_SAFE_LEARNING + "reload_grid", "slow"),
     "c-morl/ppo": Claim(_SAFE_LEARNING + "learnt_front"),
-    "acs/ppo": Claim(_SAFE_LEARNING + "acs_pendulum", "slow"),
+    "acs/ppo": Claim(_SAFE_LEARNING + "acs_ledge"),
     "cal": Claim(_SAFE_LEARNING + "cal_exact"),
     "cal@pendulum": Claim(_SAFE_LEARNING + "cal_pendulum", "slow"),
     "stepmix@baseline": Claim(_SAFE_LEARNING + "stepmix_baseline"),

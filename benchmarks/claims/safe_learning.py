@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from markovia.algos.off_policy.costs import upper_cost
 from markovia.algos.presets import configure, override
@@ -99,11 +101,11 @@ def _sampled_grid(method_id: str, optimistic: bool, iterations: int, seed: int) 
 
 
 def reload_grid(iterations: int = 250, seed: int = 0) -> dict[str, Any]:
-    """Sampled optimistic steps on the grid, limit 0.5 on the discounted cost, the multiplier's step 0.1: over the last 60 iterations the cost is
+    """Sampled optimistic steps on the grid, limit 0.5 on the discounted cost, the multiplier's step 0.1: over the last quarter of the iterations the cost is
     nearer to the limit (mean |cost - limit|) than with the same steps of policy and multiplier that are not optimistic. Measured is the distance,
     the bound the other's."""
     (ours, value), (plain, plain_value) = (_sampled_grid("reload/ppo", optimistic, iterations, seed) for optimistic in (True, False))
-    near, far = (float(np.abs(c[-60:] - 0.5).mean()) for c in (ours, plain))
+    near, far = (float(np.abs(c[-(iterations // 4) :] - 0.5).mean()) for c in (ours, plain))
     optimum = cmdp_grid().solve().value
     return {"measured": near, "bound": far, "holds": near < far, "returns": [value, plain_value], "optimum": optimum}
 
@@ -121,34 +123,55 @@ def stepmix_baseline(runs: int = 100) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _guarded(shielded: bool, seed: int, limit: float, steps: int) -> tuple[float, float, float]:
-    """Share of iterations whose mean cost is above the limit, mean cost and return over the second half of training on the pendulum."""
-    env = "markovia/SafePendulum-v0"
+class Ledge(gym.Env):
+    """A walk of 12 steps towards a ledge: x <- x + 0.25 a + 0.05 noise from 0, reward a, cost 1 for every step beyond x = 1."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.x = 0.0
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.x += 0.25 * float(action[0]) + 0.05 * float(self.np_random.normal())
+        return np.array([self.x], np.float32), float(action[0]), False, False, {"cost": float(self.x > 1.0)}
+
+
+LEDGE: dict[str, Any] = {"id": "markovia-claims/Ledge-v0", "entry_point": "markovia.claims.safe_learning:Ledge", "max_episode_steps": 12}
+
+
+def _guarded(shielded: bool, seed: int, steps: int) -> tuple[float, float]:
+    """Mean cost of an episode (steps beyond the ledge) and mean return, over the second half of training."""
+    if LEDGE["id"] not in gym.registry:
+        gym.register(**LEDGE)
     method = override(
-        configure("acs/ppo", env),
+        configure("acs/ppo", LEDGE["id"]),
         {
-            "num_env_steps": steps, "num_envs": 4, "num_steps": 1000, "advantage": {"gamma": 0.95}, "solver": {"minibatch": 250, "lr": 1e-3},
-            "constraint": {"cost_limit": [limit], "shield": {"epsilon_first": 1.3}},
+            "num_env_steps": steps, "num_envs": 16, "num_steps": 60, "solver": {"minibatch": 240, "lr": 1e-3, "epochs": 5},
+            "constraint": {"cost_limit": [0.0], "shield": {"epsilon": 0.1, "epsilon_first": 1.3, "epsilon_fall": 0.1, "hidden": [32]}},
         },
     )  # fmt: skip
     if not shielded:
         method = replace(method, constraint=replace(method.constraint, shield=None))
-    setup = build(env, method, seed)
-    driver, seen = make_driver(method, setup, seed), []
+    setup = build(LEDGE["id"], method, seed)
+    driver, costs, returns = make_driver(method, setup, seed), [], []
     while not driver.finished:
         stats = driver.step()
-        seen.append((stats["cost"] > limit, stats["cost"], stats["return"]))
-    late = np.array(seen[len(seen) // 2 :], dtype=float).mean(0)
-    return float(late[0]), float(late[1]), float(late[2])
+        costs.append(stats["cost"])
+        returns.append(stats["return"])
+    half = len(costs) // 2
+    return float(np.mean(costs[half:])), float(np.mean(returns[half:]))
 
 
-def acs_pendulum(limit: float = 25.0, seeds: int = 2, steps: int = 80_000) -> dict[str, Any]:
-    """The pendulum with a limit of 25 steps an episode above 2 rad/s, 80,000 steps of PPO on reward less 0.1 cost: over the second half the mean cost
-    of training episodes behind the learnt shield is lower than without it. Measured is the cost behind the shield, the bound the other's."""
-    ours, bare = (np.mean([_guarded(shielded, seed, limit, steps) for seed in range(seeds)], axis=0).tolist() for shielded in (True, False))
+def acs_ledge(seeds: int = 2, steps: int = 28_800) -> dict[str, Any]:
+    """PPO on reward less 0.1 cost walks over a ledge; behind the shield that it learns on the way, with a tolerated chance of 0.1, episodes cost less
+    than half as much over the second half of training. Measured is the cost behind the shield, the bound half of that without."""
+    ours, bare = (np.mean([_guarded(shielded, seed, steps) for seed in range(seeds)], axis=0).tolist() for shielded in (True, False))
     return {
-        "measured": ours[1], "bound": bare[1], "holds": ours[1] < bare[1],
-        "share of iterations above the limit, cost, return": {"shield": ours, "none": bare},
+        "measured": ours[0], "bound": 0.5 * bare[0], "holds": ours[0] < 0.5 * bare[0],
+        "cost, return": {"shield": ours, "none": bare},
     }  # fmt: skip
 
 
