@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.advantages import normalise
@@ -22,6 +21,7 @@ from markovia.algos.finite import Watch
 from markovia.algos.on_policy.auxiliary import record_for
 from markovia.algos.on_policy.divergence import k3
 from markovia.algos.on_policy.filters import filled
+from markovia.algos.on_policy.fixup import Price, old_new_kl
 from markovia.algos.on_policy.loss import critic_loss, policy_loss
 from markovia.algos.on_policy.merging import Merger
 from markovia.algos.on_policy.method import Descent, Doubling, DualAscent, MirrorStep, NaturalGradient, OnPolicy
@@ -30,7 +30,7 @@ from markovia.algos.on_policy.optimism import Judge
 from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, mix, put
 from markovia.algos.on_policy.update import LossFn, Update
-from markovia.algos.optimizer import Optimizer, Rule, make_optimizer
+from markovia.algos.optimizer import Optimizer, make_optimizer
 from markovia.algos.safe.guard import Guard
 from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
 from markovia.algos.statistics import Statistics
@@ -97,9 +97,7 @@ class OnPolicyDriver(Budget):
             self._add_update("main", method.solver, policy_loss, ("policy", "value") if joint_value else ("policy",), compile)
         if method.advantage.needs_critic and method.value.separate is not None:
             self._add_update("value", method.value.separate, critic_loss, ("value",), compile)
-        if isinstance(method.controller, DualAscent):
-            self.dual = nn.Parameter(torch.tensor(self.coef, dtype=torch.float64))
-            self.dual_optimizer = Optimizer([([self.dual], method.controller.lr)], Rule(eps=1e-8), math.inf)
+        self.price = Price(method.controller) if isinstance(method.controller, DualAscent) else None
         self.watch = Watch(agent.device, every=0)  # looked at after each part of an iteration: a minibatch is too short to wait for
         self.collector.reset(stream_seed(seed, "env", 0))
 
@@ -234,15 +232,14 @@ class OnPolicyDriver(Budget):
         if isinstance(m.controller, Doubling):
             # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
             with torch.no_grad():
-                out["kl_mean"] = float(masked_mean(self._old_new_kl(rollout), rollout.mask))
+                out["kl_mean"] = float(masked_mean(old_new_kl(self.agent, rollout), rollout.mask))
         return {**stats.means(), **out}
 
     def _descend(self, name: str, rollout: Rollout, reward: Tensor, stats: Statistics) -> None:
         """Epochs of minibatch steps."""
-        update, generator, controller = self.updates[name], self.generator(f"minibatch-{name}"), self.method.controller
-        chance = self.generator("auxiliary")
-        solver, dual = update.solver, controller if name == "main" and isinstance(controller, DualAscent) else None
-        old = [p.detach().clone() for p in self.agent.parameters("policy")] if dual is not None else []
+        update, generator, chance = self.updates[name], self.generator(f"minibatch-{name}"), self.generator("auxiliary")
+        solver, price = update.solver, self.price if name == "main" else None
+        old = [p.detach().clone() for p in self.agent.parameters("policy")] if price is not None else []
         for epoch in range(solver.epochs):
             if epoch and solver.recompute_advantage:
                 self._refresh_values(rollout, reward)
@@ -251,12 +248,13 @@ class OnPolicyDriver(Budget):
                 step_stats = update.step(index, torch.tensor(self.coef, device=index.device))
                 stats.add(step_stats)
                 self.watch.add(step_stats, partial(update.minibatch, index))
-                if dual is not None:
-                    self._dual_step(dual, step_stats["kl_max"])
+                if price is not None:
+                    self.coef = price.step(step_stats["kl_max"])
                 if solver.kl_stop_nats is not None and "approx_kl" in step_stats and float(step_stats["approx_kl"]) > 1.5 * solver.kl_stop_nats:
                     return
-            if dual is not None and dual.fixup:
-                self._fixup(dual, update, rollout, old, stats)
+            if price is not None and price.controller.fixup:
+                stats.add({"fixup_steps": torch.tensor(float(price.fix_up(self.agent, update, rollout, old)))})
+                self.coef = price.coef
 
     @torch.no_grad()
     def _refresh_values(self, rollout: Rollout, reward: Tensor) -> None:
@@ -266,45 +264,6 @@ class OnPolicyDriver(Budget):
         state = dict(self.advantage_state)
         self.advantages(rollout, reward)
         self.advantage_state = state
-
-    # -- trust region by penalty (FixPO) ---------------------------------------------------------------------------------------------
-
-    def _dual_step(self, controller: DualAscent, kl_max: Tensor) -> None:
-        """One Adam step on coef (limit - safety max KL), coef kept >= 0."""
-        assert self.dual.grad is not None
-        self.dual.grad.copy_(controller.kl_limit_nats - controller.safety * kl_max)
-        self.dual_optimizer.step()
-        with torch.no_grad():
-            self.dual.clamp_(min=0.0)
-        self.coef = float(self.dual.detach())
-
-    def _old_new_kl(self, chunk: Rollout) -> Tensor:
-        dist = self.agent.evaluate(chunk, ("dist",)).dist
-        assert dist is not None and chunk.dist_old is not None
-        return torch.where(chunk.mask, kl(with_params(dist, chunk.dist_old), dist), 0.0)
-
-    def _fixup(self, controller: DualAscent, update: Update, rollout: Rollout, old: list[Tensor], stats: Statistics) -> None:
-        """Steps on coef KL alone, over the chunks that violate the limit, until one sweep is clean; otherwise back to the old policy."""
-        optimizer, steps = update.optimizer, 0
-        for _ in range(controller.max_sweeps):
-            clean = True
-            for chunk in rollout.minibatches(update.solver.unit, controller.chunk, shuffle=False):
-                value = self._old_new_kl(chunk)
-                worst = value.detach().max()
-                if worst <= controller.kl_limit_nats:
-                    continue
-                clean, steps = False, steps + 1
-                optimizer.zero_grad()
-                (max(self.coef, 1e-3) * masked_mean(value, chunk.mask)).backward()
-                optimizer.step(groups=1)  # the policy's; the critic has no say here
-                self._dual_step(controller, worst)
-            if clean:
-                break
-        else:
-            with torch.no_grad():
-                for p, start in zip(self.agent.parameters("policy"), old, strict=True):
-                    p.copy_(start)
-        stats.add({"fixup_steps": torch.tensor(float(steps))})
 
     # -- between iterations ------------------------------------------------------------------------------------------------------------
 
@@ -388,7 +347,7 @@ class OnPolicyDriver(Budget):
 
     def _optimizers(self) -> dict[str, Optimizer]:
         out = {name: update.optimizer for name, update in self.updates.items()}
-        return out | ({"dual": self.dual_optimizer} if isinstance(self.method.controller, DualAscent) else {})
+        return out | ({} if self.price is None else {"dual": self.price.optimizer})
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs, as tensors and JSON."""
@@ -402,8 +361,8 @@ class OnPolicyDriver(Budget):
         tensors |= {} if self.judge is None else {f"judge.{k}": v for k, v in self.judge.state().items()}
         merging, merging_meta = ({}, None) if self.merger is None else self.merger.state()
         tensors |= {f"merger.{k}": v for k, v in merging.items()}
-        if isinstance(self.method.controller, DualAscent):
-            tensors["dual"] = self.dual.detach()
+        if self.price is not None:
+            tensors["dual"] = self.price.value.detach()
         meta = {
             "iteration": self.iteration,
             "num_env_steps": self.num_env_steps,
@@ -429,9 +388,9 @@ class OnPolicyDriver(Budget):
                 ref.net.load_state_dict(part(tensors, f"reference.{name}."))
         for name, optimizer in self._optimizers().items():
             optimizer.load_state(part(tensors, f"optimizer.{name}."))
-        if isinstance(self.method.controller, DualAscent):
+        if self.price is not None:
             with torch.no_grad():
-                self.dual.copy_(tensors["dual"])
+                self.price.value.copy_(tensors["dual"])
         self.collector.load_state(part(tensors, "collector."))
         self.iteration, self.num_env_steps = meta["iteration"], meta["num_env_steps"]
         self.coef, self.advantage_state = meta["coef"], meta["advantage_state"]

@@ -90,7 +90,7 @@ ON_POLICY = table(
                 num_steps=8192, surrogate=KLDrift(), controller=DualAscent(), normalize_advantage="none",
                 value=ValueLoss(coef=0.1, clip=0.2), solver=Descent(lr=3e-4, epochs=10, minibatch=512),
             ), "ppo/kl", "2312.05405", "KL bounded in every state of the batch by a dual variable and a fix-up phase", ALL,
-            (_HERE + "driver:OnPolicyDriver._dual_step", _HERE + "driver:OnPolicyDriver._fixup"), "fixpo",
+            (_HERE + "fixup:Price.step", _HERE + "fixup:Price.fix_up"), "fixpo",
         ),
         Row(
             "lpo-dpo-discovered", OnPolicy(surrogate=Discovered()), "ppo", "2210.05639", "a drift in closed form that was found by meta-learning",

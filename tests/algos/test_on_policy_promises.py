@@ -16,6 +16,7 @@ from markovia.agents.records import Rollout, masked_mean
 from markovia.agents.tabular import TabularAgent
 from markovia.algos.advantages import GAE, BatchReturn, MovingBaseline
 from markovia.algos.on_policy.driver import OnPolicyDriver
+from markovia.algos.on_policy.fixup import Price
 from markovia.algos.on_policy.loss import policy_loss
 from markovia.algos.on_policy.method import Constant, Descent, Doubling, DualAscent, NaturalGradient
 from markovia.algos.on_policy.methods import ON_POLICY
@@ -263,11 +264,8 @@ def test_batch_return_by_hand() -> None:
 @pytest.mark.check("value", "fixpo")
 def test_dual_step_by_hand() -> None:
     """The gradient is limit - safety max KL = 0.2 - 3 = -2.8, and Adam's first step the learning rate against its sign; never below 0."""
-    controller = DualAscent(kl_limit_nats=0.2, safety=3.0, lr=0.1)
-    method, setup = tree("fixpo", controller=controller)
-    driver = OnPolicyDriver(method, setup.agent, setup.collector)
-    driver._dual_step(controller, torch.tensor(1.0, dtype=F64))
-    assert driver.coef == pytest.approx(1.1, abs=1e-6)
+    price = Price(DualAscent(kl_limit_nats=0.2, safety=3.0, lr=0.1))
+    assert price.step(torch.tensor(1.0, dtype=F64)) == pytest.approx(1.1, abs=1e-6)
     for _ in range(60):  # no KL at all: the first step's momentum fades, and the price falls to 0
-        driver._dual_step(controller, torch.tensor(0.0, dtype=F64))
-    assert driver.coef == 0.0
+        price.step(torch.tensor(0.0, dtype=F64))
+    assert price.coef == 0.0
