@@ -27,6 +27,7 @@ from markovia.agents.export import export
 from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.packing import hidden_states, make_packs, probe, unfit
 from markovia.agents.pretrained import LanguageOptions, matrices_in_bfloat16, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
+from markovia.agents.products import use_products
 from markovia.agents.records import Rollout
 from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, response_valid, token_logp, unpack
 from markovia.envs.text.tokens import as_tokenizer
@@ -54,6 +55,7 @@ class LanguageAgent(Agent):
         self.tokenizer = as_tokenizer(tokenizer)
         self.base = base
         model.eval()  # without dropout, so that the first-pass ratio is exactly 1
+        use_products(model)
         self.base_hash = weights_hash(model) if base is not None and self.options.lora is not None else None
         width, rows = model.get_output_embeddings().in_features, model.get_input_embeddings().num_embeddings
         if rows < self.tokenizer.vocab_size:
@@ -107,8 +109,13 @@ class LanguageAgent(Agent):
     def _logits(self, kept_positions: int, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output and its tempered float32 logits (n, kept_positions, V) over the tokenizer's vocabulary."""
         out = self._lm(logits_to_keep=kept_positions, **inputs)
-        # In place: the logits are the largest tensor here, and nothing else reads them.
-        return out, out.logits[..., : self.tokenizer.vocab_size].float().div_(self.options.temperature)
+        return out, self._tempered(out.logits)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        """Logits of the tokenizer's vocabulary in float32, divided by the temperature: the largest tensors here, so nothing is copied needlessly."""
+        if logits.shape[-1] > self.tokenizer.vocab_size:
+            logits = logits[..., : self.tokenizer.vocab_size]
+        return logits.float() if self.options.temperature == 1.0 else logits.float() / self.options.temperature
 
     def _teacher_forced(self, rollout: Rollout, index: slice, want_hidden: bool) -> tuple[Tensor, Tensor | None]:
         """Logits (b, T, V) that predict the response tokens of some rows and, if wanted, the last hidden states (b, T, d) there."""
@@ -183,7 +190,7 @@ class LanguageAgent(Agent):
         head, size = self._lm.get_output_embeddings(), max(1, CHUNK_LOGITS // V)
 
         def measure(hidden: Tensor, token: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
-            logits = head(hidden)[..., :V].float().div_(self.options.temperature)
+            logits = self._tempered(head(hidden))
             logits = logits if bits is None else keep_only(logits, unpack(bits, V))
             return self._measure(logits, token, hidden.float(), want)
 
@@ -280,39 +287,32 @@ class LanguageAgent(Agent):
 
         both, inverse = torch.unique(torch.cat([prompt, mask.long()], 1), dim=0, return_inverse=True)
         ids, seen = both[:, : prompt.shape[1]], both[:, prompt.shape[1] :]
-        with self._forward_mode():
+        with self._forward_mode():  # around all steps: autocast then converts the weights once
             out, logits = self._logits(1, input_ids=ids, attention_mask=seen, position_ids=positions(seen), use_cache=True)
-        cache, logits, seen = out.past_key_values, logits[inverse], seen[inverse]
-        if len(both) < B or not torch.equal(inverse, torch.arange(B, device=device)):
-            cache.batch_select_indices(inverse)
-        alive = torch.ones(B, dtype=torch.bool, device=device)
-        for t in range(T):
-            step, allowed = logits[:, -1], self._allowed(starts, action, t)
-            kept = allowed
-            if self.options.top_p < 1.0:
-                kept = nucleus(keep_only(step, allowed), self.options.top_p)
-                kept = kept if allowed is None else kept & allowed
-            step = keep_only(step, kept)
-            token = step.argmax(-1) if deterministic else draw(step, u[:, t])
-            token = torch.where(alive, token, tok.pad_token_id)
-            action[:, t], logp[:, t] = token, torch.where(alive, token_logp(step, token), 0.0)
-            if kept_bits is not None and kept is not None:
-                kept_bits[:, t] = pack(kept | ~alive[:, None])
-            if watch is not None:
-                watch(token)
-            alive = alive & (token != tok.eos_token_id)
-            if t + 1 == T or not goes_on(bool(alive.any())):
-                break
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-            with self._forward_mode():
-                out, logits = self._logits(
-                    1,
-                    input_ids=token[:, None],
-                    attention_mask=seen,
-                    position_ids=positions(seen)[:, -1:],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+            cache, logits, seen = out.past_key_values, logits[inverse], seen[inverse]
+            if len(both) < B or not torch.equal(inverse, torch.arange(B, device=device)):
+                cache.batch_select_indices(inverse)
+            alive = torch.ones(B, dtype=torch.bool, device=device)
+            for t in range(T):
+                step, allowed = logits[:, -1], self._allowed(starts, action, t)
+                kept = allowed
+                if self.options.top_p < 1.0:
+                    kept = nucleus(keep_only(step, allowed), self.options.top_p)
+                    kept = kept if allowed is None else kept & allowed
+                step = keep_only(step, kept)
+                token = step.argmax(-1) if deterministic else draw(step, u[:, t])
+                token = torch.where(alive, token, tok.pad_token_id)
+                action[:, t], logp[:, t] = token, torch.where(alive, token_logp(step, token), 0.0)
+                if kept_bits is not None and kept is not None:
+                    kept_bits[:, t] = pack(kept | ~alive[:, None])
+                if watch is not None:
+                    watch(token)
+                alive = alive & (token != tok.eos_token_id)
+                if t + 1 == T or not goes_on(bool(alive.any())):
+                    break
+                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+                at = {"attention_mask": seen, "position_ids": positions(seen)[:, -1:], "past_key_values": cache}
+                _, logits = self._logits(1, input_ids=token[:, None], use_cache=True, **at)
         return self._record(starts, prompt, mask, action, logp, kept_bits)
 
     def _record(

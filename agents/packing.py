@@ -101,10 +101,14 @@ def _pack(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **more: Any) -> Tensor:
-    """Softmax attention (..., L, d) of one block; under bfloat16 autocast by plain products where it is short: the fused kernel is slow there."""
+    """Softmax attention (..., L, d) of one block. The fused kernel is slow in bfloat16 on a CPU: under autocast a short block is computed by
+    plain products, a long one, whose weights would take memory, in float32."""
     bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not bf16 or query.shape[-2] > SHORT or any(more.values()):
+    if not bf16 or any(more.values()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **more)
+    if query.shape[-2] > SHORT:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask.float(), scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return torch.softmax((query * scale) @ key.transpose(-1, -2) + mask, dim=-1) @ value  # softmax in float32, products in bfloat16
 
@@ -138,7 +142,7 @@ def hidden_states(lm: Any, pack: Pack) -> Tensor:
     handle = lm.get_output_embeddings().register_forward_pre_hook(catch)
     try:
         # On an accelerator many small products take longer than one large one.
-        blocks = ByPrompt(pack.sizes) if len(pack.sizes) > 1 and pack.ids.device.type == "cpu" else contextlib.nullcontext()
+        blocks = ByPrompt(pack.sizes) if pack.ids.device.type == "cpu" else contextlib.nullcontext()
         dtype = next(lm.parameters()).dtype
         with blocks:
             lm(input_ids=pack.ids, attention_mask=pack.bias(dtype), position_ids=pack.position, use_cache=False, logits_to_keep=pack.at)
