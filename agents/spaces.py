@@ -54,7 +54,7 @@ def space_from_json(data: dict[str, Any]) -> gym.Space:
     """The space that `space_to_json` wrote. Raises ValueError for anything else, sizes that no environment has included."""
     try:
         return _space(data)
-    except (AssertionError, AttributeError, IndexError, KeyError, MemoryError, OverflowError, RecursionError, TypeError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, MemoryError, OverflowError, RecursionError, SyntaxError, TypeError) as error:
         raise ValueError(f"{str(data)[:200]} is not a space that was saved ({error!r}); expected what space_to_json writes") from error
 
 

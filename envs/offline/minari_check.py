@@ -96,8 +96,8 @@ def _check_space(space: Any, name: str, depth: int = 0) -> None:
         raise DatasetError(f"{name} has {n} entries, at most {MAX_ENTRIES} are read")
     if "dtype" in space:
         try:
-            numeric = np.dtype(space["dtype"]).kind in "biuf"
-        except TypeError:
+            numeric = isinstance(space["dtype"], str) and np.dtype(space["dtype"]).kind in "biuf"
+        except (TypeError, ValueError, SyntaxError, OverflowError, MemoryError):  # NumPy parses the name
             numeric = False
         if not numeric:
             raise DatasetError(f"{name} holds {str(space['dtype'])[:80]}, expected numbers")

@@ -1,4 +1,4 @@
-"""Adjoint matching: the lean adjoint, the loss, exact fixed points, training to the closed-form optimum, resume, bad input."""
+"""Adjoint matching: the lean adjoint, the loss, exact fixed points, training to the closed-form optimum, bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.denoising import DenoisingAgent
 from markovia.algos.collect import SequenceCollector
 from markovia.algos.denoising.adjoint import AdjointMatching, chain_of, lean_adjoint, matching_loss, reward_gradient, strata
@@ -137,23 +136,6 @@ def test_the_index_chooses_the_adjoint() -> None:
         driver.prepare(rollout := driver.collector.collect(driver.agent, gen()))
         columns.append(rollout.columns["adjoint"])
     assert torch.equal(columns[0][:, :-1], columns[1][:, 1:])
-
-
-@pytest.mark.check("resume", "adjoint-matching")
-def test_resumed_equals_uninterrupted(tmp_path: Any) -> None:
-    options = {"steps_per_chain": 4, "drop_quantile": 0.9}
-    whole, first, second = (small_driver(**options) for _ in range(3))
-    for _ in range(4):
-        whole.step()
-    for _ in range(2):
-        first.step()
-    save_tensors(tmp_path / "state.safetensors", *first.state())
-    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    for _ in range(2):
-        second.step()
-    for name, value in whole.state()[0].items():
-        assert torch.equal(value, second.state()[0][name]), name
-    assert second.state()[1] == whole.state()[1] and whole.num_env_steps == 64
 
 
 @pytest.mark.check("invariance", "adjoint-matching")

@@ -1,4 +1,4 @@
-"""Preference learning on denoising chains: scores by hand, the text losses on them, sources of pairs, resume, bad input."""
+"""Preference learning on denoising chains: scores by hand, the text losses on them, sources of pairs, bad input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.denoising import DenoisingAgent
 from markovia.algos.collect import SequenceCollector
 from markovia.algos.denoising.methods import DENOISING
@@ -251,23 +250,6 @@ def test_order_of_the_pairs_does_not_change_the_loss(method_id: str) -> None:
     there, back = items.pairs.flatten(), items.pairs.flip(0).flatten()
     first, second = (loop.loss(items.record.rows(r), items.score[r])[0].detach() for r in (there, back))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method_id", PAIRWISE)
-@pytest.mark.check("resume")
-def test_resumed_equals_uninterrupted(method_id: str, tmp_path: Any) -> None:
-    whole, first, second = (on_its_task(method_id) for _ in range(3))
-    for _ in range(4):
-        whole.step()
-    for _ in range(2):
-        first.step()
-    save_tensors(tmp_path / "state.safetensors", *first.state())
-    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    for _ in range(2):
-        second.step()
-    assert whole.finished and second.state()[1] == whole.state()[1]
-    for name, value in whole.state()[0].items():
-        assert torch.equal(value, second.state()[0][name]), name
 
 
 def test_the_anchor_of_each_round_is_the_policy_that_sampled() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from off_policy_pieces import BOX, SHORT, everything, made, make_agent, minibatch, policy_by_hand, tiny
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.interface import Agent
 from markovia.algos.off_policy.driver import OffPolicyDriver
 from markovia.algos.off_policy.methods import OFF_POLICY
@@ -24,26 +23,6 @@ def pendulum(method_id: str, **changes: Any) -> OffPolicyDriver:
     method = override(OFF_POLICY[method_id].value, {**SHORT, **changes})
     driver: OffPolicyDriver = make_driver(method, build("Pendulum-v1", method, 5), seed=5)
     return driver
-
-
-@pytest.mark.parametrize("method_id", OFF_POLICY)
-@pytest.mark.check("resume")
-def test_half_and_half_equals_a_whole(method_id: str, tmp_path: Any) -> None:
-    """Through a file on disk, the replay having wrapped around, bit for bit."""
-    changes: dict[str, Any] = {"replay_size": 20, "num_envs": 2, "utd": 0.5, "actor": {"refresh_steps": 10}}
-    straight = pendulum(method_id, **changes)
-    straight.step()
-    straight.boundary()
-    save_tensors(tmp_path / "state.safetensors", *straight.state())
-    stats = straight.step()
-    resumed = pendulum(method_id, **changes)
-    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    resumed.boundary()
-    assert resumed.step() == stats
-    a, meta_a = straight.state()
-    b, meta_b = resumed.state()
-    assert meta_a == meta_b and a.keys() == b.keys() and straight.num_updates > 20
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
 def test_stopped_run_goes_on_to_the_same_numbers(tmp_path: Any) -> None:

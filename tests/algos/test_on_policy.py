@@ -1,4 +1,4 @@
-"""Every row of the on-policy table: presets, first step, gradients, invariances, resume, bad input."""
+"""Every row of the on-policy table: presets, first step, gradients, invariances, bad input."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import torch
 from gymnasium import spaces
 from on_policy_pieces import (
     FIRST_ORDER,
-    SMALL,
     TREE,
     Given,
     after_step,
     all_params,
     by_rows,
     check_gradient,
-    check_resume,
     padded,
     record,
     shake,
@@ -181,33 +179,6 @@ def test_order_of_rows_padding_and_micro_batches_change_nothing(method_id: str) 
     torch.testing.assert_close(after_step(method, padded(rollout)), start, rtol=0, atol=1e-10)
     if isinstance(method.solver, Descent):
         torch.testing.assert_close(after_step(by_rows(method, micro=3), rollout), start, rtol=0, atol=1e-10)
-
-
-# -- 4: resume -----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method_id", ON_POLICY)
-@pytest.mark.check("resume")
-def test_resume_on_the_tree(method_id: str, tmp_path: Any) -> None:
-    method = override(configure(method_id, TREE), SMALL)
-    if isinstance(method.solver, Descent):
-        method = override(method, {"solver": {"epochs": 2, "minibatch": 6, "lr": 0.02}})
-    if method.value.separate is not None:
-        method = override(method, {"value": {"separate": {"epochs": 2, "minibatch": 6}}})
-    check_resume(method, TREE, tmp_path, env_kwargs={"V": 3, "H": 2})
-
-
-@pytest.mark.parametrize(
-    ("method_id", "env_id", "changes", "options"),
-    [
-        ("ppo", "CartPole-v1", {"num_envs": 2, "num_steps": 16, "solver": {"epochs": 2, "minibatch": 8}}, {"agent_options": {"hidden": (8,)}}),
-        ("ddpo", "markovia/LinearGaussian-v0", {"num_envs": 8, "solver": {"epochs": 1, "minibatch": 32}}, {}),
-        ("ppo", "markovia/Arithmetic-v0", {"num_envs": 4, "solver": {"epochs": 1, "minibatch": 2}}, {}),
-    ],
-)
-@pytest.mark.check("resume")
-def test_resume_on_the_other_kinds(method_id: str, env_id: str, changes: dict, options: dict, tmp_path: Any) -> None:
-    check_resume(override(configure(method_id, env_id), changes), env_id, tmp_path, half=1, **options)
 
 
 # -- 5: bad input --------------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.interface import Agent
 from markovia.agents.reward_model import RewardModel, reward_of_run
 from markovia.algos.preference.pairwise import logistic
@@ -150,21 +149,6 @@ def test_padding_order_and_micro_batches_change_nothing() -> None:
     torch.testing.assert_close(
         weights_after(made(items, solver=sgd), 1), weights_after(made(items, solver={**sgd, "micro": 3}), 1), rtol=0, atol=1e-6
     )
-
-
-# -- 5: resume ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.check("resume", "reward-model")
-def test_resume_gives_the_same_bits(tmp_path: Any) -> None:
-    straight = made(pairs(), num_env_steps=48)
-    straight.step(), straight.step()
-    save_tensors(tmp_path / "s.safetensors", *straight.state())
-    resumed = made(pairs(), num_env_steps=48)
-    resumed.load_state(*load_tensors(tmp_path / "s.safetensors"))
-    logs = [[d.step() for _ in range(2)] for d in (straight, resumed)]
-    assert logs[0] == logs[1] and straight.finished is False
-    assert torch.equal(weights_after(straight, 2), weights_after(resumed, 2)) and straight.finished
 
 
 # -- 6: bad input ------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from gymnasium import spaces
 
 from markovia import cli
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.interface import Agent
 from markovia.agents.return_conditioned import ReturnConditionedAgent, SequencePolicy
 from markovia.algos.offline.methods import SEQUENCES
@@ -219,18 +218,6 @@ def test_agent_acts_and_survives_saving(tmp_path: Any) -> None:
 
 
 # -- resume, the command line ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.check("resume", "decision-transformer")
-def test_half_and_half_equals_a_whole(tmp_path: Any) -> None:
-    whole = driver_of(short())
-    whole.step()
-    save_tensors(tmp_path / "state.safetensors", *whole.state())
-    second = driver_of(short())
-    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    assert [whole.step() for _ in range(2)] == [second.step() for _ in range(2)] and whole.finished
-    left, right = whole.state()[0], second.state()[0]
-    assert [k for k in left if not torch.equal(left[k], right[k])] == []
 
 
 def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,19 @@ def _on_policy(method_id: str, seed: int, folder: Path) -> Any:
     return _built(TREE, method, seed, env_kwargs={"V": 3, "H": 2})
 
 
+def on_other_kinds(name: str, seed: int) -> Any:
+    """The same loop on environments that are stepped, and on sequences of noise and of tokens by networks."""
+    method_id, env, changes, options = OTHER_KINDS[name]
+    return _built(env, override(configure(method_id, env), changes), seed, agent_options=options)
+
+
+OTHER_KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "control": ("ppo", "CartPole-v1", {"num_envs": 2, "num_steps": 16, "solver": {"epochs": 2, "minibatch": 8}}, {"hidden": (8,)}),
+    "denoising": ("ddpo", "markovia/LinearGaussian-v0", {"num_envs": 8, "solver": {"epochs": 1, "minibatch": 32}}, {}),
+    "language": ("ppo", "markovia/Arithmetic-v0", {"num_envs": 4, "solver": {"epochs": 1, "minibatch": 2}}, {}),
+}
+
+
 def _few_rows(method: Any, minibatch: int) -> Any:
     """Two passes in minibatches, for the solvers that have passes."""
     if isinstance(method.solver, Descent):

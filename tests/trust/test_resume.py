@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import TRAINED, driver
+from small_runs import OTHER_KINDS, TRAINED, driver, on_other_kinds
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
 
@@ -42,9 +43,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def check(method_id: str, shared: Path, folder: Path, n: int = 1) -> None:
+def check(make: Callable[[int], Any], folder: Path, n: int = 1) -> None:
     """Three runs of one seed, one of which is stopped and read back into the second, and a run of another seed."""
-    stopped, resumed, whole, other = (driver(method_id, seed, shared) for seed in (5, 5, 5, 6))
+    stopped, resumed, whole, other = map(make, (5, 5, 5, 6))
     for run in (stopped, whole, other):
         part(run, n)
     assert differing(stopped.state(), whole.state()) == []
@@ -60,4 +61,9 @@ def check(method_id: str, shared: Path, folder: Path, n: int = 1) -> None:
 @pytest.mark.check("resume")
 @pytest.mark.parametrize("method_id", TRAINED)
 def test_n_and_n_are_2n_and_the_seed_is_all_that_counts(method_id: str, shared: Path, tmp_path: Path) -> None:
-    check(method_id, shared, tmp_path)
+    check(lambda seed: driver(method_id, seed, shared), tmp_path)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_the_on_policy_loop_on_other_kinds(kind: str, tmp_path: Path) -> None:
+    check(lambda seed: on_other_kinds(kind, seed), tmp_path)

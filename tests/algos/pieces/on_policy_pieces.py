@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.records import Rollout
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.loss import policy_loss, weights
@@ -141,28 +140,3 @@ def padded(rollout: Rollout, steps: int = 3) -> Rollout:
     columns = {k: wider(getattr(rollout, k), v) for k, v in fill.items() if getattr(rollout, k) is not None}
     false = {k: wider(getattr(rollout, k), False) for k in ("valid", "mask")}
     return dataclasses.replace(rollout, obs=wider(rollout.obs, 0), **columns, **false)  # type: ignore[arg-type]
-
-
-def check_resume(method: OnPolicy, env_id: str, folder: Any, half: int = 2, **options: Any) -> None:
-    """half + half iterations through files on disk give the same bits as 2 half iterations."""
-
-    def fresh() -> OnPolicyDriver:
-        setup = build(env_id, method, 0, **options)
-        return OnPolicyDriver(method, setup.agent, setup.collector, seed=5)
-
-    straight = fresh()
-    for _ in range(half):
-        straight.step()
-    straight.boundary()
-    save_tensors(folder / "state.safetensors", *straight.state())
-    logs = [straight.step() for _ in range(half)]
-    resumed = fresh()
-    resumed.load_state(*load_tensors(folder / "state.safetensors"))
-    resumed.boundary()
-    again = [resumed.step() for _ in range(half)]
-    a, meta_a = straight.state()
-    b, meta_b = resumed.state()
-    assert meta_a == meta_b and a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
-    for x, y in zip(logs, again, strict=True):
-        assert x.keys() == y.keys() and all(x[k] == y[k] or (math.isnan(x[k]) and math.isnan(y[k])) for k in x)
