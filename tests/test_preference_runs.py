@@ -9,6 +9,7 @@ from markovia.agents.checkpoint import load_tensors
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.presets import override
 from markovia.cli import run
+from markovia.envs.untrusted import TRUST
 from markovia.rundir import Metrics, RunError, checkpoints
 from markovia.runs import load_run, train
 
@@ -84,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(prefs, tmp_path, row):
     [("markovia/Arithmetic-v0", None), (None, f"{__name__}:small_number_first"), (None, small_number_first)],
     ids=["task", "name", "function"],
 )
-def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, judge):
+def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, judge, monkeypatch):
     method = override(PREFERENCE["rebel"].value, {"num_envs": 4, "num_env_steps": 8, "solver": {"lr": 1e-4}})
     file = {} if env else {"data": prefs, "model": "arithmetic", "judge": judge}
     options = {"temperature": 3.0}
@@ -94,8 +95,12 @@ def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, judge):
     if callable(judge):
         with pytest.raises(ValueError, match="was a Python object"):
             load_run(tmp_path / "run")
-    else:
-        assert load_run(tmp_path / "run").task is not None
+        return
+    if judge is not None:  # code that a run's folder names is not run unasked
+        with pytest.raises(ValueError, match="not run because a file says so"):
+            load_run(tmp_path / "run")
+        monkeypatch.setenv(TRUST, __name__)
+    assert load_run(tmp_path / "run").task is not None
 
 
 def test_own_samples_beside_a_file(prefs, tmp_path):

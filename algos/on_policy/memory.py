@@ -150,8 +150,9 @@ def available(device: torch.device) -> tuple[float, float]:
     try:
         import psutil
     except ImportError:
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else math.inf
-        return total, total
+        known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+        installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
+        return installed, installed
     memory = psutil.virtual_memory()
     return float(memory.available), float(memory.total)
 
