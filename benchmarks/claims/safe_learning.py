@@ -9,15 +9,18 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from scipy.special import softmax
 
 from markovia.algos.off_policy.costs import upper_cost
 from markovia.algos.presets import configure, override
-from markovia.algos.safe.dual import log_augmented
+from markovia.algos.safe.constraint import optimistic_advantage
+from markovia.algos.safe.dual import gradient, log_augmented, optimistic
 from markovia.algos.safe.exact import primal_dual
 from markovia.algos.safe.front import FrontLearning
 from markovia.algos.safe.pareto import hypervolume
 from markovia.algos.setup import build, make_driver
 from markovia.claims.safe import _explored
+from markovia.envs.exact.cmdp import CMDP
 from markovia.envs.exact.cmdps import cmdp_grid
 
 
@@ -80,15 +83,15 @@ def cal_pendulum(limit: float = 10.0, seeds: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sampled_grid(method_id: str, optimistic: bool, iterations: int, seed: int) -> tuple[np.ndarray, float]:
+def _sampled_grid(optimistic: bool, iterations: int, seed: int, lr: float = 0.02, dual_step: float = 0.05) -> tuple[np.ndarray, float]:
     """Measured discounted costs of every iteration, and the exact return of the last policy, of mirror-like steps on the grid, limit 0.5."""
     env = "markovia/SafeGrid-v0"
-    dual = {"kp": 0.1 if optimistic else 0.0, "ki": 0.1, "init": 0.0}
+    dual = {"kp": dual_step if optimistic else 0.0, "ki": dual_step, "init": 0.0}
     method = override(
-        configure(method_id, env),
+        configure("reload/ppo", env),
         {
             "num_env_steps": iterations * 6000, "num_envs": 100, "num_steps": 60, "normalize_advantage": "none", "advantage": {"gamma": 0.95},
-            "solver": {"lr": 0.05, "minibatch": None, "epochs": 4, "anneal": False}, "value": {"coef": 5.0},
+            "solver": {"lr": lr, "minibatch": None, "epochs": 4, "anneal": False}, "value": {"coef": 5.0},
             "constraint": {"cost_limit": [0.5], "cost_gamma": 0.95, "dual": dual, "optimistic": optimistic, "mix": "sum"},
         },
     )  # fmt: skip
@@ -100,14 +103,46 @@ def _sampled_grid(method_id: str, optimistic: bool, iterations: int, seed: int) 
     return np.array(costs), float(cmdp_grid().mdp.J(torch.softmax(table.detach(), -1).numpy()))
 
 
-def reload_grid(iterations: int = 250, seed: int = 0) -> dict[str, Any]:
-    """Sampled optimistic steps on the grid, limit 0.5 on the discounted cost, the multiplier's step 0.1: over the last quarter of the iterations the cost is
-    nearer to the limit (mean |cost - limit|) than with the same steps of policy and multiplier that are not optimistic. Measured is the distance,
-    the bound the other's."""
-    (ours, value), (plain, plain_value) = (_sampled_grid("reload/ppo", optimistic, iterations, seed) for optimistic in (True, False))
+def reload_grid(iterations: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Sampled optimistic steps on the grid, limit 0.5 on the discounted cost, the multiplier's step 0.05: over the last quarter of the iterations the
+    cost is nearer to the limit (mean |cost - limit|) than with the same steps of policy and multiplier that are not optimistic. Measured is the
+    distance, the bound the other's."""
+    (ours, value), (plain, plain_value) = (_sampled_grid(optimistic, iterations, seed) for optimistic in (True, False))
     near, far = (float(np.abs(c[-(iterations // 4) :] - 0.5).mean()) for c in (ours, plain))
     optimum = cmdp_grid().solve().value
     return {"measured": near, "bound": far, "holds": near < far, "returns": [value, plain_value], "optimum": optimum}
+
+
+def _temporal(problem: CMDP, policy: np.ndarray, weight: float) -> np.ndarray:
+    """(S, A): the mixed advantage r - w c + gamma P V - V that exact critics of `policy` give on any batch, V that of the same mixture."""
+    mdp = replace(problem.mdp, R=problem.mdp.R - weight * problem.C[0])
+    value = mdp.V(policy)
+    return mdp.R + mdp.gamma * mdp.P @ value - value[:, None]
+
+
+def reload_critics(dual_step: float = 0.1, iterations: int = 4000) -> dict[str, Any]:
+    """The sampled form with nothing left to chance: temporal-difference advantages by exact critics of this and of the last policy, each with its own
+    multiplier, combined by `optimistic_advantage`, in mirror steps on the grid (limit 0.5). The last 500 iterates are within 1e-3 of the limit and of
+    the optimal return; without the look back they miss the limit by more than 0.3. Measured is the largest error of the former."""
+    problem = cmdp_grid()
+    optimum = problem.solve().value
+    seen: dict[bool, np.ndarray] = {}
+    for back in (True, False):
+        logits, last = np.zeros(problem.mdp.R.shape), None
+        dual = optimistic(dual_step) if back else gradient(dual_step, init=0.0, optimizer="sgd")
+        state, weight, found = dual.start(1), 0.0, []
+        for _ in range(iterations):
+            policy = softmax(logits, axis=-1)
+            cost = float(problem.costs(policy)[0])
+            found.append((problem.mdp.J(policy), cost))
+            adv = _temporal(problem, policy, weight)
+            step = adv if last is None or not back else optimistic_advantage(torch.from_numpy(adv), torch.from_numpy(last)).numpy()
+            logits, last = logits + step, adv
+            logits -= logits.max(-1, keepdims=True)
+            state, (weight,) = dual.update(state, [cost], problem.budgets)
+        seen[back] = np.abs(np.array(found[-500:]) - np.array([optimum, 0.5])).max(0)
+    error, cycle = float(seen[True].max()), float(seen[False][1])
+    return {"measured": error, "bound": 1e-3, "holds": error < 1e-3 and cycle > 0.3, "miss of the limit without looking back": cycle}
 
 
 def stepmix_baseline(runs: int = 100) -> dict[str, Any]:
