@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py --kills 50 --out benchmarks/results/kill.json
 
-A run is started in a process of its own, killed after a random time, looked at, and resumed; when it comes to its end, the next run begins, until there
-were `kills` kills. Checkpoints are written every few iterations, so that many kills fall into the writing of one: what is left under a temporary name
-tells which. Each finished run is compared with an uninterrupted one: parameters, optimiser, everything else in the checkpoint, and every statistic.
+A run is started in a process of its own, killed after a random time, looked at, and resumed; when it comes to its end, the next run begins, until
+there were `kills` kills. Checkpoints are written every few iterations, so that many kills fall into writing one: what is left under a temporary
+name tells which. Each finished run is compared with an uninterrupted one: parameters, optimiser, everything else in the checkpoint, every statistic.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Case:
 
 
 _SAC = {"num_env_steps": 4000, "num_envs": 1, "num_steps": 50, "utd": 0.1, "learning_starts": 100, "batch_size": 16, "replay_size": 1000}
+_PPO = {"num_env_steps": 8000, "num_envs": 1, "num_steps": 40, "solver": {"epochs": 1}}
 CASES: dict[str, Case] = {
-    "ppo on a point mass": Case("ppo", "markovia/PointMass2D-v0", {"num_env_steps": 8000, "num_envs": 1, "num_steps": 40, "solver": {"epochs": 1}}, 200),
+    "ppo on a point mass": Case("ppo", "markovia/PointMass2D-v0", _PPO, 200),
     "sac on the pendulum": Case("sac", "Pendulum-v1", _SAC, 20, {"agent_options": {"hidden": (16, 16)}}),
     "grpo on sums": Case("grpo", "markovia/Arithmetic-v0", {"num_env_steps": 480, "num_envs": 8, "group_size": 4, "solver": {"epochs": 1}}, 60),
 }
@@ -157,6 +158,15 @@ def trial(case: Case, kills: int, folder: Path, seed: int, spread: float = 1.0) 
 def holds(found: Found) -> bool:
     """At most the iterations since the last checkpoint are lost, every run goes on, and to the same bits."""
     return found.not_resumed == 0 == found.not_equal and found.most_lost_iterations <= found.iterations_between_checkpoints
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown, as docs/trust.md shows them."""
+    rows = ["| run | kills | while a checkpoint was written | iterations between checkpoints | most iterations lost | not resumed | other numbers |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    names = ("kills", "while_writing", "iterations_between_checkpoints", "most_lost_iterations", "not_resumed", "not_equal")
+    rows += [f"| {case} | " + " | ".join(str(found[name]) for name in names) + " |" for case, found in results.items()]
+    return "\n".join(rows) + "\n"
 
 
 def main() -> int:

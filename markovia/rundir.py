@@ -162,13 +162,16 @@ def _is_disk(error: Exception) -> bool:
 
 
 def load_checkpoint(run: Path, driver: Any) -> int:
-    """Put the newest checkpoint into a freshly built driver and its agent; its iteration, 0 when there is none."""
-    from markovia.agents.checkpoint import load_tensors
+    """Put the newest checkpoint into a freshly built driver and its agent; its iteration, 0 when there is none. Raises CheckpointError."""
+    from markovia.agents.checkpoint import CheckpointError, load_tensors
 
     found = checkpoints(run)
     if not found:
         return 0
-    driver.load_state(*load_tensors(found[-1] / DRIVER))
+    try:
+        driver.load_state(*load_tensors(found[-1] / DRIVER))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+        raise CheckpointError(f"{found[-1] / DRIVER} is not of this run, or of another version of markovia ({e!r}); train into another --out") from e
     return int(driver.iteration)
 
 

@@ -153,6 +153,13 @@ def long_run(name: str, minutes: float, first: int) -> dict[str, Any]:
     return {"format": name, "minutes": round(minutes, 2), "inputs": tried, "failures": sorted(set(failures))}
 
 
+def table(results: dict[str, Any]) -> str:
+    """The results of long runs in Markdown, as docs/trust.md shows them."""
+    rows = ["| format | minutes | inputs | failures |", "|---|---|---|---|"]
+    rows += [f"| {name} | {found['minutes']:g} | {found['inputs']} | {len(found['failures'])} |" for name, found in results.items()]
+    return "\n".join(rows) + "\n"
+
+
 def few(counts: dict[str, str], number: int) -> int:
     """So many inputs of each format; 1 when one of them failed."""
     with tempfile.TemporaryDirectory() as place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.presets import configure, override
 from markovia.rundir import Metrics, RunError, checkpoints, save_checkpoint, sweep
 from markovia.runs import load_run, train
@@ -55,6 +57,12 @@ def test_the_script_counts_what_is_lost_and_what_differs(kill: Any, tmp_path: Pa
     assert not kill.holds(found) and kill.holds(kill.Found(most_lost_iterations=2, iterations_between_checkpoints=2))
     with pytest.raises(RuntimeError, match="could not be resumed"):
         kill.finished(kill.start(lambda: run(tmp_path / "b")))  # there is a run already, and it was not asked to go on
+
+
+def test_the_page_shows_the_results(kill: Any) -> None:
+    results = json.loads((BENCHMARKS / "results" / "kill.json").read_text())
+    assert kill.table(results) in (BENCHMARKS.parent / "docs" / "trust.md").read_text()
+    assert results.keys() == kill.CASES.keys() and all(found["kills"] >= 50 and found["holds"] for found in results.values())
 
 
 @pytest.mark.parametrize("which", ["old", "same"])
@@ -150,6 +158,15 @@ def test_folders_that_are_none_are_refused_and_left_alone(tmp_path: Path) -> Non
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"could not write .*metrics.jsonl"):
+        run(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("change", [lambda t, m: ({}, m), lambda t, m: (t, {}), lambda t, m: ({k: v[:0] for k, v in t.items() if v.ndim}, m)])
+def test_a_whole_checkpoint_of_something_else_is_told(change: Any, tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    file = checkpoints(tmp_path / "run")[-1] / "driver.safetensors"
+    save_tensors(file, *change(*load_tensors(file)))
+    with pytest.raises(ValueError, match=r"not of this run|does not fit|differ"):
         run(tmp_path / "run", resume=True)
 
 
