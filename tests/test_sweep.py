@@ -81,6 +81,11 @@ def test_every_check_that_applies_is_written(method_id: str, script: ModuleType,
     assert script.missing(ROWS[method_id], tested) == [], f"no test is marked with these checks of {method_id} (docs/adding-a-method.md)"
 
 
+@pytest.mark.parametrize("method_id", ROWS)
+def test_no_check_is_said_not_to_apply_and_written_all_the_same(method_id: str, tested: dict[str, dict[str, list[str]]]) -> None:
+    assert set(tested[method_id]) <= set(ROWS[method_id].checks)
+
+
 def test_a_row_without_tests_is_found(script: ModuleType) -> None:
     assert script.missing(dataclasses.replace(ROWS["ppo"], id="new"), {}) == list(CHECKS)
 

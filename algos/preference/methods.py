@@ -35,8 +35,6 @@ from markovia.algos.table import Row, table
 
 BOTH, TEXT = ("language", "denoising"), ("language",)
 _HERE = "markovia.algos.preference."
-PURE = "resume: a loss is a pure function and holds no state; runs are the trainer's"
-CHECKS = ("value", "gradient", "limit", "invariance", "bad_input")
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ _CLAIM = {
 
 def _row(id: str, value: Any, parent: str | None, paper: str, new: str, functions: str, kinds: tuple[str, ...] = BOTH) -> Row:
     where = tuple(_HERE + f for f in functions.split())
-    return Row(id, value, parent, paper, new, kinds, where, _CLAIM.get(id, id), CHECKS, PURE)
+    return Row(id, value, parent, paper, new, kinds, where, _CLAIM.get(id, id))
 
 
 def _tool(id: str, paper: str, new: str, functions: str, kinds: tuple[str, ...] = BOTH) -> Row:
