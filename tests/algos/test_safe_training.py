@@ -30,7 +30,7 @@ from markovia.envs.exact.cmdps import cmdp_two_state
 from markovia.envs.exact.tabular import TabularMDP
 
 torch.set_num_threads(1)
-TRAINED = [k for k, row in SAFE.items() if isinstance(row.value, OnPolicy)]
+TRAINED = [k for k, row in SAFE.items() if isinstance(row.value, OnPolicy) and "tabular" in row.kinds]
 GRID = "markovia/SafeGrid-v0"
 SMALL: dict[str, Any] = {"num_envs": 4, "num_steps": 40, "num_env_steps": 100_000}
 
