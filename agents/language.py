@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +28,8 @@ from markovia.agents.packing import hidden_states, make_packs, probe, unfit
 from markovia.agents.pretrained import LanguageOptions, matrices_in_bfloat16, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
 from markovia.agents.products import use_products
 from markovia.agents.records import Rollout
-from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, response_valid, token_logp, unpack
+from markovia.agents.responses import allowed_tokens, record_of_responses
+from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, token_logp, unpack
 from markovia.envs.text.tokens import as_tokenizer
 
 # Logits held at once while nothing is differentiated: 2^26 float32 are 256 MB.
@@ -243,19 +243,6 @@ class LanguageAgent(Agent):
 
     # -- sampling ----------------------------------------------------------------------------------------------------------------
 
-    def _allowed(self, starts: dict[str, Any], action: Tensor, t: int) -> Tensor | None:
-        """(B, V) bool of the task's own rule, called with real tokens only; None without a rule."""
-        rule = starts.get("allowed")
-        if rule is None:
-            return None
-        ids, mask, tokens = starts["prompt_ids"].cpu().numpy(), starts["prompt_mask"].cpu().numpy(), action[:, :t].cpu().numpy()
-        eos, rows = self.tokenizer.eos_token_id, []
-        for i in range(len(ids)):
-            # A finished row goes on being filled with padding; whatever it draws is dropped.
-            over = eos in tokens[i]
-            rows.append(np.ones(self.tokenizer.vocab_size, bool) if over else np.asarray(rule(ids[i][mask[i]], tokens[i]), bool))
-        return torch.from_numpy(np.stack(rows)).to(action.device)
-
     @torch.no_grad()
     def generate(
         self,
@@ -294,7 +281,7 @@ class LanguageAgent(Agent):
                 cache.batch_select_indices(inverse)
             alive = torch.ones(B, dtype=torch.bool, device=device)
             for t in range(T):
-                step, allowed = logits[:, -1], self._allowed(starts, action, t)
+                step, allowed = logits[:, -1], allowed_tokens(tok, starts, action, t)
                 kept = allowed
                 if self.options.top_p < 1.0:
                     kept = nucleus(keep_only(step, allowed), self.options.top_p)
@@ -313,35 +300,7 @@ class LanguageAgent(Agent):
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
                 at = {"attention_mask": seen, "position_ids": positions(seen)[:, -1:], "past_key_values": cache}
                 _, logits = self._logits(1, input_ids=token[:, None], use_cache=True, **at)
-        return self._record(starts, prompt, mask, action, logp, kept_bits)
-
-    def _record(
-        self, starts: dict[str, Any], prompt: Tensor, mask: Tensor, action: Tensor, logp: Tensor, kept_bits: Tensor | None
-    ) -> Rollout:
-        """The Rollout of finished responses; the last valid token ends the episode (EOS, or the task's own length)."""
-        valid = response_valid(action, self.tokenizer.eos_token_id)
-        last = valid & ~F.pad(valid[:, 1:], (0, 1), value=False)
-        obs = {"prompt_ids": prompt, "prompt_mask": mask} | ({} if kept_bits is None else {"kept": kept_bits})
-        texts = [self.tokenizer.decode(a[v].tolist()) for a, v in zip(action, valid, strict=True)]
-        prompts = starts.get("prompt_text")
-        group = starts.get("group")
-        return Rollout(
-            obs=obs,
-            action=action,
-            logp_old=logp,
-            reward=torch.zeros_like(logp),
-            valid=valid,
-            mask=valid.clone(),
-            continuation=1.0 - last.to(logp.dtype),
-            truncated=torch.zeros_like(valid),
-            group=None if group is None else group.to(self.device),
-            outcome={
-                "prompt_text": prompts if prompts is not None else [self.tokenizer.decode(p[m].tolist()) for p, m in zip(prompt, mask, strict=True)],
-                "completion_text": texts,
-                "columns": starts.get("columns", {}),
-            },
-            per_row=True,
-        )
+        return record_of_responses(tok, starts, prompt, mask, action, logp, kept_bits)
 
     @torch.no_grad()
     def act(self, obs: Any, deterministic: bool = False, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

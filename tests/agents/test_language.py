@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from markovia.agents.language import LanguageAgent, draw, nucleus, pack, response_valid, unpack, weights_hash
+from markovia.agents.language import LanguageAgent, draw, nucleus, pack, unpack, weights_hash
+from markovia.agents.tokens import response_valid
 from markovia.envs.text.env import TokenEnv
 from markovia.envs.text.tasks import TextTask, arithmetic
 from markovia.envs.text.tokens import CharTokenizer
