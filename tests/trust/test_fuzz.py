@@ -43,6 +43,14 @@ def test_a_moment_of_every_format(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_the_page_shows_the_long_runs() -> None:
+    from fuzz import table
+
+    results = json.loads((HERE.parents[1] / "benchmarks" / "results" / "fuzz.json").read_text())
+    assert table(results) in (HERE.parents[1] / "docs" / "trust.md").read_text()
+    assert results.keys() == FORMATS.keys() and all(found["minutes"] >= 10 and not found["failures"] for found in results.values())
+
+
 @pytest.mark.parametrize("place", CORPUS, ids=lambda p: p.name)
 def test_inputs_that_failed_once(place: Path, tmp_path: Path) -> None:
     write(files_of(place), tmp_path / "input")
@@ -54,7 +62,7 @@ def test_the_fuzzer_finds_what_is_there(tmp_path: Path) -> None:
     """An uncaught error, a file opened for writing elsewhere, a module that the file named: each in a reader of its own."""
     readers = {
         "error": "{}['x']",
-        "write": "open('/tmp/markovia-fuzz-escape', 'a').close()",
+        "write": f"open({str(tmp_path / 'escape')!r}, 'a').close()",
         "import": "__import__('fuzz_bait')",
         "unpickle": "__import__('pickle').loads(__import__('pickle').dumps(print))",
         "swallowed": "taught(lambda: __import__('os').system('true'))",
@@ -68,7 +76,7 @@ def test_the_fuzzer_finds_what_is_there(tmp_path: Path) -> None:
         )
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE.parents[1])
         assert ("KeyError" if name == "error" else "Forbidden") in found.stdout, (name, found.stdout, found.stderr)
-    assert not Path("/tmp/markovia-fuzz-escape").exists()
+    assert not (tmp_path / "escape").exists()
 
 
 # -- pickles -----------------------------------------------------------------------------------------------------------------------------------
