@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "check(kind, *rows): which of the six checks of a method this test is, for the rows named here or by its parameters")
+    config.addinivalue_line("markers", "check(kind, *rows): which of a method's six checks this is, for the rows named here or by its parameters")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
