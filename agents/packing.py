@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 # Tokens of one row. Longer rows cost more attention to masked blocks, shorter ones make smaller matrix products.
 PACK_TOKENS = 1024
 SHORT = 256  # tokens of a block whose attention weights are small enough to be kept for the backward pass
+LONG = 1024  # tokens from which a block's weights are too many to exist at all
 TOLERANCE = 1e-3  # of the probe, relative to the spread of the log-probs; a wrong mask or position is off by about 1
 
 
@@ -101,15 +103,21 @@ def _pack(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **more: Any) -> Tensor:
-    """Softmax attention (..., L, d) of one block. The fused kernel is slow in bfloat16 on a CPU: under autocast a short block is computed by
-    plain products, a long one, whose weights would take memory, in float32."""
+    """Softmax attention (..., L, d) of one block. Under bfloat16 autocast by plain products, the fused kernel being slow there: the weights of a
+    short block are kept for the backward pass, those of a longer one made again; a block too long to hold them is computed in float32."""
     bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if not bf16 or any(more.values()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **more)
-    if query.shape[-2] > SHORT:
+    if query.shape[-2] > LONG:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask.float(), scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    again = query.shape[-2] > SHORT and torch.is_grad_enabled()
+    out: Tensor = checkpoint(_products, query, key, value, mask, scale, use_reentrant=False) if again else _products(query, key, value, mask, scale)
+    return out
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     return torch.softmax((query * scale) @ key.transpose(-1, -2) + mask, dim=-1) @ value  # softmax in float32, products in bfloat16
 
 

@@ -43,7 +43,7 @@ def ours(precision: str, steps: int) -> dict[str, Any]:
 
     changes = {"num_envs": ROWS, "group_size": GROUP, "divergence": {"beta": BETA}, "num_env_steps": 10**6}
     method = override(find("grpo").value, {**changes, "solver": {"lr": 1e-6, "minibatch": None, "epochs": 1, "anneal": False}})
-    agent = LanguageAgent.from_name("smollm2", bf16=precision == "bf16", max_new_tokens=TOKENS, temperature=1.0)
+    agent = LanguageAgent.from_name("smollm2", bf16=precision == "bf16", max_new_tokens=TOKENS, temperature=1.0, packed=True)
     task = TextTask(PROMPTS, agent.tokenizer, reward, TOKENS, group_size=GROUP)
     driver = OnPolicyDriver(method, agent, SequenceCollector(task, ROWS))
     tokens, seconds = 0.0, 0.0

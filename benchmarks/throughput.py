@@ -90,8 +90,8 @@ def logged_rows(n: int = 100_000, obs: int = 17, action: int = 6) -> dict[str, n
     return {"obs": seen[:-1], "action": acted, "reward": reward, "next_obs": seen[1:], "done": done}
 
 
-def offline(method_id: str, changes: dict[str, Any], rows: dict[str, np.ndarray], updates: int, device: str) -> float:
-    """Updates per second of a row of the offline table on such rows, compiled, its sampling in it; batch 256 on 256-256 networks."""
+def offline(method_id: str, changes: dict[str, Any], rows: dict[str, np.ndarray], updates: int, device: str, compile: bool = True) -> float:
+    """Updates per second of a row of the offline table on such rows, its sampling in it; batch 256 on 256-256 networks."""
     from gymnasium import spaces
 
     from markovia.algos.off_policy.driver import OffPolicyDriver
@@ -107,7 +107,7 @@ def offline(method_id: str, changes: dict[str, Any], rows: dict[str, np.ndarray]
     flags = rows["done"].astype(bool)
     episode = np.cumsum(np.append(0, flags[:-1]))
     data = Transitions(rows["obs"], rows["action"], rows["reward"], rows["next_obs"], flags, np.zeros_like(flags), episode)
-    driver = OffPolicyDriver(method, agent, make_source(data, method.data, agent, method.gamma), seed=0, compile=True)
+    driver = OffPolicyDriver(method, agent, make_source(data, method.data, agent, method.gamma), seed=0, compile=compile)
     driver.step()  # compiles
     before, began = driver.num_updates, time.perf_counter()
     while driver.num_updates < before + updates:
