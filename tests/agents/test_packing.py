@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from markovia.agents import language
+from markovia.agents import language, packing
 from markovia.agents.language import LanguageAgent
 from markovia.agents.packing import make_packs, unfit
 from markovia.agents.records import Rollout
@@ -201,3 +201,19 @@ def test_a_compact_copy_says_the_same_to_the_bit(packed):
     assert {p.dtype for p in agent.net.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="bf16=True"):
         LanguageAgent(model(), CharTokenizer(LETTERS)).reference().compact()
+
+
+@pytest.mark.parametrize(("short", "long"), [(64, 1024), (4, 1024), (4, 8)], ids=["kept", "made again", "float32"])
+def test_attention_in_bfloat16_is_that_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, short: int, long: int) -> None:
+    """Values and gradients to bfloat16's rounding, whichever way a block of 12 tokens is computed."""
+    monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(packing, "LONG", long)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 12, 8, generator=g).requires_grad_() for _ in range(3))
+    mask = torch.zeros(12, 12).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packing.attend(q, k, v, mask, is_causal=False)
+    torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
+    for a, b in zip(torch.autograd.grad(found.float().square().sum(), (q, k, v)), torch.autograd.grad(wanted.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=0.1, rtol=0.1)
