@@ -7,7 +7,7 @@ WORKERS ?= 2
 # One thread per test worker: two workers on two cores are slower with more.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup demo test test-slow lint types claims bench docs clean
+.PHONY: help setup demo test test-slow lint types claims bench fuzz kill docs clean
 
 help:
 	@echo "make demo       train on control, text and digits, check the results, write demo/index.html (about 6 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint       ruff and mypy         make claims     every method's executable claim"
 	@echo "make bench      throughput against Stable-Baselines3"
 	@echo "make docs       the documentation as a site, in site/"
+	@echo "make fuzz       harmful files, 10 minutes a format   make kill   runs killed 50 times each"
 	@echo "make setup      only make $(VENV)"
 
 setup: $(STAMP)
@@ -55,6 +56,12 @@ claims: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/throughput.py
+
+fuzz: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -W ignore tests/trust/fuzz.py --minutes 10
+
+kill: $(STAMP)
+	$(TEST_ENV) $(BIN)/python benchmarks/kill.py --kills 50 --out benchmarks/results/kill.json
 
 # Nothing is fetched: fonts and scripts are those of the theme's package. A broken link or a page outside of the navigation fails.
 docs: $(STAMP)
