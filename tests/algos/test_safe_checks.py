@@ -24,7 +24,7 @@ from markovia.envs.exact.cmdp import CMDP
 from markovia.envs.exact.tabular import TabularMDP
 
 GRID = "markovia/SafeGrid-v0"
-TRAINED = [k for k, row in SAFE.items() if isinstance(row.value, OnPolicy)]
+TRAINED = [k for k, row in SAFE.items() if isinstance(row.value, OnPolicy) and "tabular" in row.kinds]
 
 
 def small(method_id: str) -> tuple[OnPolicy, Any]:
