@@ -347,7 +347,8 @@ class MujocoVectorEnv(VectorEnv):
         return observation, reward, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:
-        self._env.close()
+        if hasattr(self, "_env"):  # gymnasium closes what was refused at its making, too
+            self._env.close()
 
     def _restart(self, i: int, seed: int | None) -> tuple[Array, dict[str, Any]]:
         """Gymnasium's own reset on simulation i's random stream, and its state put into the batch."""
