@@ -38,7 +38,7 @@ def _online(driver: WarmStartDriver) -> np.ndarray:
     return np.array(episodes)
 
 
-def pendulum(tier: str = "medium", steps: int = 6000, seeds: int = 1) -> dict[str, Any]:
+def pendulum(tier: str = "medium", steps: int = 6000, seeds: int = 2) -> dict[str, Any]:
     """From a recorded Pendulum set to Pendulum itself: the largest drop of a five-episode return below the return at the switch.
 
     With frozen steps it is at most half of that without them, worst of the seeds, or at most 10 % of that return; and the last ten episodes return

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from language_pieces import ONE, ROWS, after_step, collect, made, shake, small, trees
+from on_policy_pieces import check_differences
 from torch import Tensor
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
@@ -59,19 +60,7 @@ def test_gradient_of_the_whole_loss_matches_finite_differences(method_id: str) -
         found = policy_loss(method, driver.agent, part, omega, ONE, update.joint_value)[0]
         return found if method.aux is None else found + method.aux(driver.agent, driver.extra)  # type: ignore[arg-type]
 
-    params = update.optimizer.params
-    grads = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(), params)])
-    found = []
-    with torch.no_grad():
-        for p in params:
-            for i in range(p.numel()):
-                values = []
-                for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
-                    p.view(-1)[i] += h
-                    values.append(loss())
-                found.append((values[0] - values[1]) / 2e-6)
-    assert float(grads.abs().max()) > 1e-3
-    torch.testing.assert_close(grads, torch.stack(found), rtol=1e-5, atol=1e-7)
+    check_differences(loss, update.optimizer.params)
 
 
 # -- 4: invariance -------------------------------------------------------------------------------------------------------------------------

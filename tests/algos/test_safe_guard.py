@@ -1,14 +1,13 @@
 """acs/ppo: labels of safe episodes, the shield on its way to the environment, and what a run keeps of it."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from on_policy_pieces import check_resume
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.presets import configure, override
@@ -105,17 +104,8 @@ def test_networks_learn_which_actions_are_safe():
 
 @pytest.mark.check("resume", "acs/ppo")
 def test_resumed_runs_give_the_same_numbers(tmp_path):
-    whole = driver()
-    for _ in range(2):
-        whole.step()
-    whole.boundary()
-    save_tensors(tmp_path / "state.safetensors", *whole.state())
-    expected = [whole.step() for _ in range(2)]
+    expected = check_resume(driver, tmp_path)
     assert any(s["shielded"] > 0 for s in expected) and expected[-1]["epsilon"] == 0.3
-    resumed = driver()
-    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    resumed.boundary()
-    assert json.dumps([resumed.step() for _ in range(2)]) == json.dumps(expected)
 
 
 @pytest.mark.check("bad_input", "acs/ppo")

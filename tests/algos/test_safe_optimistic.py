@@ -1,14 +1,13 @@
 """reload/ppo: advantages that are optimistic in critic and multiplier, on sampled records."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from on_policy_pieces import check_resume
 
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.presets import configure, override
@@ -80,19 +79,8 @@ def test_nothing_changes_where_critic_and_weight_stay():
 
 @pytest.mark.check("resume", "reload/ppo")
 def test_resumed_runs_give_the_same_numbers(tmp_path):
-    whole = driver()
-    for _ in range(2):
-        whole.step()
-    whole.boundary()
-    save_tensors(tmp_path / "state.safetensors", *whole.state())
-    expected = [whole.step() for _ in range(2)]
+    expected = check_resume(driver, tmp_path)
     assert all(np.isfinite(s["policy_loss"]) for s in expected)
-    resumed = driver()
-    resumed.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    resumed.boundary()
-    assert json.dumps([resumed.step() for _ in range(2)]) == json.dumps(expected)
-    for k, v in whole.state()[0].items():
-        assert torch.equal(v, resumed.state()[0][k]), k
 
 
 @pytest.mark.check("bad_input", "reload/ppo")

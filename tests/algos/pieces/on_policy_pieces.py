@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.records import Rollout
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.loss import policy_loss, weights
@@ -91,6 +95,39 @@ def record(method: OnPolicy, setup: Setup) -> Rollout:
     return setup.collector.collect(setup.agent, torch.Generator().manual_seed(1))
 
 
+def check_differences(loss: Callable[[], torch.Tensor], params: Sequence[torch.Tensor]) -> None:
+    """The gradient of a float64 loss in every parameter equals central differences, and is not zero."""
+    grads = flatten(list(torch.autograd.grad(loss(), params)))
+    found = []
+    with torch.no_grad():
+        for p in params:
+            for i in range(p.numel()):
+                values = []
+                for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
+                    p.view(-1)[i] += h
+                    values.append(loss())
+                found.append((values[0] - values[1]) / 2e-6)
+    assert float(grads.abs().max()) > 1e-3
+    torch.testing.assert_close(grads, torch.stack(found), rtol=1e-5, atol=1e-7)
+
+
+def check_resume(make: Callable[[], OnPolicyDriver], path: Path) -> list[dict[str, float]]:
+    """Two iterations after a checkpoint have the same statistics in the run that wrote it and in one that read it; returns those."""
+    whole = make()
+    for _ in range(2):
+        whole.step()
+    whole.boundary()
+    save_tensors(path / "state.safetensors", *whole.state())
+    expected = [whole.step() for _ in range(2)]
+    resumed = make()
+    resumed.load_state(*load_tensors(path / "state.safetensors"))
+    resumed.boundary()
+    assert json.dumps([resumed.step() for _ in range(2)]) == json.dumps(expected)
+    for name, tensor in whole.state()[0].items():
+        assert torch.equal(tensor, resumed.state()[0][name]), name
+    return expected
+
+
 def check_gradient(driver: OnPolicyDriver) -> None:
     """The gradient of the whole loss, on a record of its own and away from the policy that sampled it, equals central differences."""
     method, agent = driver.method, driver.agent
@@ -104,18 +141,7 @@ def check_gradient(driver: OnPolicyDriver) -> None:
         return policy_loss(method, agent, rollout, omega, coef, joint)[0]
 
     params = all_params(agent) if joint else agent.parameters("policy")
-    grads = flatten(list(torch.autograd.grad(loss(), params)))
-    found = []
-    with torch.no_grad():
-        for p in params:
-            for i in range(p.numel()):
-                values = []
-                for h in (1e-6, -2e-6, 1e-6):  # forward, backward, and back to the start
-                    p.view(-1)[i] += h
-                    values.append(loss())
-                found.append((values[0] - values[1]) / 2e-6)
-    assert float(grads.abs().max()) > 1e-3
-    torch.testing.assert_close(grads, torch.stack(found), rtol=1e-5, atol=1e-7)
+    check_differences(loss, params)
 
 
 def by_rows(method: OnPolicy, micro: int | None = None, optimizer: str = "sgd") -> OnPolicy:
