@@ -45,3 +45,20 @@ def trap(tmp_path):
             return (open, (str(proof), "w"))
 
     return Trap(), proof
+
+
+@pytest.fixture
+def allocated():
+    """A function that runs a function and gives the most bytes that torch's allocator had given out at once, beyond what it had before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def measure(run):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            run()
+        most = now = 0
+        for event in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return most
+
+    return measure

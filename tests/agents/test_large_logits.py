@@ -36,19 +36,6 @@ def record(rows, length, vocab=VOCAB):
     )  # fmt: skip
 
 
-def allocated(run):
-    """Most bytes that torch's allocator had given out at once while `run` ran, beyond what it had before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    most = now = 0
-    for event in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"value_head": True}], ids=str)
 def test_pieces_say_the_same_as_a_whole(options, monkeypatch):
     plain, rollout = agent(40, 12, **options), record(3, 12, 40)
@@ -75,7 +62,7 @@ def test_pieces_say_the_same_as_a_whole(options, monkeypatch):
     assert plain.evaluate(rollout, ["dist"]).dist.logits.shape == (3, 12, 40)  # whole distributions are what was asked for
 
 
-def test_a_vocabulary_of_150_000_is_scored_in_pieces():
+def test_a_vocabulary_of_150_000_is_scored_in_pieces(allocated):
     """1,000 tokens have 600 MB of logits; held are a piece of them, its log-softmax, and little else."""
     plain, rollout = agent(length=1000), record(1, 1000)
     with torch.no_grad():
@@ -85,7 +72,7 @@ def test_a_vocabulary_of_150_000_is_scored_in_pieces():
 
 
 @pytest.mark.slow
-def test_8192_tokens_of_150_000_are_scored_and_learnt_in_pieces():
+def test_8192_tokens_of_150_000_are_scored_and_learnt_in_pieces(allocated):
     """4.9 GB of logits, four times as much with log-softmax and gradients; held are four pieces, and the masks of 8,200 x 8,200 tokens."""
     plain, rollout = agent(), record(1, 8192)
     masks = 16 * (8192 + PROMPT) ** 2
@@ -96,7 +83,7 @@ def test_8192_tokens_of_150_000_are_scored_and_learnt_in_pieces():
     assert learnt < 4.5 * CHUNK + masks < 4 * 8192 * VOCAB
 
 
-def test_sampling_holds_one_step_of_logits():
+def test_sampling_holds_one_step_of_logits(allocated):
     plain = agent(length=64, max_new_tokens=4)
     ids = torch.randint(3, VOCAB, (8, PROMPT), generator=torch.Generator().manual_seed(0))
     starts = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids, dtype=torch.bool), "max_new_tokens": 4}

@@ -117,21 +117,7 @@ def test_sizes_of_a_method():
 # -- measured --------------------------------------------------------------------------------------------------------------------------
 
 
-def allocated(run):
-    """Most bytes that torch's allocator had given out at once while `run` ran, beyond what it had before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    most = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def update_against_estimate(agent, task, rows, **changes):
+def update_against_estimate(allocated, agent, task, rows, **changes):
     """(what an update took, what was told of it), both without what lasts."""
     from markovia.algos.collect import SequenceCollector
 
@@ -150,23 +136,23 @@ def length(prompts, completions, **_):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"gradient_checkpointing": True, "lora": {"r": 4}}, {"packed": True}], ids=str)
-def test_estimate_meets_the_allocator(options):
+def test_estimate_meets_the_allocator(allocated, options):
     agent = tiny(layers=6, hidden=64, inner=160, vocab=400, **options)
     letter = agent.tokenizer.decode([5])
     task = TextTask([letter * 20, letter * 24], agent.tokenizer, length, 32, group_size=4)
-    measured, told = update_against_estimate(agent, task, 16)
+    measured, told = update_against_estimate(allocated, agent, task, 16)
     assert 0.75 < measured / told < 1.15, (measured, told)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
-def test_estimate_meets_the_allocator_on_smollm2(options):
+def test_estimate_meets_the_allocator_on_smollm2(allocated, options):
     from markovia.envs.text.pretrained import load_tokenizer
 
     agent = LanguageAgent.from_name("smollm2", temperature=0.7, lora={"r": 16}, **options)
     prompts = ["The film was", "I watched this because of the actors, and"]
     task = TextTask(prompts, load_tokenizer("smollm2"), length, 16, group_size=4)
-    measured, told = update_against_estimate(agent, task, 8)
+    measured, told = update_against_estimate(allocated, agent, task, 8)
     assert 0.75 < measured / told < 1.15, (measured, told)
 
 

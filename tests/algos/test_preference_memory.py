@@ -59,21 +59,8 @@ def test_what_a_method_holds():
     assert estimate(agent, settings("dpo"), source).part == 8
 
 
-def allocated(run):
-    """Most bytes that torch's allocator had given out at once while `run` ran, beyond what it had before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    most = now = 0
-    for event in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"packed": True}, {"gradient_checkpointing": True}], ids=str)
-def test_estimate_meets_the_allocator(options):
+def test_estimate_meets_the_allocator(allocated, options):
     agent, method = tiny(layers=6, hidden=64, inner=160, vocab=400, **options), settings("dpo")
     source = FileItems(items(40, 40, count=4), "pairs")
     told = estimate(agent, method, source)
