@@ -51,6 +51,7 @@ class Memory:
     pieces: bool = False  # whether logits beyond a limit are made in pieces though nothing is packed
     samples: bool = True  # whether responses are sampled, not read from a file
     cpu: bool = True
+    bf16: bool = False  # whether autocast holds the trained weights once more while it samples, in two bytes each
     chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
 
     @property
@@ -67,7 +68,8 @@ class Memory:
 
     @property
     def sampling(self) -> int:
-        return self.rows * ((self.prompt + self.new) * self.cache + SAMPLED * self.vocab) if self.samples else 0
+        held = 2 * self.trainable * self.bf16
+        return held + self.rows * ((self.prompt + self.new) * self.cache + SAMPLED * self.vocab) if self.samples else 0
 
     @property
     def scoring(self) -> int:
@@ -132,7 +134,7 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
         cache=cache_bytes(agent), activation=activation, once=once,
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
-        packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu",
+        packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", bf16=agent.options.bf16,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def estimate(agent: LanguageAgent, method: Preference, source: FileItems | Judge
         item=trained[0].element_size(), slots=Rule(solver.optimizer).slots, rows=_sampled(method, source, part), part=part, prompt=prompt, new=new,
         vocab=agent.tokenizer.vocab_size, cache=cache_bytes(agent), activation=activation, once=once, wide=bool(needs & {"kl_ref", "collision"}),
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", samples=type(source) is not FileItems,
+        bf16=agent.options.bf16,
     )  # fmt: skip
 
 
