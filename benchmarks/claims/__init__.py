@@ -132,7 +132,7 @@ CLAIMS: dict[str, Claim] = {
     "reload": Claim(_SAFE + "reload_cycles"),
     "stepmix": Claim(_SAFE + "stepmix_floor"),
     "reload/ppo": Claim(_SAFE_LEARNING + "reload_critics"),
-    "reload/ppo@grid": Claim(_SAFE_LEARNING + "reload_grid"),
+    "reload/ppo@grid": Claim(_SAFE_LEARNING + "reload_grid", "slow"),
     "c-morl/ppo": Claim(_SAFE_LEARNING + "learnt_front"),
     "acs/ppo": Claim(_SAFE_LEARNING + "acs_ledge"),
     "cal": Claim(_SAFE_LEARNING + "cal_exact"),
