@@ -20,10 +20,13 @@ PUBLISHED = Path(__file__).parent / "published.json"
 
 
 def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
-    """Train one cell to its end, from its newest checkpoint if it has one; "sb3-ppo" is the peer of the same protocol."""
+    """Train one cell to its end, from its newest checkpoint if it has one; "sb3-ppo" is the peer of the same protocol, and "sac+bfloat16" is sac with
+    its products in that precision."""
     if method == "sb3-ppo":
         return _peer(task, seed, steps or 1_000_000)
-    return train_cell(task, method, seed, folder(runs, task, method, seed), {} if steps is None else {"num_env_steps": steps})
+    name, _, precision = method.partition("+")
+    changes = ({} if steps is None else {"num_env_steps": steps}) | ({"precision": precision} if precision else {})
+    return train_cell(task, name, seed, folder(runs, task, method, seed), changes) | {"method": method}
 
 
 def _peer(task: str, seed: int, steps: int) -> Cell:
@@ -66,7 +69,7 @@ def table(rows: list[Cell]) -> str:
         best = f"{np.mean([b for b in found if b is not None]):,.0f}" if any(b is not None for b in found) else ""
         steps = min(m["done"]["num_env_steps"] for m in members)
         minutes = np.mean([m["done"]["seconds"] for m in members]) / 60.0
-        sources = published.get(method.removeprefix("sb3-"), {}).get(task.rpartition("-")[0], {})
+        sources = published.get(method.removeprefix("sb3-").partition("+")[0], {}).get(task.rpartition("-")[0], {})
         told = "; ".join(f"{source} {value}" for source, value in sources.items())
         lines.append(
             f"| {task} | {method} | {len(members)} | {steps / 1e6:.2g}M | {last['mean']:,.0f} ± {last['std']:,.0f} | {last['iqm']:,.0f} "
