@@ -295,7 +295,7 @@ class LoadedRun:
     run: Path
     config: dict[str, Any]
     agent: Agent
-    evaluate: Callable[..., dict[str, Any]]
+    evaluate: Callable[..., dict[str, Any]]  # (agent, episodes, seed) -> raw "returns" and what else the kind of task tells
     task: Any  # the sequence task of text and denoising runs, None for stepped kinds
 
 
