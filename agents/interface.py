@@ -90,7 +90,11 @@ class Agent(ABC):
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """Stable-Baselines3's signature: numpy observation(s) in, numpy action(s) out; normalises like training did."""
+        """Stable-Baselines3's signature: numpy observation(s) in, numpy action(s) out; normalises like training did.
+
+        The state that comes back belongs into the next call, with `episode_start` (n,) where an episode begins: policies that plan ahead or remember
+        carry it. `markovia.envs.control.stepping` does that.
+        """
         raise ValueError(f"{type(self).__name__} (kind {self.kind!r}) has no single-step predict; use generate(starts, generator)")
 
     def generate(self, starts: dict[str, Any], generator: torch.Generator | None = None, deterministic: bool = False) -> Rollout:

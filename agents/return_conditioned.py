@@ -212,6 +212,12 @@ class ReturnConditionedAgent(StepAgent):
         action = self.env_action(self._advance(history, obs, starts.reshape(-1)))
         return (action[0] if single else action), history
 
+    def asked_for(self, target_return: float) -> ReturnConditionedAgent:
+        """The same policy, weights shared, that acts so as to reach another return."""
+        other = copy.copy(self)
+        other.target_return, other._config = float(target_return), {**self._config, "target_return": float(target_return)}
+        return other
+
     def rewarded(self, history: History, reward: Any) -> None:
         """R <- R - r: what is left to reach after the step that `predict` was asked for paid `reward` (n,)."""
         history.left -= torch.as_tensor(np.asarray(reward), device=history.left.device, dtype=history.left.dtype).reshape(-1)

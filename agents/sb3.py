@@ -43,6 +43,8 @@ class SB3Agent(StepAgent):
         if not isinstance(getattr(model, "policy", None), ActorCriticPolicy):
             found = type(getattr(model, "policy", model)).__name__
             raise ValueError(f"SB3Agent takes a model with an actor-critic policy (PPO, A2C), got one with {found}, which has no action density")
+        if hasattr(model.policy, "lstm_actor"):
+            raise ValueError("SB3Agent can't take a recurrent policy: its action depends on more than the observation; use the model's own predict")
         if model.use_sde:
             raise ValueError("SB3Agent can't take a model with use_sde=True: its noise depends on the state; train it with use_sde=False")
         check_action_space(model.action_space)

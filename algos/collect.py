@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +19,20 @@ from markovia.algos.finite import check_logp, check_step, scored
 from markovia.algos.on_policy.filters import join
 from markovia.algos.reward_scale import RewardScale
 from markovia.envs.finite import NotFinite
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a collection stepped, as the environments gave it; the rest of a record follows from it."""
+
+    obs: Any  # (B, T, ...) as the network saw them, tensors or arrays
+    action: Any  # (B, T, ...) in policy coordinates
+    reward: np.ndarray  # (B, T)
+    terminated: np.ndarray  # (B, T) bool
+    truncated: np.ndarray  # (B, T) bool, at a row's cut too
+    valid: np.ndarray  # (B, T) bool
+    cost: np.ndarray | None  # (B, T, m)
+    finals: list[tuple[np.ndarray, int, Any]]  # environments, step, their raw final observations
 
 
 class StepCollector:
@@ -136,38 +150,28 @@ class StepCollector:
         if len(who):
             finals.append((who, T - 1, _rows(self._raw, who)))
             truncated[who, -1] = True
-        rollout = self._record(agent, store, reward, terminated, truncated, valid, cost, finals)
+        rollout = self._record(agent, Stepped(store["obs"], store["action"], reward, terminated, truncated, valid, cost, finals))
         if self.shield is not None:
             device = rollout.valid.device
             rollout.columns |= {"executed": torch.from_numpy(executed).to(device), "ended": torch.from_numpy(ended).to(device)}
         return rollout
 
-    def _record(
-        self,
-        agent: Agent,
-        store: dict[str, Any],
-        reward: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        valid: np.ndarray,
-        cost: np.ndarray | None,
-        finals: list[tuple[np.ndarray, int, Any]],
-    ) -> Rollout:
+    def _record(self, agent: Agent, steps: Stepped) -> Rollout:
         """The record of a collection, with values, boot values, and log-probs of one pass over the whole of it."""
         device = agent.device
-        mask = torch.from_numpy(valid).to(device)
+        mask = torch.from_numpy(steps.valid).to(device)
         dtype = next(agent.net.parameters()).dtype
         as_float = lambda x: torch.from_numpy(x).to(device=device, dtype=dtype)  # noqa: E731
         rollout = Rollout(
-            obs=map_obs(store["obs"], torch.as_tensor),
-            action=torch.as_tensor(store["action"]),
-            logp_old=as_float(np.zeros_like(reward)),
-            reward=as_float(reward),
+            obs=map_obs(steps.obs, torch.as_tensor),
+            action=torch.as_tensor(steps.action),
+            logp_old=as_float(np.zeros_like(steps.reward)),
+            reward=as_float(steps.reward),
             valid=mask,
             mask=mask.clone(),
-            continuation=as_float((valid & ~terminated).astype(np.float64)),
-            truncated=torch.from_numpy(truncated).to(device),
-            cost=None if cost is None else as_float(cost),
+            continuation=as_float((steps.valid & ~steps.terminated).astype(np.float64)),
+            truncated=torch.from_numpy(steps.truncated).to(device),
+            cost=None if steps.cost is None else as_float(steps.cost),
         )
         has_critic = agent.critic is not None
         # The distribution that was sampled, through the matrix products of the update: the first ratio is 1 to the last bit.
@@ -175,7 +179,7 @@ class StepCollector:
         assert out.logp is not None
         rollout = replace(rollout, logp_old=out.logp)
         check_logp(rollout)
-        return replace(rollout, value=out.value, boot_value=_boot(agent, finals, out.value) if has_critic else None)
+        return replace(rollout, value=out.value, boot_value=_boot(agent, steps.finals, out.value) if has_critic else None)
 
     def _advance(self, action: Any, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments: rewards, terminated, truncated (not both) and infos, cleared where a step only resets (not `live`)."""

@@ -18,6 +18,7 @@ from markovia.algos.compiled import can_compile
 from markovia.algos.families import Family, family_of
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.text_metrics import pass_curve
+from markovia.envs.control.stepping import first_episodes
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
@@ -183,20 +184,14 @@ def evaluate_stepped(
     """Raw returns, lengths and, where the task has them, costs of `episodes` greedy episodes, each of its own environment and seed (no bias towards
     short ones); with deterministic=False of sampled actions."""
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
-    obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
-    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
-    state, starting = None, np.ones(episodes, dtype=bool)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
     costs: np.ndarray | None = None
-    while running.any():
-        actions, state = agent.predict(obs, state, starting, deterministic)
-        obs, reward, terminated, truncated, infos = venv.step(actions)
-        returns += reward * running
-        step_cost = cost_of(infos, terminated | truncated, episodes)
+    for step in first_episodes(venv, agent, stream_seed(seed, "evaluation") % 2**31, deterministic):
+        returns += step.reward * step.running
+        step_cost = cost_of(step.infos, step.terminated | step.truncated, episodes)
         if step_cost is not None:
-            costs = (0.0 if costs is None else costs) + step_cost.sum(1) * running
-        lengths += running
-        starting = terminated | truncated
-        running &= ~starting
+            costs = (0.0 if costs is None else costs) + step_cost.sum(1) * step.running
+        lengths += step.running
     venv.close()
     return {"returns": returns.tolist(), "lengths": lengths.tolist(), **({} if costs is None else {"costs": costs.tolist()})}
 

@@ -132,6 +132,21 @@ def _open(folder: Path, asked: dict[str, Any], resume: bool) -> None:
     write_json(file, asked)
 
 
+class _Uniform:
+    """Uniform actions of a space, as a policy."""
+
+    def __init__(self, space: Any) -> None:
+        self.space = space
+
+    def reseed(self, seed: int) -> None:
+        """Start the draws anew."""
+        self.space.seed(seed % 2**31)
+
+    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple[np.ndarray, Any]:
+        """An action for each of the environments that play side by side."""
+        return np.stack([self.space.sample() for _ in range(NUM_ENVS)]), state
+
+
 def play(
     env: str, policy: Any, seed: int, stream: str, *, deterministic: bool = False, progress: Callable[[int, float], None] | None = None, **amount: int
 ) -> Any:
@@ -146,20 +161,17 @@ def play(
     from markovia.envs.offline.log import record
 
     venv = make_vec(env, NUM_ENVS, vectorization="sync")
-    space = venv.single_action_space
+    actor = _Uniform(venv.single_action_space) if policy is None else policy
 
-    def act(wave: int) -> Callable[[Any], np.ndarray]:
+    def of_wave(wave: int) -> Any:
         drawn = stream_seed(seed, f"{stream}-actions", wave)
-        if policy is None:
-            space.seed(drawn % 2**31)
-            return lambda obs: np.stack([space.sample() for _ in range(NUM_ENVS)])
-        getattr(policy, "reseed", torch.manual_seed)(drawn)  # a scripted controller has a generator of its own
-        return lambda obs: policy.predict(obs, deterministic=deterministic)[0]
+        getattr(actor, "reseed", torch.manual_seed)(drawn)  # a scripted controller has a generator of its own
+        return actor
 
     first = stream_seed(seed, stream) % 2**30
     try:
         with torch.random.fork_rng(devices=[]):
-            return record(venv, act, _about(env), seed=first, progress=progress, **amount)
+            return record(venv, of_wave, _about(env), seed=first, deterministic=deterministic, progress=progress, **amount)
     finally:
         venv.close()
 

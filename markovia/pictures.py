@@ -146,6 +146,7 @@ def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path,
     """
     import gymnasium as gym
 
+    from markovia.envs.control.stepping import first_episodes
     from markovia.envs.control.vector import make_env
 
     if not os.environ.get("DISPLAY"):
@@ -161,12 +162,8 @@ def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path,
             warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
             recorder = gym.wrappers.RecordVideo(scene, str(folder), episode_trigger=lambda _: True, disable_logger=True)
         for episode in range(episodes):
-            observation, _ = recorder.reset(seed=seed + episode)
-            over = False
-            while not over:
-                action, _ = agent.predict(observation, deterministic=True)
-                observation, _, terminated, truncated, _ = recorder.step(action)
-                over = terminated or truncated
+            for _ in first_episodes(recorder, agent, seed + episode, deterministic=True):
+                pass
         recorder.close()
     except gym.error.DependencyNotInstalled as e:
         raise RunError(f"rendering {env} needs a package that is missing: {e}; pip install 'markovia[control]'") from e

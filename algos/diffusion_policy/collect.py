@@ -10,7 +10,7 @@ from torch import Tensor
 
 from markovia.agents.diffusion_policy import DiffusionPolicyAgent
 from markovia.agents.records import Rollout
-from markovia.algos.collect import StepCollector
+from markovia.algos.collect import StepCollector, Stepped
 
 
 class ChainCollector(StepCollector):
@@ -29,36 +29,32 @@ class ChainCollector(StepCollector):
         rollout.outcome["env_steps"] = torch.from_numpy(after - before)
         return rollout
 
-    def _record(
-        self,
-        agent: Any,
-        store: dict[str, Any],
-        reward: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        valid: np.ndarray,
-        cost: np.ndarray | None,
-        finals: list[tuple[np.ndarray, int, Any]],
-    ) -> Rollout:
+    def _record(self, agent: Any, steps: Stepped) -> Rollout:
         assert isinstance(agent, DiffusionPolicyAgent)
-        n, T = agent.tuned_steps, reward.shape[1]
+        n, T = agent.tuned_steps, steps.reward.shape[1]
         last = np.tile(np.arange(n) == n - 1, T)
         spread = lambda x: np.repeat(x, n, axis=1)  # noqa: E731
-        inner = unrolled(store["obs"], store["action"], agent.kernel.num_steps)
-        ends = [(who, t * n + n - 1, raw) for who, t, raw in finals]
-        at_end = None if cost is None else spread(cost) * last[:, None]
-        rollout = super()._record(
-            agent, inner, spread(reward) * last, spread(terminated) & last, spread(truncated) & last, spread(valid), at_end, ends
+        obs, action = unrolled(steps.obs, steps.action, agent.kernel.num_steps)
+        inner = Stepped(
+            obs,
+            action,
+            reward=spread(steps.reward) * last,
+            terminated=spread(steps.terminated) & last,
+            truncated=spread(steps.truncated) & last,
+            valid=spread(steps.valid),
+            cost=None if steps.cost is None else spread(steps.cost) * last[:, None],
+            finals=[(who, t * n + n - 1, raw) for who, t, raw in steps.finals],
         )
+        rollout = super()._record(agent, inner)
         place = torch.arange(n, device=agent.device).repeat(T).expand(rollout.shape).to(rollout.reward)
         rollout.columns["left"] = n - 1.0 - place
         rollout.columns["stage"] = place / (n - 1.0) if n > 1 else torch.ones_like(place)
         return rollout
 
 
-def unrolled(window: Tensor, chain: Tensor, num_steps: int) -> dict[str, Any]:
-    """{"obs": {"obs", "x", "step"}, "action"} of denoising steps (B, T K', ...) from windows (B, T, C) and chains (B, T, K' + 1, H, d)."""
+def unrolled(window: Tensor, chain: Tensor, num_steps: int) -> tuple[dict[str, Tensor], Tensor]:
+    """({"obs", "x", "step"}, action) of denoising steps (B, T K', ...) from windows (B, T, C) and chains (B, T, K' + 1, H, d)."""
     B, T, n = chain.shape[0], chain.shape[1], chain.shape[2] - 1
     step = torch.arange(num_steps - n, num_steps, device=chain.device).repeat(T).expand(B, T * n)
     obs = {"obs": window.repeat_interleave(n, 1), "x": chain[:, :, :-1].flatten(1, 2), "step": step.contiguous()}
-    return {"obs": obs, "action": chain[:, :, 1:].flatten(1, 2)}
+    return obs, chain[:, :, 1:].flatten(1, 2)

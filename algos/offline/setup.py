@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
-
 from markovia.agents.control import ControlAgent
 from markovia.agents.improved import ImprovedAgent
 from markovia.agents.return_conditioned import ReturnConditionedAgent
@@ -21,7 +19,6 @@ from markovia.algos.offline.sequences import ReturnConditioned, make_sequences
 from markovia.algos.offline.source import make_source
 from markovia.algos.offline.warm_start import Phases, WarmStart
 from markovia.algos.setup import Request, Setup, evaluate_stepped
-from markovia.algos.streams import stream_seed
 from markovia.envs.control.vector import make_env, make_vec
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.sources import load
@@ -66,7 +63,7 @@ def build_from(
     options: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Setup:
-    """The same on rows in memory: the evaluation asks for the target return and tells the agent what each step paid."""
+    """The same on rows in memory; the evaluation asks for the target return."""
     env_kwargs, options = env_kwargs or {}, options or {}
     env = make_env(env_id, **env_kwargs)
     horizon = env.spec.max_episode_steps if env.spec is not None else None
@@ -89,22 +86,9 @@ def build_from(
 def evaluate_asked(
     agent: ReturnConditionedAgent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any], target: float | None = None
 ) -> dict[str, Any]:
-    """Returns and lengths of `episodes` episodes, each of its own environment and seed, that were asked for `target` (None: the agent's own)."""
-    venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs)
-    obs, _ = venv.reset(seed=stream_seed(seed, "evaluation") % 2**31)
-    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
-    asked = agent.target_return if target is None else target
-    history = agent.start(agent.observe(obs))
-    history.left.fill_(asked)
-    while running.any():
-        actions, history = agent.predict(obs, history, deterministic=True)
-        obs, reward, terminated, truncated, _ = venv.step(actions)
-        agent.rewarded(history, reward)
-        returns += reward * running
-        lengths += running
-        running &= ~(terminated | truncated)
-    venv.close()
-    return {"returns": returns.tolist(), "lengths": lengths.tolist(), "target_return": asked}
+    """`evaluate_stepped` of the agent asked for a return of `target` (None: its own)."""
+    asked = agent if target is None else agent.asked_for(target)
+    return {**evaluate_stepped(asked, env_id, episodes, seed, env_kwargs), "target_return": asked.target_return}
 
 
 def build_warm_start(method: WarmStart, request: Request) -> Setup:

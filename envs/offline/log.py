@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
+from markovia.envs.control.stepping import Policy, first_episodes
 from markovia.envs.offline.transitions import About, Obs, Transitions, concatenate, map_obs
 
-Act = Callable[[Any], np.ndarray]  # batched observations (n, ...) -> actions for the environment (n, ...)
 FIELDS = ("action", "reward", "terminated", "truncated", "starts", "env")
 
 
@@ -155,10 +155,11 @@ def single_space(space: Any) -> Any:
 
 def record(
     venv: VectorEnv,
-    act: Callable[[int], Act],
+    policy: Callable[[int], Policy],
     about: About,
     *,
     seed: int,
+    deterministic: bool = False,
     num_steps: int = 0,
     episodes: int = 0,
     progress: Callable[[int, float], None] | None = None,
@@ -166,19 +167,15 @@ def record(
     """Whole episodes in order of their seeds, seed, seed + 1, ..., until there are `num_steps` steps or `episodes` episodes, whichever is later.
 
     venv      environments that reset in the same step; each plays one episode of a wave, and waits until all have ended
-    act       wave -> policy of that wave, so that its random numbers depend on the wave alone
+    policy    wave -> policy of that wave, so that its random numbers depend on the wave alone
     progress  called with the steps and the mean return so far
     """
     log, have = StepLog(venv), 0
     waves: list[Transitions] = []
     while have < num_steps or sum(w.num_episodes for w in waves) < episodes:
         wave, n = len(waves), venv.num_envs
-        policy = act(wave)
-        obs, _ = log.reset(seed=[seed + wave * n + i for i in range(n)])
-        running = np.ones(n, dtype=bool)
-        while running.any():
-            obs, _, terminated, truncated, _ = log.step(policy(obs))
-            running &= ~(terminated | truncated)
+        for _ in first_episodes(log, policy(wave), [seed + wave * n + i for i in range(n)], deterministic):
+            pass
         steps = log.take()
         assert steps is not None
         data = as_transitions(steps, about)

@@ -45,10 +45,10 @@ def record(agent: DiffusionPolicyAgent, n: int = 3) -> tuple[torch.Tensor, Rollo
     g = torch.Generator().manual_seed(1)
     window = torch.randn(n, 6, generator=g, dtype=next(agent.net.parameters()).dtype)
     chain = agent.sample(window, g)
-    parts = unrolled(window[:, None], chain[:, None], agent.kernel.num_steps)
-    shape = parts["obs"]["step"].shape
+    obs, action = unrolled(window[:, None], chain[:, None], agent.kernel.num_steps)
+    shape = obs["step"].shape
     zero, true = window.new_zeros(shape), torch.ones(shape, dtype=torch.bool)
-    return chain, Rollout(parts["obs"], parts["action"], zero, zero, true, true, zero, ~true)
+    return chain, Rollout(obs, action, zero, zero, true, true, zero, ~true)
 
 
 # -- densities ----------------------------------------------------------------------------------------------------------------------------
@@ -96,11 +96,11 @@ def test_first_pass_has_ratio_one_and_act_agrees_with_evaluate():
     agent = made("ddim", tuned_steps=3, noise_clip=3.0)
     window = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     chain, logp = agent.act(window, generator=torch.Generator().manual_seed(3))
-    parts = unrolled(window[:, None], chain[:, None], 5)
+    obs, action = unrolled(window[:, None], chain[:, None], 5)
     zero = torch.zeros(5, 3)
-    rollout = Rollout(parts["obs"], parts["action"], zero, zero, zero == 0, zero == 0, zero, zero != 0)
+    rollout = Rollout(obs, action, zero, zero, zero == 0, zero == 0, zero, zero != 0)
     assert torch.equal(agent.evaluate(rollout, ("logp",)).logp.sum(1), logp)
-    again, _ = agent.act({k: v[:, 0] for k, v in parts["obs"].items()}, deterministic=True)
+    again, _ = agent.act({k: v[:, 0] for k, v in obs.items()}, deterministic=True)
     assert torch.equal(again, agent.step_law(window, chain[:, 0], torch.full((5,), 2))[0])
 
 

@@ -116,6 +116,10 @@ def test_models_that_are_no_actor_critic_or_have_endless_actions_are_refused():
         SB3Agent(sb3.DQN("MlpPolicy", Spaces(VECTOR, spaces.Discrete(2)), device="cpu", buffer_size=10))
     with pytest.raises(ValueError, match="use_sde"):
         SB3Agent(model_for(VECTOR, BOX, use_sde=True))
+    recurrent = model_for(VECTOR, BOX)
+    recurrent.policy.lstm_actor = torch.nn.LSTM(1, 1)  # how sb3-contrib's policies name theirs
+    with pytest.raises(ValueError, match="recurrent"):
+        SB3Agent(recurrent)
     model = model_for(VECTOR, BOX)
     model.action_space = spaces.Box(-np.inf, np.inf, (2,))
     with pytest.raises(ValueError, match="infinite bounds"):

@@ -32,6 +32,16 @@ class Counting(gym.Env):
         return self._obs(), float(self.t), over and self.seed % 2 == 1, over and self.seed % 2 == 0, {}
 
 
+class Constant:
+    """The same action everywhere."""
+
+    def __init__(self, n, value):
+        self.action = np.full((n, 1), value, dtype=np.float32)
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return self.action, state
+
+
 ABOUT = About("counting", observation_space=Counting.observation_space, action_space=Counting.action_space)
 
 
@@ -83,7 +93,7 @@ def test_a_reset_from_outside_truncates_and_steps_can_be_saved():
 def test_recorded_episodes_are_those_of_their_seeds():
     venv = SyncVectorEnv([Counting] * 3, autoreset_mode="SameStep")
     waves = []
-    act = lambda wave: waves.append(wave) or (lambda obs: np.full((3, 1), 0.5, dtype=np.float32))  # noqa: E731
+    act = lambda wave: waves.append(wave) or Constant(3, 0.5)  # noqa: E731
     seen = []
     data = record(venv, act, ABOUT, seed=10, num_steps=20, progress=lambda steps, mean: seen.append((steps, mean)))
     seeds = data.obs[data.bounds()[0], 0].tolist()
@@ -103,7 +113,7 @@ def test_dictionary_observations_and_spaces():
 
     about = About("named", observation_space=Named.observation_space, action_space=Named.action_space)
     venv = SyncVectorEnv([Named] * 2, autoreset_mode="SameStep")
-    data = record(venv, lambda wave: lambda obs: np.zeros((2, 1), np.float32), about, seed=0, episodes=3)
+    data = record(venv, lambda wave: Constant(2, 0.0), about, seed=0, episodes=3)
     assert data.obs["x"].dtype == np.float32 and data.about.observation_space["x"].dtype == np.float32
     np.testing.assert_array_equal(data.next_obs["x"][:2], [[0, 1], [0, 2]])
     steps = Steps({"x": np.ones((1, 1))}, {"x": np.ones((1, 1))}, *(np.ones(1) for _ in range(6)))
