@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from markovia.agents.interface import Agent
 from markovia.envs import untrusted
+from markovia.envs.durable import in_place, write_whole
 
 SCHEMA = 1
 WEIGHTS, HEADER = "agent.safetensors", "agent.json"
@@ -43,14 +41,6 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, of another schema, or no checkpoint at all."""
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write and flush to disk, so that a full disk is noticed here and not by the next reader."""
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def _pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], **header: Any) -> bytes:
     # Shared and non-contiguous tensors are refused by safetensors, hence the copies.
     packed = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -72,19 +62,15 @@ def _disk_error(error: OSError, target: Path) -> OSError:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Path:
-    """One safetensors file with named tensors and plain JSON `meta`, written beside its name and then renamed.
+    """One safetensors file with named tensors and plain JSON `meta`, there whole or not at all.
 
     Raises OSError when the disk refuses (the old file, if any, stays), TypeError when `meta` is not JSON.
     """
     path = Path(path)
     data = _pack(tensors, meta or {}, sha256=_digest(tensors, meta or {}))
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(tmp, data)
-        os.replace(tmp, path)
+        write_whole(path, data)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
         raise _disk_error(error, path) from error
     return path
 
@@ -146,23 +132,18 @@ def save_agent(agent: Agent, folder: str | Path) -> Path:
         "versions": {"torch": torch.__version__, "gymnasium": version("gymnasium"), "safetensors": version("safetensors")},
     }
     text = json.dumps(header, indent=1).encode()
-    tmp: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        tmp.chmod(0o755)
-        _write(tmp / WEIGHTS, data)
-        _write(tmp / HEADER, text)
         if folder.exists():
-            os.replace(tmp / WEIGHTS, folder / WEIGHTS)
-            os.replace(tmp / HEADER, folder / HEADER)
+            with in_place(folder / HEADER) as told, in_place(folder / WEIGHTS) as weights:
+                weights.write_bytes(data)
+                told.write_bytes(text)
         else:
-            os.replace(tmp, folder)
+            with in_place(folder) as made:
+                made.mkdir()
+                (made / WEIGHTS).write_bytes(data)
+                (made / HEADER).write_bytes(text)
     except OSError as error:
         raise _disk_error(error, folder) from error
-    finally:
-        if tmp is not None:
-            shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 

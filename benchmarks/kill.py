@@ -107,7 +107,7 @@ def killed(work: Callable[[], None], seconds: float) -> bool:
 
 def temporary(run: Path) -> list[Path]:
     """What lies half-written in a run's folder."""
-    return [p for p in run.rglob("*") if p.name.startswith(TEMPORARY) or (p.name.endswith(".tmp") and p.name.startswith("."))]
+    return [p for p in run.rglob("*") if p.name.startswith(TEMPORARY)]
 
 
 def look(run: Path, found: Found) -> None:

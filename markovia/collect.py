@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from markovia.envs.durable import write_whole
 from markovia.provenance import versions
 from markovia.recipes import Recipe
 from markovia.rundir import RunError, read_json, write_json
@@ -227,12 +227,9 @@ class _Watch:
 
 def _save_steps(path: Path, steps: Any) -> None:
     """One compressed file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **steps.arrays())
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    write_whole(path, buffer.getvalue())
 
 
 class _Collection:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from markovia.envs import untrusted
+from markovia.envs.durable import TEMPORARY, in_place, write_whole
 
-TEMPORARY = ".tmp-"
 CONFIG = "config.json"
 DRIVER = "driver.safetensors"  # the whole training state; agent/ beside it is for those who only want the policy
 KEEP = 2  # checkpoints: the newest and, in case that one is damaged later, the one before
@@ -36,15 +35,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that `path` holds either the old or the new content whole. Raises RunError when the disk refuses."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise _refused(path, e) from e
 
 
@@ -114,27 +107,25 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, agent: Any, driver: Any, config: dict[str, Any]) -> Path:
-    """Write checkpoints/<iteration> under another name and rename it, then drop the ones before the last two.
+    """Put checkpoints/<iteration> in place, then drop the ones before the last two.
 
-    `config` lies in it too, so that a checkpoint says itself which run it belongs to.
+    `config` lies in it too, so that a checkpoint says itself which run it belongs to; the lines of metrics.jsonl up to it reach the disk before it.
     Raises RunError when the disk refuses; nothing half-written remains and the checkpoint before is untouched.
     """
     from markovia.agents.checkpoint import save_tensors
 
     final = run / "checkpoints" / f"{driver.iteration:06d}"
-    temporary = final.with_name(f"{TEMPORARY}{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    lines = [path for path in (Metrics(run).path,) if path.exists()]
     try:
-        temporary.mkdir(parents=True)
-        agent.save(temporary / "agent")
-        tensors, meta = driver.state()
-        save_tensors(temporary / DRIVER, tensors, meta)
-        (temporary / CONFIG).write_text(json.dumps(config))
-        if final.exists():  # a run that was stopped here and resumed: same iteration, same content
-            _drop(final)
-        os.replace(temporary, final)
+        with in_place(final, needs=lines) as temporary:
+            temporary.mkdir()
+            agent.save(temporary / "agent")
+            tensors, meta = driver.state()
+            save_tensors(temporary / DRIVER, tensors, meta)
+            (temporary / CONFIG).write_text(json.dumps(config))
+            if final.exists():  # a run that was stopped here and resumed: same iteration, same content
+                _drop(final)
     except Exception as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not _is_disk(e):
             raise
         older = checkpoints(run)
@@ -152,7 +143,7 @@ def _drop(checkpoint: Path) -> None:
     """Remove a checkpoint so that a kill leaves it whole or under a name that is swept, never in part."""
     gone = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
     shutil.rmtree(gone, ignore_errors=True)
-    os.replace(checkpoint, gone)
+    checkpoint.rename(gone)
     shutil.rmtree(gone)
 
 

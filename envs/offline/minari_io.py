@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from markovia.envs.durable import in_place
 from markovia.envs.names import nearest
 from markovia.envs.offline.minari_check import check_files
 from markovia.envs.offline.scores import Reference
@@ -202,17 +202,12 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
     lost = last[~data.next_known[last] & ~data.terminated[last]]
     if len(lost):
         raise DatasetError(f"{about.name}: next_obs, row {int(lost[0])}: the episode's final observation is not known; write data.view() instead")
-    temporary = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        spaces: dict[str, gym.Space] = {"observation_space": about.observation_space, "action_space": about.action_space}
+    spaces: dict[str, gym.Space] = {"observation_space": about.observation_space, "action_space": about.action_space}
+    with in_place(final) as temporary:
+        temporary.mkdir()
         storage = MinariStorage.new(temporary / "data", env_spec=about.env_spec, jpeg_encoding=False, **spaces)
         storage.update_metadata(_metadata(data, dataset_id, minari.__version__, metadata or {}))
         storage.update_episodes(_buffers(data))
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return open_folder(final / "data")
 
 

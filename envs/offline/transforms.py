@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from markovia.envs.durable import write_whole
 from markovia.envs.offline.transitions import Obs, Transitions, columns, map_obs
 from markovia.envs.untrusted import read_json
 
@@ -119,9 +119,7 @@ class Transform:
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
         path = Path(path)
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text(json.dumps(self.to_json()) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, (json.dumps(self.to_json()) + "\n").encode())
         return path
 
     @classmethod

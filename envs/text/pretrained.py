@@ -10,13 +10,12 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from markovia.envs.durable import in_place
 from markovia.envs.text.tokens import CharTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -88,17 +87,13 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
     final = cache_dir() / name
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     try:
-        build(work)
-        try:
-            os.replace(work, final)
-        except OSError:
-            if not final.is_dir():  # another process that was faster is welcome, anything else is an error
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with in_place(final) as work:
+            work.mkdir()
+            build(work)
+    except OSError:
+        if not final.is_dir():  # another process that was faster is welcome, anything else is an error
+            raise
     return final
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from markovia.agents import checkpoint
 from markovia.agents.checkpoint import CheckpointError, load_agent, load_tensors, save_agent, save_tensors
 from markovia.agents.control import ControlAgent
 from markovia.agents.interface import Agent
@@ -96,10 +96,11 @@ def test_one_changed_bit_is_noticed(tmp_path):
 
 def full_disk(monkeypatch):
     def write(path, data):
-        path.write_bytes(data[:10])
+        with path.open("wb") as f:
+            f.write(data[:10])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
 
 
 @pytest.mark.parametrize("before", [False, True])
