@@ -19,7 +19,7 @@ from markovia.algos.on_policy import auxiliary, divergence, entropy, filters, me
 from markovia.algos.on_policy.method import NaturalGradient
 from markovia.algos.preference.method import FromPreferences
 from markovia.algos.safe import constraint, dual, replayed, termination
-from markovia.algos.systems import Method, find
+from markovia.algos.systems import Method, find, rows
 from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
@@ -77,21 +77,50 @@ def _likes(env_id: str, environments: dict[str, Any]) -> list[str]:
     return chain
 
 
-def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
-    """The presets that apply, weakest first: (where, changes). Every method takes those of its family, which is named by the settings' class.
+def _whose(method_id: str, entries: list[dict[str, Any]]) -> str | None:
+    """Whose presets among `entries` a method takes: its own, or those of the nearest ancestor with settings of the same class; None without any."""
+    known, key = rows(), method_id
+    while key in known and type(known[key].value) is type(known[method_id].value):
+        if any(key in entry for entry in entries):
+            return key
+        key = known[key].parent or ""
+    return None
 
-    An environment's entry may name another one under "like": that one's presets come first.
+
+def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
+    """The presets that apply, weakest first: (whose, changes). Every method takes those of its family, which is named by the settings' class.
+
+    An environment's entry may name another one under "like": that one's presets come first. A method that has no entry for the kind, or none for the
+    environment and those that it is like, takes there its parent's, or those of the nearest ancestor that has some; {} is an entry too.
     """
-    kind, family = kind_of(env_id), type(find(method_id).value).__name__
-    environments = _data()["environments"]
-    entries = [("kinds", kind, _data()["kinds"].get(kind, {}))]
-    entries += [("environments", key, environments[key]) for key in _likes(env_id, environments)]
+    family, environments = type(find(method_id).value).__name__, _data()["environments"]
     found = []
-    for file, key, entry in entries:
-        for who in (family, method_id):
-            if who in entry:
-                found.append((f"{file}:{key}:{who}", entry[who]))
+    for entries in ([_data()["kinds"].get(kind_of(env_id), {})], [environments[key] for key in _likes(env_id, environments)]):
+        chosen = _whose(method_id, entries)
+        found += [(who, entry[who]) for entry in entries for who in (family, chosen) if who in entry]
     return found
+
+
+def _shared(changes: dict[str, Any], theirs: Any, ours: Any, now: Any) -> dict[str, Any]:
+    """The part of an ancestor's preset that a row takes: fields that both rows set alike. What the row has otherwise than its ancestor stays.
+
+    theirs, ours: the settings of the two rows, or the same part of both; now: ours with the presets so far.
+    """
+    out: dict[str, Any] = {}
+    for key, change in changes.items():
+        a, b, c = (getattr(part, key) for part in (theirs, ours, now))
+        if not isinstance(change, dict) or "type" in change:
+            taken = a == b
+        elif dataclasses.is_dataclass(a):
+            taken = type(a) is type(b) is type(c)
+            change = _shared(change, a, b, c) if taken else change
+        elif a is None:  # an empty slot, which presets may have filled
+            taken = b is None and all(hasattr(c, name) for name in change)
+        else:  # parts of a tuple
+            taken = a == b == c
+        if taken:
+            out[key] = change
+    return out
 
 
 def configure(method_id: str, env_id: str) -> Any:
@@ -107,11 +136,15 @@ def configure(method_id: str, env_id: str) -> Any:
     if isinstance(row.value, FromPreferences):
         raise ValueError(f"{method_id} learns from preferences, not from the rewards of {env_id}; `markovia show {method_id}` says what it reads")
     value: Method = row.value
-    for where, changes in preset_sources(method_id, env_id):
-        # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.
-        natural = where.endswith(":OnPolicy") and isinstance(getattr(value, "solver", None), NaturalGradient)
-        skip = {"agent", "solver"} if natural else {"agent"}
-        value = override(value, {k: v for k, v in changes.items() if k not in skip})
+    for who, changes in preset_sources(method_id, env_id):
+        changes = {key: change for key, change in changes.items() if key != "agent"}
+        if who == type(value).__name__:
+            # What a family's entry says of learning rates and minibatches means nothing to a natural-gradient step.
+            if isinstance(getattr(value, "solver", None), NaturalGradient):
+                changes.pop("solver", None)
+        elif who != method_id:
+            changes = _shared(changes, find(who).value, row.value, value)
+        value = override(value, changes)
     return value
 
 
