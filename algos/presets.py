@@ -77,14 +77,14 @@ def _likes(env_id: str, environments: dict[str, Any]) -> list[str]:
     return chain
 
 
-def _whose(method_id: str, entries: list[dict[str, Any]]) -> str | None:
-    """Whose presets among `entries` a method takes: its own, or those of the nearest ancestor with settings of the same class; None without any."""
+def _whose(method_id: str, entries: list[dict[str, Any]]) -> str:
+    """Whose presets among `entries` a method takes: its own, or those of the nearest ancestor with settings of the same class; "" where none are."""
     known, key = rows(), method_id
     while key in known and type(known[key].value) is type(known[method_id].value):
         if any(key in entry for entry in entries):
             return key
         key = known[key].parent or ""
-    return None
+    return ""
 
 
 def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any]]]:
@@ -94,7 +94,7 @@ def preset_sources(method_id: str, env_id: str) -> list[tuple[str, dict[str, Any
     environment and those that it is like, takes there its parent's, or those of the nearest ancestor that has some; {} is an entry too.
     """
     family, environments = type(find(method_id).value).__name__, _data()["environments"]
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for entries in ([_data()["kinds"].get(kind_of(env_id), {})], [environments[key] for key in _likes(env_id, environments)]):
         chosen = _whose(method_id, entries)
         found += [(who, entry[who]) for entry in entries for who in (family, chosen) if who in entry]
