@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from markovia.envs import machine
+
 PARTS = ("environment", "policy", "update")
 
 
@@ -68,7 +70,7 @@ def profile(
     setup = build(env, value, 0, agent_options=agent_options(method, env), vectorization=vectorization)
     driver = make_driver(value, setup, 0, compile and setup.kind != "language")
     usual = torch.get_num_threads()
-    torch.set_num_threads(num_threads(value, setup, usual))
+    torch.set_num_threads(num_threads(value, setup, min(usual, machine.cores())))
     try:
         driver.step()
         while driver.num_env_steps <= getattr(value, "learning_starts", 0):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from markovia.asked import Asked
 from markovia.config_check import check_config
+from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
 from markovia.report import sinks, tracker
@@ -200,7 +201,7 @@ def _learn(loop: Loop, together: Callable[[Any], str] | None) -> str:
 
     usual = torch.get_num_threads()
     try:
-        torch.set_num_threads(num_threads(loop.driver.method, loop.setup, usual))
+        torch.set_num_threads(num_threads(loop.driver.method, loop.setup, min(usual, machine.cores())))
         return loop.run_to_end() if together is None else together(loop)
     finally:
         torch.set_num_threads(usual)

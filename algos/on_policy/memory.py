@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from dataclasses import dataclass
 
@@ -22,6 +20,7 @@ from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.optimizer import LONG, PIECE, Rule
+from markovia.envs import machine
 
 GB = 1e9
 SAMPLED = 4 + 4 + 4 + 8 + 8  # bytes per logit of a sampling step: logits of prompts and of rows, probabilities, these in float64 and their sums
@@ -145,18 +144,11 @@ def in_pieces(agent: LanguageAgent, part: int, new: int) -> bool:
 
 
 def available(device: torch.device) -> tuple[float, float]:
-    """(free, all) bytes where the agent lives; all are taken for free where nobody tells, and infinite where nobody knows."""
+    """(free, all) bytes where the agent lives, within the limits of a container; infinite where nobody knows."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return float(free), float(total)
-    try:
-        import psutil
-    except ImportError:
-        known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-        installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
-        return installed, installed
-    memory = psutil.virtual_memory()
-    return float(memory.available), float(memory.total)
+    return machine.memory()
 
 
 def check(memory: Memory, free: float, total: float, anyway: bool = False) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from markovia.envs import machine
 from markovia.envs.control.vector import each_seed, make_env
 from markovia.envs.names import nearest
 
@@ -391,5 +391,4 @@ def find_task(env_id: str) -> Task:
 
 def default_threads(num_envs: int) -> int:
     """One thread for every core that this process may use (two already pay for two simulations), at most one for a simulation."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, num_envs)
+    return min(machine.cores(), num_envs)

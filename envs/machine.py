@@ -1,0 +1,94 @@
+"""What of the machine this process may use: memory and cores, within the limits of its control groups (containers, batch systems).
+
+    unified (version 2)   memory.max, memory.current, cpu.max of a group and of every group around it
+    version 1             memory.limit_in_bytes, memory.usage_in_bytes, cpu.cfs_quota_us, cpu.cfs_period_us, in a folder for each controller
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def groups(controller: str, proc: Path = PROC, root: Path = GROUPS) -> list[Path]:
+    """Folders that may limit "memory" or "cpu" of this process, the innermost of each hierarchy first; none where there are no control groups.
+
+    A container sees its own group as the root, whatever path it is told.
+    """
+    found = []
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if not path or (names and controller not in names.split(",")):
+            continue
+        parts = [] if ".." in Path(path).parts else list(Path(path).parts[1:])
+        for base in dict.fromkeys([root / names, root / controller] if names else [root, root / "unified"]):
+            found += [base.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+    return found
+
+
+def memory(proc: Path = PROC, root: Path = GROUPS) -> tuple[float, float]:
+    """(free, all) bytes for this process: what the machine has, and no more than a group allows. All are free where nobody tells what is used, and
+    infinite where nobody knows."""
+    free, total = _installed(proc)
+    for folder in groups("memory", proc, root):
+        limit = min(_number(folder / "memory.max"), _number(folder / "memory.limit_in_bytes"))
+        if limit >= total:
+            continue
+        used = min(_number(folder / "memory.current"), _number(folder / "memory.usage_in_bytes"))
+        stat = _fields(folder / "memory.stat")
+        cache = stat.get("total_inactive_file", stat.get("inactive_file", 0.0))  # pages of files that are given up when memory is wanted
+        free, total = min(free, limit if math.isinf(used) else max(0.0, limit - used + cache)), limit
+    return min(free, total), total
+
+
+def cores(proc: Path = PROC, root: Path = GROUPS) -> int:
+    """Cores that this process may run on, no more than the time that its groups may use of them, rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in groups("cpu", proc, root):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        for part, whole in ((_parsed(quota), _parsed(period)), (_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us"))):
+            if 0 < part < math.inf and 0 < whole < math.inf:
+                allowed = min(allowed, math.ceil(part / whole))
+    return max(1, allowed)
+
+
+def _installed(proc: Path) -> tuple[float, float]:
+    """(free, all) bytes of the machine."""
+    told = _fields(proc / "meminfo")
+    if "MemTotal:" in told:
+        return 1024 * told.get("MemAvailable:", told["MemTotal:"]), 1024 * told["MemTotal:"]
+    try:
+        import psutil
+    except ImportError:
+        known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+        installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if known else math.inf
+        return installed, installed
+    memory = psutil.virtual_memory()
+    return float(memory.available), float(memory.total)
+
+
+def _text(path: Path) -> str:
+    """A small file's text, empty where there is none or it may not be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _parsed(text: str) -> float:
+    """A number, infinite for anything else ("max")."""
+    return float(text) if text.strip().isdecimal() else math.inf
+
+
+def _number(path: Path) -> float:
+    return _parsed(_text(path))
+
+
+def _fields(path: Path) -> dict[str, float]:
+    """Lines of a name and a number."""
+    rows = [line.split() for line in _text(path).splitlines()]
+    return {row[0]: _parsed(row[1]) for row in rows if len(row) > 1}
