@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import os
+import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +23,7 @@ MAX_JSON = 2**28  # bytes of one JSON file
 MAX_LINE = 2**26  # characters of one line of a .jsonl file
 MAX_GZIP = 200  # times a .gz file's own size that it may unpack to; texts reach about 20
 SMALL = 2**26  # bytes that are always granted
+PICKLE_HEAD = 2**16  # bytes of a file that are looked at for the operations of a pickle
 TRUST = "MARKOVIA_TRUST_CODE"
 
 
@@ -32,7 +36,7 @@ def magic_of_pickle(path: str | Path) -> str | None:
     # A safetensors file begins with the length of its header, whose first bytes may be any; no pickle has a brace behind a length that fits.
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return None
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if head[:1] == b"\x80" and head[1:2] in (b"\x00", b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
         return f"a pickle of protocol {head[1]}"
     if head[:2] == b"PK":
         try:
@@ -45,7 +49,76 @@ def magic_of_pickle(path: str | Path) -> str | None:
     if head[:6] == b"\x93NUMPY":
         with path.open("rb") as f:
             return "a NumPy file of pickled objects" if b"'|O'" in f.read(256) else None
-    return None
+    protocol = unmarked_pickle(path)
+    return None if protocol is None else f"a pickle of protocol {protocol}"
+
+
+class _Longer(Exception):
+    """What is looked at has ended, the file has not."""
+
+
+class _Head(io.BytesIO):
+    """The first bytes of a file of `size` bytes; raises _Longer where an operation begins or goes on behind them."""
+
+    def __init__(self, head: bytes, size: int) -> None:
+        super().__init__(head)
+        self.length, self.size = len(head), size
+
+    def read(self, n: int | None = -1) -> bytes:
+        if self.length < self.tell() + (n or 0) <= self.size:
+            raise _Longer
+        return super().read(n)
+
+    def readline(self, n: int | None = -1) -> bytes:
+        first, line = self.tell() == 1, super().readline(n)
+        # A text that begins with a letter of an operation may be one long line.
+        if not line.endswith(b"\n") and self.length < self.size and not first:
+            raise _Longer
+        return line
+
+
+def _operations(head: bytes, size: int) -> tuple[int, int] | None:
+    """(protocol, bytes up to the stop) of the pickle that a file of `size` bytes begins with, its operations fitting the stack; None for none."""
+    stack: list[Any] = []
+    protocol, end, mark = 0, 0, pickletools.markobject
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strings with odd escapes
+            for op, _, place in pickletools.genops(_Head(head, size)):
+                protocol, end, before = max(protocol, op.proto), place + 1, list(op.stack_before)
+                if mark in before:
+                    while stack and stack[-1] is not mark:
+                        stack.pop()
+                    if not stack:
+                        return None
+                    stack.pop()
+                    before = before[: before.index(mark)]
+                kept = len(stack) - len(before)
+                if kept < 0 or (mark in stack[kept:] and op.name != "POP"):
+                    return None
+                stack[kept:] = op.stack_after
+    except _Longer:
+        return protocol, size
+    except ValueError:
+        return None
+    return protocol, end
+
+
+def unmarked_pickle(path: Path) -> int | None:
+    """The protocol of a pickle that does not begin with its number, as those of protocols 0 and 1: operations from the first byte to a stop.
+
+    Nothing, or another pickle, may follow the stop, since a text may begin with a few letters that are operations. At most PICKLE_HEAD bytes are
+    read, and nothing is unpickled: operations that go on behind them are a pickle too.
+    """
+    with path.open("rb") as f:
+        head, size = f.read(PICKLE_HEAD), os.fstat(f.fileno()).st_size
+    found = _operations(head, size)
+    if found is None:
+        return None
+    protocol, end = found
+    rest = head[end:].lstrip()
+    another = rest[:1] == b"\x80" or _operations(rest, size - len(head) + len(rest)) is not None
+    return protocol if not rest or another else None
 
 
 def refuse_pickle(path: str | Path) -> None:

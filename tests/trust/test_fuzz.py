@@ -107,6 +107,65 @@ def test_a_pickle_is_told_by_its_content(tmp_path: Path) -> None:
             reader(named)
 
 
+class Reduced:
+    """Its pickle names a function to be called."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.getcwd, ()
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+@pytest.mark.parametrize("thing", [[1], {"w": np.zeros(3)}, "text\nand more", 1.5, None, {"a": [1, (2, "b")]}, Reduced()], ids=type)
+def test_pickles_without_a_mark_are_told_too(protocol: int, thing: Any, tmp_path: Path) -> None:
+    """Protocols 0 and 1 begin like any text; their operations end in a stop."""
+    file = tmp_path / "agent.safetensors"
+    for content in (pickle.dumps(thing, protocol), pickle.dumps(thing, protocol) + b"\n", pickle.dumps(1, protocol) + pickle.dumps(thing, 4)):
+        file.write_bytes(content)
+        assert str(magic_of_pickle(file)).startswith("a pickle of protocol")
+        with pytest.raises(CheckpointError, match=r"is a pickle of protocol \d.*nothing in it was run.*safetensors"):
+            load_tensors(file)
+        with pytest.raises(ValueError, match="is a pickle of protocol"):
+            read_json(file)
+
+
+def test_other_unmarked_pickles(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    marked = pickle.dumps([1, "a"], 4)
+    for content, told in (
+        (b"cos\nsystem\n(S'true'\ntR.", "a pickle of protocol 0"),
+        (b"\x80\x01" + pickle.dumps([1], 1), "a pickle of protocol 1"),  # a mark that nobody writes
+        (marked[2:], "a pickle of protocol 4"),  # without the mark that belongs to it
+        (pickle.dumps({"w": b"0" * 10**6}, 1), "a pickle of protocol 1"),  # longer than what is looked at
+        (pickle.dumps([1.5] * 10**5, 1), "a pickle of protocol 1"),
+        (pickle.dumps([1.5] * 10**5, 0), "a pickle of protocol 0"),
+    ):
+        file.write_bytes(content)
+        assert magic_of_pickle(file) == told, content[:20]
+    torch.save({"w": torch.ones(1)}, file, _use_new_zipfile_serialization=False, pickle_protocol=0)
+    assert str(magic_of_pickle(file)).startswith("a pickle of protocol")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "0.", "1.\n2.\n", "2.", "N. Korea", "...", "Is it?", "I am.\n", "I1 and more", "cat\nand\ndog", "The film was", "V for\n. more",
+     "(t. x", '{"a": 1}', "[1, 2]", "[[1.5]]", '"text"', "null", "true", "12", " [1]", "\n{}", "}. b", "Lots of text. " * 9000, "I1\n" * 5 + "x"],
+    ids=lambda t: repr(t[:12]),
+)  # fmt: skip
+def test_texts_and_json_are_no_pickles(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(text)
+    assert magic_of_pickle(tmp_path / "x.txt") is None
+
+
+def test_numbers_are_no_pickles(tmp_path: Path) -> None:
+    """Half a million bytes of weights each, as they lie in a file without a header."""
+    generator = np.random.default_rng(0)
+    for k in range(300):
+        content = (generator.integers(0, 256, 2000, np.uint8), generator.normal(size=500).astype("f4"))[k % 2].tobytes()
+        (tmp_path / "x").write_bytes(content)
+        found = magic_of_pickle(tmp_path / "x")
+        assert found is None or content[:1] == b"\x80", content[:10]
+
+
 def test_lengths_of_headers_that_look_like_pickles_are_none(tmp_path: Path) -> None:
     """A safetensors file begins with its header's length: 0x0280 to 0x0580 and more begin like pickles of protocol 2 to 5."""
     seen = set()
