@@ -1,13 +1,14 @@
-"""What a language agent needs of memory, found by looking at the agent: a small forward pass tells what a long one will keep."""
+"""What a language agent or a reward model needs of memory, found by looking at it: a small forward pass tells what a long one will keep."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from markovia.agents.checkpointing import layers_of
 from markovia.agents.pretrained import plain_model
@@ -15,11 +16,12 @@ from markovia.agents.records import Rollout
 
 if TYPE_CHECKING:
     from markovia.agents.language import LanguageAgent
+    from markovia.agents.reward_model import RewardModel
 
 PROBES = (8, 16, 24)  # tokens per row of the passes that are looked at; masks are padded to multiples of 8
 
 
-def tensor_bytes(agent: LanguageAgent) -> int:
+def tensor_bytes(agent: LanguageAgent | RewardModel) -> int:
     """Bytes of all weights and buffers, tied ones once."""
     storages = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in (*agent.net.parameters(), *agent.net.buffers())}
     return sum(storages.values())
@@ -41,14 +43,36 @@ def activation_bytes(agent: LanguageAgent, length: int) -> tuple[int, int]:
     """
     plain = copy.copy(agent)
     plain.options = replace(agent.options, gradient_checkpointing=False)
-    points = [(n, _kept(plain, n)) for n in PROBES]
-    once = max(0.0, _through(points, 0))
-    row = (_through(points, length) - once) / 2
+    row, once = _rows([(n, _kept(plain, n)) for n in PROBES], length)
     if agent.options.gradient_checkpointing:
         layers, width = len(layers_of(agent.net["policy"])), plain_model(agent.net["policy"]).get_output_embeddings().in_features
         row = layers * length * width * next(agent.net["policy"].parameters()).element_size() + row / layers
         once /= layers
     return round(row), round(once)
+
+
+def score_bytes(model: RewardModel, length: int) -> tuple[int, int]:
+    """The same of a text of `length` tokens that a reward model scores.
+
+    A frozen body keeps nothing, but what is inside a layer is there while it is computed: at most what the layer would keep if it were trained.
+    """
+    plain, body = copy.copy(model), model.net["body"]
+    plain.options = replace(model.options, max_length=max(PROBES))
+    trained = {name: p.requires_grad for name, p in body.named_parameters()}
+    try:
+        body.requires_grad_(True) if model.options.frozen else None
+        row, once = _rows([(n, _saved(model.net, lambda n=n: plain.scores([[0] * n, [0] * (n - 1)]))) for n in PROBES], length)
+    finally:
+        for name, p in body.named_parameters():
+            p.requires_grad_(trained[name])
+    layers = len(layers_of(plain_model(body))) if model.options.frozen else 1
+    return round(row / layers), round(once / layers)
+
+
+def _rows(points: list[tuple[int, float]], length: int) -> tuple[float, float]:
+    """(bytes of each row of `length` tokens, bytes however many there are) of passes over two rows, (tokens, bytes) each."""
+    once = max(0.0, _through(points, 0))
+    return (_through(points, length) - once) / 2, once
 
 
 def _through(points: list[tuple[int, float]], x: int) -> float:
@@ -75,16 +99,20 @@ def _kept(agent: LanguageAgent, length: int) -> float:
         obs={"prompt_ids": ids[:, :prompt], "prompt_mask": seen}, action=ids[:, :new], logp_old=zero, reward=zero, valid=valid, mask=valid,
         continuation=zero, truncated=~valid, per_row=True,
     )  # fmt: skip
-    skip = {t.untyped_storage().data_ptr() for t in (*agent.net.parameters(), *agent.net.buffers())}
     widths = {agent.tokenizer.vocab_size, plain_model(agent.net["policy"]).get_output_embeddings().out_features}
+    return _saved(agent.net, lambda: agent.evaluate_padded(record, {"logp"}), widths)
+
+
+def _saved(net: nn.Module, run: Callable[[], object], widths: Iterable[int] = ()) -> float:
+    """Bytes that a pass keeps for the backward pass, weights and tensors of one of these widths (logits) apart."""
+    skip, logits = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}, set(widths)
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in skip and not (x.ndim and x.shape[-1] in widths):
+        if x.untyped_storage().data_ptr() not in skip and not (x.ndim and x.shape[-1] in logits):
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        found = agent.evaluate_padded(record, {"logp"})["logp"]
-    del found
+        run()
     return float(sum(x.untyped_storage().nbytes() for x in kept.values()))

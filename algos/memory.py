@@ -1,4 +1,4 @@
-"""Whether a run of a language model fits into memory, told before it starts."""
+"""Whether a run of a language model or of a reward model fits into memory, told before it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ def estimate(method: Any, setup: Any, processes: int = 1, shard: bool = False) -
     """The sizes of a run, for each of the processes that share it; None where nobody has worked them out."""
     from markovia.algos.on_policy.method import OnPolicy
     from markovia.algos.preference.method import Preference
+    from markovia.algos.preference.reward_model import RewardTraining
 
+    if isinstance(method, RewardTraining):
+        from markovia.algos.preference.memory import estimate_scores
+
+        return estimate_scores(setup.agent, method, setup.collector)
     if setup.kind != "language":
         return None
     if isinstance(method, OnPolicy):

@@ -52,6 +52,8 @@ class Memory:
     cpu: bool = True
     bf16: bool = False  # whether autocast holds the trained weights once more while it samples, in two bytes each
     chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
+    copies: int = 0  # bytes of further copies of what is trained
+    mend: str = "smaller solver.micro, gradient_checkpointing or packed in the agent options, LoRA in place of all weights, fewer num_envs"
 
     @property
     def gradients(self) -> int:
@@ -93,7 +95,7 @@ class Memory:
 
     @property
     def lasting(self) -> int:
-        return self.weights + self.reference + self.gradients + self.averages + self.record
+        return self.weights + self.reference + self.gradients + self.averages + self.copies + self.record
 
     @property
     def total(self) -> int:
@@ -102,7 +104,7 @@ class Memory:
 
     def __str__(self) -> str:
         lasting = [("weights", self.weights), ("reference", self.reference), ("gradients", self.gradients), ("optimiser", self.averages)]
-        lasting += [("distributions", self.record)]
+        lasting += [("copies", self.copies), ("distributions", self.record)]
         phases = [("sampling", self.sampling), ("scoring", self.scoring), ("update", self.update), ("step", self.step)]
         told = [", ".join(f"{name} {size / GB:.3g}" for name, size in parts if size) for parts in (lasting, phases)]
         return f"about {self.total / GB:.3g} GB: {told[0]}; then the largest of {told[1]}"
@@ -134,6 +136,8 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", bf16=agent.options.bf16,
+        # The start of a round whose runs are merged, and their ends.
+        copies=0 if method.merge is None else (1 + method.merge.runs) * sum(p.numel() * p.element_size() for p in agent.parameters("policy")) // cut,
     )  # fmt: skip
 
 
@@ -160,9 +164,8 @@ def check(memory: Memory, free: float, total: float, anyway: bool = False) -> No
     more = memory.total - memory.weights
     if 1.2 * more + 0.4 * GB <= free:
         return
-    mend = "smaller solver.micro, gradient_checkpointing or packed in the agent options, LoRA in place of all weights, fewer num_envs"
     text = f"this run needs {memory}. Beyond the weights that is {more / GB:.3g} GB and what the allocator holds back, "
-    text += f"but {free / GB:.3g} GB are free of {total / GB:.3g}; try {mend}"
+    text += f"but {free / GB:.3g} GB are free of {total / GB:.3g}; try {memory.mend}"
     if memory.total > total and not anyway:
         raise ValueError(f"{text}; --over-memory begins it all the same")
     warnings.warn(text, stacklevel=2)

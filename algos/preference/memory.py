@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from markovia.agents.language import LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
+from markovia.agents.memory import activation_bytes, cache_bytes, score_bytes, tensor_bytes
+from markovia.agents.reward_model import RewardModel
 from markovia.algos.on_policy.memory import Memory, in_pieces
 from markovia.algos.optimizer import Rule
 from markovia.algos.preference.anchors import Extrapolated, FromMixture, FromPolicy, Frozen
 from markovia.algos.preference.data import chosen_responses, crosses, halves, select
 from markovia.algos.preference.method import Preference
+from markovia.algos.preference.reward_model import RewardTraining
 from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples
 
 
@@ -45,6 +47,21 @@ def estimate(agent: LanguageAgent, method: Preference, source: FileItems | Judge
         vocab=agent.tokenizer.vocab_size, cache=cache_bytes(agent), activation=activation, once=once, wide=bool(needs & {"kl_ref", "collision"}),
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", samples=type(source) is not FileItems,
         bf16=agent.options.bf16,
+    )  # fmt: skip
+
+
+def estimate_scores(model: RewardModel, method: RewardTraining, source: FileItems) -> Memory:
+    """The sizes of a reward model's run: all responses of a part of the minibatch are scored at once, and a score is a vocabulary of one."""
+    solver, items = method.solver, source.items
+    minibatch = min(solver.minibatch or method.num_envs, method.num_envs)
+    part = min(solver.micro or minibatch, minibatch) * max(len(item.responses) for item in items)
+    longest = min(model.options.max_length, max(len(item.prompt) + len(r) for item in items for r in item.responses))
+    activation, once = score_bytes(model, longest)
+    trained = [p for p in model.net.parameters() if p.requires_grad]
+    return Memory(
+        weights=tensor_bytes(model), reference=0, trainable=sum(p.numel() for p in trained), item=trained[0].element_size(),
+        slots=Rule(solver.optimizer).slots, rows=part, part=part, prompt=longest, new=1, vocab=1, cache=0, activation=activation, once=once,
+        samples=False, cpu=model.device.type == "cpu", mend="smaller solver.micro, lora or frozen in the agent options, a smaller max_length there",
     )  # fmt: skip
 
 
