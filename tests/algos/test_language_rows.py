@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from language_pieces import ONE, ROWS, after_step, collect, made, shake, small, trees
-from on_policy_pieces import check_differences
+from language_pieces import ONE, ROWS, after_step, collect, made, small, trees
+from on_policy_pieces import check_differences, shake
 from torch import Tensor
 
 from markovia.agents.checkpoint import load_tensors, save_tensors

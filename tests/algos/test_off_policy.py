@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from off_policy_pieces import BOX, F64, OBS, everything, linear_layers, made, make_agent, minibatch, policy_by_hand, tiny
+from off_policy_pieces import (
+    BOX,
+    F64,
+    OBS,
+    everything,
+    linear_layers,
+    made,
+    make_agent,
+    minibatch,
+    net_by_hand,
+    order_and_repetition_change_nothing,
+    policy_by_hand,
+    tiny,
+)
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
@@ -72,7 +85,7 @@ def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torc
 
 
 def v_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
-    return linear_layers(obs, [(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)])[:, 0]
+    return net_by_hand(net, obs)[:, 0]
 
 
 def density_by_hand(params: torch.Tensor, action: torch.Tensor, q: float) -> torch.Tensor:
@@ -237,15 +250,7 @@ def test_td3_is_sac_without_entropy_and_noise() -> None:
 @pytest.mark.parametrize("method_id", OFF_POLICY)
 @pytest.mark.check("invariance")
 def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
-    batch, noise = minibatch()
-    ends = []
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    for index in (torch.arange(6), order, torch.cat([order, order])):
-        update = made(tiny(method_id))
-        update(batch.map(lambda x, index=index: x[index]), noise[:, index], True)
-        ends.append(everything(update))
-    for end in ends[1:]:
-        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
+    order_and_repetition_change_nothing(lambda: made(tiny(method_id)), *minibatch())
 
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)

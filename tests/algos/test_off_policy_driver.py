@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from off_policy_pieces import BOX, SHORT, everything, made, make_agent, minibatch, policy_by_hand, tiny
+from off_policy_pieces import BOX, SHORT, everything, made, make_agent, minibatch, policy_by_hand, tiny, traced_equals_eager
 
 from markovia.agents.interface import Agent
 from markovia.algos.off_policy.driver import OffPolicyDriver
@@ -132,18 +132,7 @@ def test_bfloat16_stays_close_and_keeps_float32_weights() -> None:
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
 def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the compiled update but the compiler, which takes half a minute: the traced operations one by one."""
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
-    eager, traced = made(tiny(method_id)), made(tiny(method_id), compile=True)
-    for i in range(6):
-        batch, noise = minibatch(seed=i)
-        left, right = (u(batch, noise, i % 2 == 1) for u in (eager, traced))
-        assert left.keys() == right.keys()
-        torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
-        if "old" in eager.nets.references and i == 2:
-            eager.refresh()
-            traced.refresh()
-    torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
+    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i), monkeypatch)
 
 
 @pytest.mark.slow

@@ -8,22 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from off_policy_pieces import F64, OBS, everything, net_by_hand, order_and_repetition_change_nothing, policy_by_hand, traced_equals_eager
 from offline_pieces import (
     ACTIVE,
     BOX,
     DATASET,
-    F64,
     LAM,
-    OBS,
     POINT,
     decoded_by_hand,
-    everything,
     guided_by_hand,
     loss_and_gradient,
     made,
     minibatch,
-    net_by_hand,
-    policy_by_hand,
     q_by_hand,
     tiny,
 )
@@ -169,15 +165,7 @@ def test_the_evaluation_policy_never_enters_a_target() -> None:
 @pytest.mark.parametrize("method_id", OFFLINE)
 @pytest.mark.check("invariance")
 def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> None:
-    batch, noise = minibatch()
-    ends = []
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    for index in (torch.arange(6), order, torch.cat([order, order])):
-        update = made(tiny(method_id))
-        update(batch.map(lambda x, index=index: x[index]), noise[:, index], True)
-        ends.append(everything(update))
-    for end in ends[1:]:
-        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
+    order_and_repetition_change_nothing(lambda: made(tiny(method_id)), *minibatch())
 
 
 @pytest.mark.parametrize("method_id", ACTIVE)
@@ -205,15 +193,7 @@ def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
 
 @pytest.mark.parametrize("method_id", OFFLINE)
 def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the compiled update but the compiler, which takes half a minute."""
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
-    eager, traced = made(tiny(method_id)), made(tiny(method_id), compile=True)
-    for i in range(4):
-        batch, noise = minibatch(seed=i)
-        left, right = (u(batch, noise, (i + 1) % eager.nets.method.policy_delay == 0) for u in (eager, traced))
-        assert left.keys() == right.keys()
-        torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
-    torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
+    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i), monkeypatch)
 
 
 @pytest.mark.slow

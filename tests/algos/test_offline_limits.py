@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from off_policy_pieces import F64, policy_by_hand
 from offline_pieces import (
-    F64,
     LAM,
     as_sac,
     critic_losses,
@@ -15,7 +15,6 @@ from offline_pieces import (
     made,
     minibatch,
     one,
-    policy_by_hand,
     q_by_hand,
     squashed_by_hand,
     tiny,

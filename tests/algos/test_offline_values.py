@@ -6,16 +6,14 @@ import math
 
 import pytest
 import torch
+from off_policy_pieces import F64, net_by_hand, policy_by_hand
 from offline_pieces import (
-    F64,
     LAM,
     guided_by_hand,
     made,
     minibatch,
     mixture_by_hand,
-    net_by_hand,
     one,
-    policy_by_hand,
     q_by_hand,
     quantile_loss_by_hand,
     quantiles_by_hand,

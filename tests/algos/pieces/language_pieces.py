@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from on_policy_pieces import shake
 from torch import Tensor
 
 from markovia.agents.interface import Evaluation
@@ -67,13 +68,6 @@ def texts(method: OnPolicy, collector: TreeCollector) -> Rollout | None:
     other = collector.agent()
     shake(other, seed=30)
     return collector.presample(other, len(collector.trees), 5, torch.Generator().manual_seed(0))[0]
-
-
-def shake(agent: Any, size: float = 0.3, seed: int = 4) -> None:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in agent.net.parameters():
-            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64))
 
 
 class Given:

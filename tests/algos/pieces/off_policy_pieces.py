@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 
@@ -70,6 +72,35 @@ def everything(update: Update) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
 
 
+def order_and_repetition_change_nothing(make: Callable[[], Update], batch: Batch, noise: torch.Tensor) -> None:
+    """One update of each network on the rows as they come, in another order, and on all of them twice."""
+    ends = []
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for index in (torch.arange(6), order, torch.cat([order, order])):
+        update = make()
+        update(batch.map(lambda x, index=index: x[index]), noise[:, index], True)
+        ends.append(everything(update))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
+
+
+def traced_equals_eager(
+    make: Callable[[bool], Update], batches: Callable[[int], tuple[Batch, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the compiled update but the compiler, which takes half a minute: the traced operations one by one; `make` takes whether to compile."""
+    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+    eager, traced = make(False), make(True)
+    for i in range(6):
+        batch, noise = batches(i)
+        left, right = (u(batch, noise, (i + 1) % eager.nets.method.policy_delay == 0) for u in (eager, traced))
+        assert left.keys() == right.keys()
+        torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
+        if "old" in eager.nets.references and i == 2:
+            eager.refresh()
+            traced.refresh()
+    torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
+
+
 def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     for i, (weight, bias) in enumerate(layers):
         x = x @ weight + bias
@@ -77,7 +108,9 @@ def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor
     return x
 
 
+def net_by_hand(net: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
+    return linear_layers(obs, [(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)])
+
+
 def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
-    net = agent.net["policy"]
-    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
-    return linear_layers(obs, [(m.weight.T, m.bias) for m in layers])
+    return net_by_hand(agent.net["policy"], obs)

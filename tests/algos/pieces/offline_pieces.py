@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from off_policy_pieces import F64, OBS, net_by_hand, policy_by_hand, shake
 
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
@@ -22,8 +23,6 @@ from markovia.algos.presets import override
 from markovia.algos.systems import find
 
 torch.set_num_threads(1)
-F64 = torch.float64
-OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
 POINT = "markovia/PointMass2D-v0"
 DATASET = "fixture:pointmass2d/blend"
@@ -48,23 +47,16 @@ def tiny(method_id: str, **changes: Any) -> Offline:
     return dataclasses.replace(method, **changes)
 
 
-def shake(net: torch.nn.Module, seed: int, size: float = 0.3) -> None:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(size * torch.randn(p.shape, generator=g, dtype=F64).to(p.dtype))
-
-
 def made(method: OffPolicy, compile: bool = False) -> Update:
     """Networks in float64, no two of them alike."""
     torch.manual_seed(0)
     agent = make_agent(method, OBS, BOX, normalize_obs=False)
     agent.net.double()
-    shake(agent.net, 4)
+    shake(agent.net)
     nets = ActorCritic(method, agent, 0)
     for i, net in enumerate([nets.critic, nets.target, *nets.reference_policies.values(), nets.value, nets.evaluation, nets.behaviour]):
         if net is not None:
-            shake(net, 10 + i)
+            shake(net, seed=10 + i)
     return Update(nets, compile)
 
 
@@ -77,22 +69,11 @@ def minibatch(n: int = 6, seed: int = 0, noises: int = 9) -> tuple[Batch, torch.
     return batch, normal(noises, n, 2)
 
 
-def everything(update: Update) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in update.nets.parameters()])
-
-
 LAM = 0.2
 
 
 def one(*x: float) -> torch.Tensor:
     return torch.tensor(x, dtype=F64)
-
-
-def forward(layers: list[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
-    for i, (weight, bias) in enumerate(layers):
-        x = x @ weight + bias
-        x = x.tanh() if i < len(layers) - 1 else x
-    return x
 
 
 def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
@@ -108,10 +89,6 @@ def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torc
             x = x.tanh()
         out.append((x @ critic.head.weight[j] + critic.head.bias[j, 0])[:, 0])
     return out
-
-
-def net_by_hand(net: Any, obs: torch.Tensor) -> torch.Tensor:
-    return forward([(m.weight.T, m.bias) for m in net.modules() if isinstance(m, torch.nn.Linear)], obs)
 
 
 def quantiles_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor, tau: torch.Tensor) -> list[torch.Tensor]:
@@ -146,10 +123,6 @@ def mixture_by_hand(nets: ActorCritic, batch: Batch) -> torch.Tensor:
     parts = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
     density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=logits), parts).log_prob(torch.atanh(batch.action))
     return -(density - torch.log(1 - batch.action**2).sum(1)).mean()
-
-
-def policy_by_hand(agent: Any, obs: torch.Tensor) -> torch.Tensor:
-    return net_by_hand(agent.net["policy"], obs)
 
 
 def squashed_by_hand(agent: Any, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
