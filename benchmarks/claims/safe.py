@@ -290,24 +290,30 @@ def trpo_lag_grid(seed: int = 0) -> dict[str, Any]:
     return {"measured": abs(cost - 0.5), "bound": 0.05, "holds": holds, "cost": cost, "return": value, "optimum": problem.solve().value}
 
 
+def costs_and_returns(env: str, method: Any, seed: int, **agent_options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """What each iteration of a run tells of its episodes, (iterations,) each, and what was trained."""
+    from markovia.algos.setup import build, make_driver
+
+    setup = build(env, method, seed, agent_options=agent_options)
+    driver, found = make_driver(method, setup, seed), []
+    while not driver.finished:
+        stats = driver.step()
+        found.append((stats["cost"], stats["return"]))
+    costs, returns = np.array(found).T
+    return costs, returns, setup
+
+
 def _pendulum(method_id: str, limit: float, seed: int) -> tuple[float, float, float]:
     """Mean episode cost over the last tenth of 120,000 steps, mean violation per episode over all of them, and the return over the last tenth."""
     from markovia.algos.presets import configure, override
-    from markovia.algos.setup import build, make_driver
 
     env = "markovia/SafePendulum-v0"
     changes: dict[str, Any] = {"num_env_steps": 120_000, "num_envs": 4, "num_steps": 1000, "advantage": {"gamma": 0.95}}
     if method_id not in ("cpo", "trpo-lag"):
         changes["solver"] = {"minibatch": 250, "lr": 1e-3}
     changes |= {"normalize_advantage": "batch"} if method_id == "ppo" else {"constraint": {"cost_limit": [limit]}}
-    method = override(configure(method_id, env), changes)
-    setup = build(env, method, seed)
-    driver, costs, returns = make_driver(method, setup, seed), [], []
-    while not driver.finished:
-        stats = driver.step()
-        costs.append(stats["cost"])
-        returns.append(stats["return"])
-    return float(np.mean(costs[-3:])), float(np.maximum(np.array(costs) - limit, 0.0).mean()), float(np.mean(returns[-3:]))
+    costs, returns, _ = costs_and_returns(env, override(configure(method_id, env), changes), seed)
+    return float(costs[-3:].mean()), float(np.maximum(costs - limit, 0.0).mean()), float(returns[-3:].mean())
 
 
 def pendulum_limit(method: str, limit: float = 10.0, seeds: int = 2) -> dict[str, Any]:

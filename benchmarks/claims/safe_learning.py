@@ -18,8 +18,7 @@ from markovia.algos.safe.dual import gradient, log_augmented, optimistic
 from markovia.algos.safe.exact import primal_dual
 from markovia.algos.safe.front import FrontLearning
 from markovia.algos.safe.pareto import hypervolume
-from markovia.algos.setup import build, make_driver
-from markovia.claims.safe import _explored
+from markovia.claims.safe import _explored, costs_and_returns
 from markovia.envs.exact.cmdp import CMDP
 from markovia.envs.exact.cmdps import cmdp_grid
 
@@ -62,15 +61,9 @@ def _pendulum(method_id: str, seed: int, limit: float) -> tuple[float, float, fl
     """Share of violating episodes, mean cost over the last quarter, and return there, of 20,000 steps of the pendulum with a speed limit."""
     env = "markovia/SafePendulum-v0"
     changes: dict[str, Any] = {"num_steps": 200, "constraint": {"cost_limit": [limit]}}
-    method = override(configure(method_id, env), changes)
-    setup = build(env, method, seed)
-    driver, costs, values = make_driver(method, setup, seed), [], []
-    while not driver.finished:
-        stats = driver.step()
-        costs.append(stats["cost"])
-        values.append(stats["return"])
+    costs, values, _ = costs_and_returns(env, override(configure(method_id, env), changes), seed)
     late = len(costs) // 4
-    return float((np.array(costs) > limit).mean()), float(np.mean(costs[-late:])), float(np.mean(values[-late:]))
+    return float((costs > limit).mean()), float(costs[-late:].mean()), float(values[-late:].mean())
 
 
 def cal_pendulum(limit: float = 10.0, seeds: int = 2) -> dict[str, Any]:
@@ -95,12 +88,9 @@ def _sampled_grid(optimistic: bool, iterations: int, seed: int, lr: float = 0.02
             "constraint": {"cost_limit": [0.5], "cost_gamma": 0.95, "dual": dual, "optimistic": optimistic, "mix": "sum"},
         },
     )  # fmt: skip
-    setup = build(env, method, seed, agent_options={"dtype": "float64"})
-    driver, costs = make_driver(method, setup, seed), []
-    while not driver.finished:
-        costs.append(driver.step()["cost"])
+    costs, _, setup = costs_and_returns(env, method, seed, dtype="float64")
     table: Any = setup.agent.net["policy"].table
-    return np.array(costs), float(cmdp_grid().mdp.J(torch.softmax(table.detach(), -1).numpy()))
+    return costs, float(cmdp_grid().mdp.J(torch.softmax(table.detach(), -1).numpy()))
 
 
 def reload_grid(iterations: int = 200, seeds: int = 4) -> dict[str, Any]:
@@ -194,14 +184,9 @@ def _guarded(shielded: bool, seed: int, steps: int) -> tuple[float, float]:
     )  # fmt: skip
     if not shielded:
         method = replace(method, constraint=replace(method.constraint, shield=None))
-    setup = build(LEDGE["id"], method, seed)
-    driver, costs, returns = make_driver(method, setup, seed), [], []
-    while not driver.finished:
-        stats = driver.step()
-        costs.append(stats["cost"])
-        returns.append(stats["return"])
+    costs, returns, _ = costs_and_returns(LEDGE["id"], method, seed)
     half = len(costs) // 2
-    return float(np.mean(costs[half:])), float(np.mean(returns[half:]))
+    return float(costs[half:].mean()), float(returns[half:].mean())
 
 
 def acs_ledge(seeds: int = 2, steps: int = 28_800) -> dict[str, Any]:
