@@ -208,6 +208,8 @@ def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
 def _elsewhere(config: dict[str, Any]) -> bool:
     """Whether the network lies in a file of its own: a named base model, or a pipeline of diffusers."""
     spec = config.get("network")
+    while isinstance(spec, dict) and "inner" in spec:  # guidance around it
+        spec = spec["inner"]
     return config.get("base") is not None or (isinstance(spec, dict) and spec.get("network") == "PipelineDenoiser")
 
 

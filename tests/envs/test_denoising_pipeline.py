@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_pipelines import PROMPTS, ddim_pipeline, ddpm_pipeline, dit_pipeline, stable_diffusion, unet
 
 from markovia.envs.denoising.networks import GuidedDenoiser, build_network, network_config
 from markovia.envs.denoising.pipeline import Decoder, difference_from_call, pipeline, read_prompts, write_pipeline
@@ -15,68 +16,6 @@ from markovia.envs.denoising.unet import UNetDenoiser, chosen_row
 
 diffusers = pytest.importorskip("diffusers")
 torch.set_num_threads(1)
-
-
-def unet(**kwargs):
-    torch.manual_seed(0)
-    return UNetDenoiser((1, 8, 8), (8, 16)).model
-
-
-def ddpm_pipeline():
-    return diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler())
-
-
-def ddim_pipeline():
-    return diffusers.DDIMPipeline(unet(), diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
-
-
-def tiny_vae(planes):
-    torch.manual_seed(1)
-    return diffusers.AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=planes, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
-    )  # fmt: skip
-
-
-def dit_pipeline():
-    """Latents, class labels, guidance, and a network that predicts its variance too."""
-    torch.manual_seed(2)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8, patch_size=2,
-        norm_num_groups=4, num_embeds_ada_norm=1000,
-    )  # fmt: skip
-    for p in transformer.parameters():  # DiT starts at zero outputs, which no condition could change
-        torch.nn.init.normal_(p, std=0.1)
-    return diffusers.DiTPipeline(transformer, tiny_vae(4), diffusers.DDIMScheduler(clip_sample=False))
-
-
-def stable_diffusion(folder, scheduler=None):
-    """Latents, prompts, guidance: a Stable Diffusion pipeline of about 100,000 parameters."""
-    transformers = pytest.importorskip("transformers")
-    letters = [chr(i) for i in range(97, 123)]
-    tokens = [*letters, *[c + "</w>" for c in letters], "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
-    torch.manual_seed(3)
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=12,
-            bos_token_id=52, eos_token_id=53, pad_token_id=53,
-        )
-    )  # fmt: skip
-    network = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        tiny_vae(4), text.eval(), tokenizer, network, scheduler or diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-PROMPTS = ["a cat", "two dogs"]
 
 
 def made(name, tmp_path):
