@@ -86,11 +86,6 @@ def table(rows: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finish(rows: list[Cell], out: Path) -> None:
-    """Write the table beside the results."""
-    out.with_suffix(".md").write_text(table(rows))
-
-
 def told(found: Cell) -> str:
     """A line for the terminal."""
     end, start = found["end"], found["start"]
@@ -101,7 +96,7 @@ def told(found: Cell) -> str:
 def main() -> None:
     args = arguments(__doc__, tasks=[TASK], methods=[*LEARN, *KEEP], runs="runs/arithmetic", out=RESULTS).parse_args()
     order = [] if args.table else [(t, m, s, args.steps, args.runs) for s in args.seeds for m in args.methods for t in args.tasks]
-    measure(cell, order, jobs=args.jobs, out=args.out, told=told, finish=finish)
+    measure(cell, order, jobs=args.jobs, out=args.out, told=told, table=table)
 
 
 if __name__ == "__main__":

@@ -78,11 +78,6 @@ def table(rows: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finish(rows: list[Cell], out: Path) -> None:
-    """Write the table."""
-    out.with_suffix(".md").write_text(table(rows))
-
-
 def told(found: Cell) -> str:
     """A finished cell in one line."""
     return f"{found['task']} {found['method']} seed {found['seed']}: {json.dumps(found['done'])[:200]}"
@@ -92,7 +87,7 @@ def main() -> None:
     parser = arguments(__doc__, tasks=["HalfCheetah-v5"], methods=["ppo"], runs="runs/benchmark", out=RESULTS)
     args = parser.parse_args()
     grid = [] if args.table else [(*c, args.steps, args.runs) for c in itertools.product(args.tasks, args.methods, args.seeds)]
-    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, finish=finish)
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table)
 
 
 if __name__ == "__main__":

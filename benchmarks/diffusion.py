@@ -294,12 +294,6 @@ def told(found: dict[str, Any]) -> str:
     return f"{name}: reward {last['sample_return']:.3f} at {last['kl_nats']:.2f} nats in {found['seconds']} s"
 
 
-def finish(rows: list[dict[str, Any]], out: Path) -> None:
-    """Table and picture of what there is."""
-    out.with_suffix(".md").write_text(table(rows))
-    picture(rows, out.with_suffix(".png"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="default all")
@@ -311,7 +305,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results, one entry per cell; table and picture are written beside it")
     args = parser.parse_args()
-    measure(cell, () if args.table else entries(args), jobs=args.jobs, out=args.out, told=told, finish=finish, key=KEY)
+    measure(cell, () if args.table else entries(args), jobs=args.jobs, out=args.out, told=told, table=table, picture=picture, key=KEY)
 
 
 if __name__ == "__main__":

@@ -178,12 +178,6 @@ def told(found: Cell) -> str:
     )
 
 
-def finish(rows: list[Cell], out: Path) -> None:
-    """Table and picture beside the results."""
-    out.with_suffix(".md").write_text(table(rows))
-    picture(rows, out.with_suffix(".png"))
-
-
 def main() -> None:
     args = arguments(__doc__, tasks=list(TASKS), methods=list(METHODS), runs="runs/dppo", out=RESULTS).parse_args()
     if unknown := set(args.tasks) - set(TASKS) or set(args.methods) - set(METHODS):
@@ -191,7 +185,7 @@ def main() -> None:
     grid = [] if args.table else [(*c, args.steps, args.runs) for c in itertools.product(args.tasks, args.methods, args.seeds)]
     if any(c[0] == "hopper" for c in grid):
         hopper_medium(TASKS["hopper"][1], args.runs, args.steps)
-    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, finish=finish)
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table, picture=picture)
 
 
 if __name__ == "__main__":

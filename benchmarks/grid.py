@@ -100,13 +100,22 @@ def measure(
     jobs: int,
     out: Path,
     told: Callable[[Cell], str],
-    finish: Callable[[list[Cell], Path], None],
+    table: Callable[[list[Cell]], str],
+    picture: Callable[[list[Cell], Path], None] | None = None,
     key: Sequence[str] = KEY,
 ) -> None:
-    """Call `cell` with each entry of the grid, the most important first, in processes of its own; record, tell and write tables as each ends.
+    """Call `cell` with each entry of the grid, the most important first, in processes of its own; record and tell each as it ends, and write the
+    table and the picture of all beside the results.
 
     The first entries of a grid's tuples are the key; what is recorded under it is not run again. With an empty grid tables are made anew.
     """
+
+    def write() -> None:
+        rows = cells(out)
+        out.with_suffix(".md").write_text(table(rows))
+        if picture is not None:
+            picture(rows, out.with_suffix(".png"))
+
     known = {tuple(r[k] for k in key) for r in cells(out)}
     left = [entry for entry in grid if tuple(entry[: len(key)]) not in known]
     if left:
@@ -114,9 +123,9 @@ def measure(
             for future in as_completed([pool.submit(cell, *entry) for entry in left]):
                 record(future.result(), out, key)
                 print(told(future.result()), flush=True)
-                finish(cells(out), out)
-    if rows := cells(out):
-        finish(rows, out)
+                write()
+    if cells(out):
+        write()
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

@@ -153,11 +153,6 @@ def table(rows: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finish(rows: list[Cell], out: Path) -> None:
-    """The table beside the results."""
-    out.with_suffix(".md").write_text(table(rows))
-
-
 def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[str, Any]) -> list[str]:
     """Ids of the task's sets; those that are not on this machine are recorded into Minari's folder, after training where their recipe trains."""
     from markovia.collect import collect
@@ -212,7 +207,7 @@ def main() -> None:
             sets = {tier_id(task, tier, args.namespace): task for task in args.tasks for tier in TIERS}
         grid = plan(sets, args.seeds, main_methods, others, args.steps)
         grid = [entry for entry in grid if args.fixtures or not entry[0].startswith("fixture:")]
-    measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, finish=finish, key=KEY)
+    measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY)
 
 
 if __name__ == "__main__":

@@ -114,12 +114,6 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def finish(rows: list[Cell], out: Path) -> None:
-    """Table and picture beside the results."""
-    out.with_suffix(".md").write_text(table(rows))
-    picture(rows, out.with_suffix(".png"))
-
-
 def told(found: Cell) -> str:
     """One line on a cell that has ended."""
     return f"{found['task']} {found['method']} seed {found['seed']}: return {found['return']:.1f}, cost {found['cost']:.1f}"
@@ -131,7 +125,7 @@ def main() -> None:
     if unknown := [m for m in args.methods if m not in METHODS]:
         parser.error(f"no method {unknown[0]!r} here; choose from {', '.join(METHODS)}")
     grid = [] if args.table else [(*entry, args.steps, args.runs) for entry in plan(args.tasks, args.methods, args.seeds)]
-    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, finish=finish)
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table, picture=picture)
 
 
 if __name__ == "__main__":

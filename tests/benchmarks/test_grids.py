@@ -43,12 +43,16 @@ def fake(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
 def test_results_land_one_by_one_and_are_not_run_again(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = module("grid")
     out = tmp_path / "results" / "x.json"
-    seen: list[int] = []
-    options = {"jobs": 1, "out": out, "told": lambda found: found["method"], "finish": lambda rows, path: seen.append(len(rows))}
+    seen: list[tuple[str, int]] = []
+    options = {
+        "jobs": 1, "out": out, "told": lambda found: found["method"], "table": lambda rows: "".join(r["method"] for r in rows),
+        "picture": lambda rows, path: seen.append((path.name, len(rows))),
+    }  # fmt: skip
     grid.record({"task": "t", "method": "a", "seed": 0, "old": True}, out)
     grid.measure(fake, [("t", m, s, tmp_path) for m in "ab" for s in (0, 1)], **options)
-    assert (tmp_path / "calls").read_text().split() == ["a1", "b0", "b1"] and seen == [2, 3, 4, 4]
+    assert (tmp_path / "calls").read_text().split() == ["a1", "b0", "b1"] and seen == [("x.png", n) for n in (2, 3, 4, 4)]
     assert [(r["method"], r["seed"]) for r in grid.cells(out)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] and grid.cells(out)[0]["old"]
+    assert out.with_suffix(".md").read_text() == "aabb"
     grid.measure(fake, [("t", "a", 0, tmp_path)], **options)
     assert (tmp_path / "calls").read_text().count("a0") == 0 and capsys.readouterr().out.split() == ["a", "b", "b"]
     grid.record({"task": "t", "method": "a", "seed": 0}, out)
