@@ -78,7 +78,7 @@ class Replay:
         if self.store is None:
             raise ValueError("the replay is empty; collect transitions before the first update (learning_starts)")
         index = torch.randint(self.size, (size,), generator=generator).to(self.store.reward.device)
-        return self.store.map(lambda x: x[index])
+        return self.store.map(lambda x: x.index_select(0, index))  # rows are copied whole, several times faster than by x[index]
 
     def state(self) -> dict[str, Tensor]:
         """The rows that were written, and the place of the next one. Nothing is copied here."""

@@ -44,6 +44,7 @@ def test_twin_critics_equal_two_separate_networks(layer_norm: bool) -> None:
         torch.testing.assert_close(twin(obs, action, members=j + 1)[j], out)
         (out * weights[j]).sum().backward()
         torch.testing.assert_close(twin.hidden[0].weight.grad[j].T, parts[0].weight.grad)
+        torch.testing.assert_close(twin.head.weight.grad[j].T, head.weight.grad)
         torch.testing.assert_close(twin.head.bias.grad[j, 0], head.bias.grad)
 
 
