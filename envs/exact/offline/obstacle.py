@@ -6,27 +6,26 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 
+from markovia.envs.exact.offline.plane import NOISE, Plane, pushed, square
 from markovia.envs.offline.scores import Reference
 from markovia.envs.offline.transitions import About, Transitions
 
 START, GOAL, CENTRE = np.array([-0.8, 0.0]), np.array([0.8, 0.0]), np.array([0.0, 0.0])
 RADIUS = 0.35  # of the obstacle
 REACHED = 0.15  # distance at which the goal counts as reached
-SPEED, NOISE, SPREAD = 0.1, 0.01, 0.05
+SPREAD = 0.05
 HORIZON = 60
 ENV_ID = "markovia/PointObstacle-v0"
 NUM_EPISODES = 400
 
 
-def advance(state: np.ndarray, action: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """s' = clip(s + 0.1 clip(a) + noise), whether the goal is reached and whether the obstacle is hit; any leading shape."""
-    new = np.clip(state + SPEED * np.clip(action, -1.0, 1.0) + noise, -1.0, 1.0)
-    return new, np.linalg.norm(new - GOAL, axis=-1) < REACHED, np.linalg.norm(new - CENTRE, axis=-1) < RADIUS
+def outcome(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the goal is reached, and whether the obstacle is hit; any leading shape."""
+    return np.linalg.norm(state - GOAL, axis=-1) < REACHED, np.linalg.norm(state - CENTRE, axis=-1) < RADIUS
 
 
-class PointObstacle(gym.Env):
+class PointObstacle(Plane):
     """A point in the plane has to reach a goal behind a round obstacle.
 
     ## Description
@@ -49,22 +48,12 @@ class PointObstacle(gym.Env):
     Terminates at the goal and at the obstacle; the registered id is truncated after 60 steps.
     """
 
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self._state: np.ndarray | None = None
+    def _start(self) -> np.ndarray:
+        return np.clip(START + SPREAD * self.np_random.standard_normal(2), -1.0, 1.0)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self._state = np.clip(START + SPREAD * self.np_random.standard_normal(2), -1.0, 1.0)
-        return self._state.astype(np.float32), {}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        if self._state is None:
-            raise ValueError("step before reset: call env.reset() first")
-        noise = NOISE * self.np_random.standard_normal(2)
-        self._state, reached, hit = advance(self._state, np.asarray(action, dtype=np.float64), noise)
-        return self._state.astype(np.float32), float(reached), bool(reached or hit), False, {}
+    def _arrived(self, state: np.ndarray) -> tuple[float, bool]:
+        reached, hit = outcome(state)
+        return float(reached), bool(reached or hit)
 
 
 def passing(state: np.ndarray, height: float, noise: np.ndarray) -> np.ndarray:
@@ -86,7 +75,8 @@ def obstacle_data(seed: int = 0, episodes: int = NUM_EPISODES, noise: float = 0.
         state = np.clip(START + SPREAD * rng.standard_normal(2), -1.0, 1.0)
         for step in range(HORIZON):
             action = passing(state, side * width, noise * rng.standard_normal(2))
-            new, reached, hit = advance(state, action, NOISE * rng.standard_normal(2))
+            new = pushed(state, action, NOISE * rng.standard_normal(2))
+            reached, hit = outcome(new)
             end = bool(reached or hit)
             row = (state, action, float(reached), new, end, step == HORIZON - 1 and not end, number)
             for column, value in zip(found.values(), row, strict=True):
@@ -94,9 +84,8 @@ def obstacle_data(seed: int = 0, episodes: int = NUM_EPISODES, noise: float = 0.
             if end:
                 break
             state = new
-    box = spaces.Box(-1.0, 1.0, (2,), np.float32)
     floats = {k: np.asarray(found[k], dtype=np.float32) for k in ("obs", "action", "reward", "next_obs")}
     flags = {k: np.asarray(found[k], dtype=bool) for k in ("terminated", "truncated")}
     reference = Reference(ENV_ID, HORIZON, 0.0, 1.0, "success rate: no episode and every episode")
-    about = About("obstacle" if noise == 0.3 else f"obstacle with noise {noise:g}", ENV_ID, HORIZON, box, box, gym.spec(ENV_ID), reference)
+    about = About("obstacle" if noise == 0.3 else f"obstacle with noise {noise:g}", ENV_ID, HORIZON, square(), square(), gym.spec(ENV_ID), reference)
     return Transitions(**floats, **flags, episode=np.asarray(found["episode"]), about=about)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 
+from markovia.envs.exact.offline.plane import NOISE, Plane, pushed, square
 from markovia.envs.offline.scores import Reference
 from markovia.envs.offline.transitions import About, Transitions
 
 GOAL = np.array([0.5, 0.5])
 HORIZON = 40
-NOISE = 0.01
-SPEED = 0.1
 ENV_ID = "markovia/PointMass2D-v0"
 TIERS = ("random", "medium", "expert", "mix", "blend")
 NUM_EPISODES = 250
@@ -24,10 +21,10 @@ NUM_EPISODES = 250
 Policy = Callable[[np.ndarray], np.ndarray]  # states (n, 2) -> actions (n, 2)
 
 
-def advance(state: np.ndarray, action: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """s' = clip(s + 0.1 clip(a) + noise) and r = -|s' - g|; any leading shape."""
-    new = np.clip(state + SPEED * np.clip(action, -1.0, 1.0) + noise, -1.0, 1.0)
-    return new, -np.linalg.norm(new - GOAL, axis=-1)
+def reward(state: np.ndarray) -> np.ndarray:
+    """r = -|s' - g|, of the state that a push led to; any leading shape."""
+    distance: np.ndarray = np.linalg.norm(state - GOAL, axis=-1)
+    return -distance
 
 
 def expert(state: np.ndarray) -> np.ndarray:
@@ -35,7 +32,7 @@ def expert(state: np.ndarray) -> np.ndarray:
     return np.clip(10.0 * (GOAL - state), -1.0, 1.0)
 
 
-class PointMass2D(gym.Env):
+class PointMass2D(Plane):
     """A point in the plane is pushed towards a fixed goal.
 
     ## Description
@@ -57,22 +54,11 @@ class PointMass2D(gym.Env):
     Never terminates; the registered id is truncated after 40 steps.
     """
 
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self._state: np.ndarray | None = None
+    def _start(self) -> np.ndarray:
+        return self.np_random.uniform(-1.0, 1.0, 2)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self._state = self.np_random.uniform(-1.0, 1.0, 2)
-        return self._state.astype(np.float32), {}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        if self._state is None:
-            raise ValueError("step before reset: call env.reset() first")
-        noise = NOISE * self.np_random.standard_normal(2)
-        self._state, reward = advance(self._state, np.asarray(action, dtype=np.float64), noise)
-        return self._state.astype(np.float32), float(reward), False, False, {}
+    def _arrived(self, state: np.ndarray) -> tuple[float, bool]:
+        return float(reward(state)), False
 
 
 def evaluate(policy: Policy, episodes: int = 200, seed: int = 0) -> np.ndarray:
@@ -86,12 +72,10 @@ def _run(policy: Callable[[np.ndarray, np.random.Generator], np.ndarray], episod
     states, actions, rewards = [np.random.default_rng(seed).uniform(-1.0, 1.0, (episodes, 2))], [], []
     for _ in range(HORIZON):
         actions.append(np.clip(policy(states[-1], rng), -1.0, 1.0))
-        new, reward = advance(states[-1], actions[-1], NOISE * rng.standard_normal((episodes, 2)))
-        states.append(new)
-        rewards.append(reward)
+        states.append(pushed(states[-1], actions[-1], NOISE * rng.standard_normal((episodes, 2))))
+        rewards.append(reward(states[-1]))
     rows = lambda x: np.stack(x, axis=1).reshape(episodes * HORIZON, *x[0].shape[1:]).astype(np.float32)  # noqa: E731
     last = np.tile(np.arange(HORIZON) == HORIZON - 1, episodes)
-    box = spaces.Box(-1.0, 1.0, (2,), np.float32)
     return Transitions(
         obs=rows(states[:-1]),
         action=rows(actions),
@@ -100,7 +84,7 @@ def _run(policy: Callable[[np.ndarray, np.random.Generator], np.ndarray], episod
         terminated=np.zeros(len(last), dtype=bool),
         truncated=last,
         episode=np.repeat(np.arange(episodes), HORIZON),
-        about=About("pointmass2d", ENV_ID, HORIZON, box, box, gym.spec(ENV_ID)),
+        about=About("pointmass2d", ENV_ID, HORIZON, square(), square(), gym.spec(ENV_ID)),
     )
 
 
