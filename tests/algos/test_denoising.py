@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoising_pieces import F64, ddim, gen
 from torch import Tensor
 
 from markovia.agents.denoising import DenoisingAgent
@@ -29,18 +30,6 @@ from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import GuidedDenoiser, MLPDenoiser
 from markovia.envs.denoising.tasks import make_task
 from markovia.envs.exact.denoisers import GMMDenoiser
-
-diffusers = pytest.importorskip("diffusers")
-torch.set_num_threads(1)
-F64 = torch.float64
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def ddim(**options: Any) -> Any:
-    return diffusers.DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2", **options})
 
 
 def gaussian_task(mean: float = 0.3, var: float = 0.64, num_steps: int = 10, reward: Any = None, **options: Any) -> DenoisingTask:

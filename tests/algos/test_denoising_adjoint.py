@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoising_pieces import F64, ddim, gen
 from torch import Tensor
 
 from markovia.agents.denoising import DenoisingAgent
@@ -22,18 +23,6 @@ from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import MLPDenoiser
 from markovia.envs.denoising.tasks import make_task
 from markovia.envs.exact.denoisers import LinearGaussianDenoising
-
-diffusers = pytest.importorskip("diffusers")
-torch.set_num_threads(1)
-F64 = torch.float64
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def ddim() -> Any:
-    return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2")
 
 
 def point_task(reward: Any) -> DenoisingTask:

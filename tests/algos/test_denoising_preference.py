@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoising_pieces import F64, ddim, diffusers, gen
 from torch import Tensor
 
 from markovia.agents.denoising import DenoisingAgent
@@ -38,20 +39,13 @@ from markovia.envs.denoising.networks import MLPDenoiser
 from markovia.envs.denoising.tasks import make_task
 from markovia.envs.exact.denoisers import LinearGaussianDenoising
 
-diffusers = pytest.importorskip("diffusers")
-torch.set_num_threads(1)
-F64 = torch.float64
 PAIRWISE = [name for name, row in DENOISING.items() if isinstance(row.value, DenoisingPreference)]
 SOLVER = Descent(lr=0.01, epochs=2, minibatch=16, max_grad_norm=10.0)
 
 
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def point_task(prediction: str = "epsilon", cond: bool = False) -> DenoisingTask:
     """Two numbers denoised in 6 steps by an untrained network; reward: their sum."""
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type=prediction)
+    scheduler = ddim(beta_schedule="linear", prediction_type=prediction)
     torch.manual_seed(0)
     network = MLPDenoiser((2,), 16, 1, cond_dim=3 if cond else 0)
     conditions = torch.eye(3) if cond else None
