@@ -21,6 +21,7 @@ from off_policy_pieces import (
     net_by_hand,
     order_and_repetition_change_nothing,
     policy_by_hand,
+    termination_stops_the_target_and_truncation_does_not,
     tiny,
 )
 from torch.distributions import Independent, Normal, TransformedDistribution
@@ -255,13 +256,7 @@ def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> Non
 
 @pytest.mark.parametrize("method_id", OFF_POLICY)
 def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
-    nets, (batch, noise) = made(tiny(method_id)).nets, minibatch()
-    y = nets.goal(batch, noise[0], 0.2)
-    ended = batch.continuation == 0
-    torch.testing.assert_close(y[ended], batch.reward[ended])
-    assert bool((y[~ended] != batch.reward[~ended]).all())
-    batch.truncated = ~batch.truncated
-    assert torch.equal(nets.goal(batch, noise[0], 0.2), y)
+    termination_stops_the_target_and_truncation_does_not(made(tiny(method_id)).nets, *minibatch(), lam=0.2)
 
 
 # -- 6: bad input --------------------------------------------------------------------------------------------------------------------------

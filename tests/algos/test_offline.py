@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from off_policy_pieces import F64, OBS, everything, net_by_hand, order_and_repetition_change_nothing, policy_by_hand, traced_equals_eager
+from off_policy_pieces import (
+    F64,
+    OBS,
+    compiled_agrees_with_eager,
+    net_by_hand,
+    order_and_repetition_change_nothing,
+    policy_by_hand,
+    termination_stops_the_target_and_truncation_does_not,
+    traced_equals_eager,
+)
 from offline_pieces import (
     ACTIVE,
     BOX,
@@ -170,13 +179,7 @@ def test_order_and_repetition_of_the_batch_change_nothing(method_id: str) -> Non
 
 @pytest.mark.parametrize("method_id", ACTIVE)
 def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
-    nets, (batch, noise) = made(tiny(method_id)).nets, minibatch()
-    y = nets.goal(batch, noise[0], LAM, noise[3:])
-    ended, reward = batch.continuation == 0, batch.reward.expand_as(y)
-    torch.testing.assert_close(y[..., ended], reward[..., ended])
-    assert bool((y[..., ~ended] != reward[..., ~ended]).all())
-    batch.truncated = ~batch.truncated
-    assert torch.equal(nets.goal(batch, noise[0], LAM, noise[3:]), y)
+    termination_stops_the_target_and_truncation_does_not(made(tiny(method_id)).nets, *minibatch(), LAM)
 
 
 @pytest.mark.parametrize("method_id", ["td3-bc", "rebrac", "mcep", "spot"])  # a2pr compares Q with V, so there it does not
@@ -199,15 +202,8 @@ def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("method_id", ["edac", "cql/cal-ql", "spot"])
 def test_compiled_update_agrees_with_the_eager_one(method_id: str) -> None:
-    """Gradients of gradients, many actions per state, and a model that is fixed, through the compiler; float64, so only the order of sums differs."""
-    method = tiny(method_id, policy_delay=1)
-    eager, compiled = made(method), made(method, compile=True)
-    for i in range(6):
-        batch, noise = minibatch(seed=i)
-        for update in (eager, compiled):
-            update(batch, noise, True)
-    assert compiled.compiled is not None and compiled.compiled.seconds > 0
-    torch.testing.assert_close(everything(eager), everything(compiled), rtol=1e-7, atol=1e-9)
+    """Gradients of gradients, many actions per state, and a model that is fixed."""
+    compiled_agrees_with_eager(lambda compile: made(tiny(method_id, policy_delay=1), compile), lambda i: minibatch(seed=i), steps=6)
 
 
 # -- 6: bad input --------------------------------------------------------------------------------------------------------------------------

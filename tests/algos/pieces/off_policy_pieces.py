@@ -84,21 +84,42 @@ def order_and_repetition_change_nothing(make: Callable[[], Update], batch: Batch
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-10)
 
 
-def traced_equals_eager(
-    make: Callable[[bool], Update], batches: Callable[[int], tuple[Batch, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def termination_stops_the_target_and_truncation_does_not(nets: ActorCritic, batch: Batch, noise: torch.Tensor, lam: float) -> None:
+    y = nets.goal(batch, noise[0], lam, noise[3:])
+    ended, reward = batch.continuation == 0, batch.reward.expand_as(y)
+    torch.testing.assert_close(y[..., ended], reward[..., ended])
+    assert bool((y[..., ~ended] != reward[..., ~ended]).all())
+    batch.truncated = ~batch.truncated
+    assert torch.equal(nets.goal(batch, noise[0], lam, noise[3:]), y)
+
+
+Batches = Callable[[int], tuple[Batch, torch.Tensor]]  # seed -> minibatch and noise
+
+
+def traced_equals_eager(make: Callable[[bool], Update], batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the compiled update but the compiler, which takes half a minute: the traced operations one by one; `make` takes whether to compile."""
     monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
     eager, traced = make(False), make(True)
     for i in range(6):
         batch, noise = batches(i)
-        left, right = (u(batch, noise, (i + 1) % eager.nets.method.policy_delay == 0) for u in (eager, traced))
+        left, right = (u(batch, noise, (i + 1) % u.nets.method.policy_delay == 0) for u in (eager, traced))
         assert left.keys() == right.keys()
         torch.testing.assert_close([*left.values()], [*right.values()], rtol=1e-9, atol=1e-12, check_dtype=False)
         if "old" in eager.nets.references and i == 2:
             eager.refresh()
             traced.refresh()
     torch.testing.assert_close(everything(eager), everything(traced), rtol=1e-9, atol=1e-12)
+
+
+def compiled_agrees_with_eager(make: Callable[[bool], Update], batches: Batches, steps: int) -> None:
+    """Through the compiler; in float64 only the order of sums differs."""
+    eager, compiled = make(False), make(True)
+    for i in range(steps):
+        batch, noise = batches(i)
+        for update in (eager, compiled):
+            update(batch, noise, (i + 1) % update.nets.method.policy_delay == 0)
+    assert compiled.compiled is not None and compiled.compiled.seconds > 0
+    torch.testing.assert_close(everything(eager), everything(compiled), rtol=1e-7, atol=1e-9)
 
 
 def linear_layers(x: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
