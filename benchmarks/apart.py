@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ def peak_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def step_times(warm: int) -> tuple[list[float], Any]:
+    """(times, callback): the moments at which the steps of a transformers trainer end; the peak of memory is forgotten after `warm` of them."""
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Time at the end of every step."""
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter())
+            if len(times) == warm:
+                reset_peak()
+
+    return times, Clock()
 
 
 def side(script: str, *arguments: str, threads: int) -> dict[str, Any]:

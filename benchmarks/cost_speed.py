@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepping import priority  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from stepping import priority, turn_arguments  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 from markovia.agents.control import ControlAgent
 from markovia.algos.collect import StepCollector
@@ -60,15 +60,10 @@ def measure(robot: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turn_arguments(__doc__, what="collecting", seconds=1.0, out=RESULTS)
     parser.add_argument("--robots", nargs="+", default=["HalfCheetah", "Hopper"])
     parser.add_argument("--num-envs", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=256)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of collecting in each turn")
-    parser.add_argument("--rest", type=float, default=0.0, help="seconds between turns")
-    parser.add_argument("--priority", action="store_true", help="turns at real-time priority")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from apart import median_ratio, peak_mb, reset_peak, side  # type: ignore[import-not-found]  # run as a script: its folder is on the path
+from apart import median_ratio, peak_mb, reset_peak, side, step_times  # type: ignore[import-not-found]  # run as a script: its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "grpo.json"
 ROWS, GROUP, TOKENS, BETA = 16, 8, 32, 0.04
@@ -60,21 +60,11 @@ def ours(precision: str, steps: int) -> dict[str, Any]:
 def theirs(precision: str, steps: int) -> dict[str, Any]:
     """TRL's GRPOTrainer."""
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from markovia.envs.text.pretrained import load_model, load_tokenizer
 
-    marks: list[float] = []
-
-    class Clock(TrainerCallback):
-        """Time at the end of every step."""
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append(time.perf_counter())
-            if len(marks) == WARM:
-                reset_peak()
-
+    marks, clock = step_times(WARM)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=ROWS, gradient_accumulation_steps=1, num_generations=GROUP, max_completion_length=TOKENS,
@@ -83,7 +73,7 @@ def theirs(precision: str, steps: int) -> dict[str, Any]:
         )  # fmt: skip
         trainer = GRPOTrainer(
             load_model("smollm2"), reward_funcs=reward, args=config, train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS * 50]),
-            processing_class=load_tokenizer("smollm2"), callbacks=[Clock()],
+            processing_class=load_tokenizer("smollm2"), callbacks=[clock],
         )  # fmt: skip
         trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row][WARM:]

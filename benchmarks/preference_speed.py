@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import apart  # type: ignore[import-not-found]  # run as a script: its folder is on the path
-from apart import peak_mb, reset_peak
+from apart import peak_mb, reset_peak, step_times
 
 PAIRS = 4  # of a step
 WARM = 2  # steps before the clock starts
@@ -70,21 +70,11 @@ def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str
     """TRL's DPOTrainer on the same pairs."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     from markovia.envs.text.pretrained import load_model, load_tokenizer
 
-    marks: list[float] = []
-
-    class Clock(TrainerCallback):
-        """Time at the end of every step."""
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append(time.perf_counter())
-            if len(marks) == WARM:
-                reset_peak()
-
+    marks, clock = step_times(WARM)
     tokenizer = load_tokenizer("smollm2")
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
@@ -94,7 +84,7 @@ def theirs(adapters: bool, precision: str, stored: bool, steps: int) -> dict[str
         )  # fmt: skip
         trainer = DPOTrainer(
             load_model("smollm2"), args=config, train_dataset=Dataset.from_list(pairs(PAIRS * (steps + WARM))), processing_class=tokenizer,
-            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None, callbacks=[Clock()],
+            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None, callbacks=[clock],
         )  # fmt: skip
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -68,6 +68,17 @@ def priority(wanted: bool) -> Iterator[None]:
         schedule(os.SCHED_OTHER, 0)
 
 
+def turn_arguments(doc: str | None, *, what: str, seconds: float, out: Path) -> argparse.ArgumentParser:
+    """The flags of a comparison in turns; `what` is done for `seconds` in each."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"of {what} in each turn")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds between turns")
+    parser.add_argument("--priority", action="store_true", help="turns at real-time priority")
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
+
+
 def cell(env_id: str, num_envs: int, made: dict[str, Callable[[str, int], VectorEnv]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every backend on one task and number of environments, in turns."""
     venvs = {name: make(env_id, num_envs) for name, make in made.items()}
@@ -107,15 +118,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turn_arguments(__doc__, what="stepping", seconds=0.3, out=RESULTS)
     parser.add_argument("--envs", nargs="+", default=list(TASKS))
     parser.add_argument("--num-envs", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of stepping in each turn")
-    parser.add_argument("--rest", type=float, default=0.0, help="seconds between turns")
-    parser.add_argument("--priority", action="store_true", help="turns at real-time priority")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     made: dict[str, Callable[[str, int], VectorEnv]] = backends(args.threads)
     rows: list[dict[str, Any]] = []
