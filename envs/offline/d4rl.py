@@ -13,6 +13,7 @@ from markovia.envs.offline.hdf5 import links_outside, refused
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.transitions import About, Transitions, box_like
 from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.untrusted import magic_of_pickle
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
@@ -45,13 +46,24 @@ def _column(dataset: Any, name: str) -> tuple[np.ndarray | None, list[Fault]]:
         return None, [Fault(name, low, f"can't be read ({error}); the file is damaged, fetch it again")]
 
 
+def _no_file(path: Path) -> str | None:
+    """Why there is nothing to open at a path; None where there is."""
+    if not path.exists():
+        return "does not exist"
+    if path.is_dir():
+        return "is a folder, expected an HDF5 file"
+    pickled = magic_of_pickle(path)
+    return None if pickled is None else f"is {pickled}, expected HDF5; loading a pickle runs the code in it, and nothing in it was run"
+
+
 def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
     """Columns of the file, and what is wrong with each by itself."""
     h5py = _h5py()
     try:
+        wrong = _no_file(path)
+        if wrong is not None:
+            return {}, [Fault("file", None, wrong)]
         file = h5py.File(path, "r")
-    except FileNotFoundError:
-        return {}, [Fault("file", None, "does not exist")]
     except (OSError, ValueError) as error:
         return {}, [Fault("file", None, f"is no whole HDF5 file ({error}); fetch it again")]
     found: dict[str, np.ndarray] = {}
@@ -91,7 +103,9 @@ def _misshapen(name: str, values: np.ndarray) -> list[Fault]:
 
 
 def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
-    """Faults that one sees only in two columns together, or in the values."""
+    """Faults that one sees only in two columns together, or in the values; none where no column could be read."""
+    if not columns:
+        return []
     faults = [fault for name, values in columns.items() for fault in _misshapen(name, values)]
     if faults:
         return faults
@@ -102,10 +116,13 @@ def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]
             faults += [Fault(name, int(row[0]), f"{values[row[0]]}, expected 0 or 1")] if len(row) else []
         else:
             faults += not_finite(name, values) + float64_image(name, values.shape, values.dtype)
+    if "next_observations" in columns and "observations" in columns:
+        shape, expected = columns["next_observations"].shape[1:], columns["observations"].shape[1:]
+        faults += [Fault("next_observations", 0, f"has the shape {shape}, expected {expected} (observations)")] if shape != expected else []
     if "timeouts" in columns and "terminals" in columns and len(columns["timeouts"]) == len(columns["terminals"]):
         faults += overlapping("timeouts", columns["terminals"].astype(bool), columns["timeouts"].astype(bool))
     if "timeouts" not in columns and horizon is None:
-        faults.append(Fault("timeouts", None, "missing key, and the task's time limit is unknown; pass horizon= so that episode ends can be counted"))
+        faults.append(Fault("timeouts", None, "missing key, and the task's time limit is unknown; add the key, or pass horizon= (`markovia dataset --horizon`)"))
     return faults
 
 

@@ -40,11 +40,16 @@ def dataset_root() -> Path:
     return Path(given) if given else Path.home() / ".minari" / "datasets"
 
 
+def is_id(name: str) -> bool:
+    """Whether Minari can store a dataset under this name."""
+    return ID.fullmatch(name) is not None
+
+
 def check_id(dataset_id: str) -> str:
     """The id, if it is one that Minari can store. Raises ValueError that says what is missing."""
-    if ID.fullmatch(dataset_id):
+    if is_id(dataset_id):
         return dataset_id
-    mend = f"add the version, e.g. {dataset_id}-v0" if ID.fullmatch(f"{dataset_id}-v0") else "use letters, digits, - and _ in each part"
+    mend = f"add the version, e.g. {dataset_id}-v0" if is_id(f"{dataset_id}-v0") else "use letters, digits, - and _ in each part"
     raise ValueError(f"{dataset_id!r} is no Minari id (namespace/name-v0); {mend}")
 
 
@@ -118,13 +123,14 @@ def _read(dataset: Any) -> tuple[list[Any], Report]:
     episodes: list[Any] = []
     faults: list[Fault] = []
     try:
-        episodes += dataset.iterate_episodes()
-        for k, ep in enumerate(episodes):
-            faults += _check_episode(k, ep)
+        for ep in dataset.iterate_episodes():
+            faults += _check_episode(len(episodes), ep)
+            episodes.append(ep)
     except DatasetError:
         raise
     except Exception as error:  # a file that does not fit its own metadata breaks Minari, h5py and Pillow in many ways
-        faults.append(Fault("main_data.hdf5", None, f"can't be read ({error!r}); the file is damaged or lacks a key, record or fetch it again"))
+        why = f"can't be read ({error!r}); the file is damaged or lacks a key, record or fetch it again"
+        faults.append(Fault(f"main_data.hdf5, episode {len(episodes)}", None, why))
     return episodes, Report(dataset.id, tuple(faults))
 
 

@@ -41,6 +41,10 @@ def load(
         from markovia.envs.offline.d4rl import load_d4rl
 
         return load_d4rl(name, env_id, horizon)
-    from markovia.envs.offline.minari_io import load_minari
+    from markovia.envs.offline.minari_io import dataset_root, is_id, load_minari
 
+    if not is_id(name) and Path(name).exists():
+        folder = Path(name).is_dir()
+        where = f"; a Minari dataset is named by its id below {dataset_root()} (MINARI_DATASETS_PATH moves that)" if folder else ""
+        raise ValueError(f"{name} is a {'folder' if folder else 'file of another kind'}, expected *.hdf5, *.h5, a Minari id or fixture:<name>{where}")
     return load_minari(name, obs_keys, download)

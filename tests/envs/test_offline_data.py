@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import warnings
 
 import gymnasium as gym
@@ -240,7 +241,7 @@ def test_faulty_minari_is_reported(minari_root):
     with h5py.File(file, "a") as whole:
         del whole["episode_1"]["rewards"]
     missing = str(check_minari("faulty-v0"))
-    assert "fault" in missing and "rewards" in missing
+    assert "fault  main_data.hdf5, episode 1: can't be read" in missing and "rewards" in missing
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert "main_data.hdf5: can't be read" in str(check_minari("faulty-v0"))
 
@@ -313,6 +314,7 @@ def test_faulty_d4rl_is_reported_by_field_and_row(tmp_path):
         "inf": ({"rewards": np.where(np.arange(10) == 6, np.inf, 0.0)}, "fault  rewards, row 6: inf"),
         "overlap": ({"timeouts": both}, "note   timeouts, row 3: terminated and truncated at once (1 row(s)); read as terminated"),
         "flag": ({"terminals": 2 * (np.arange(10) == 2)}, "fault  terminals, row 2: 2, expected 0 or 1"),
+        "next": ({"next_observations": np.zeros((10, 4))}, "fault  next_observations, row 0: has the shape (4,), expected (3,) (observations)"),
         "image": ({"observations": np.zeros((10, 16, 16, 3))}, "note   observations, row 0: images of shape (16, 16, 3) as float64"),
     }
     for name, (changes, message) in cases.items():
@@ -337,7 +339,13 @@ def test_damaged_d4rl_is_reported(tmp_path):
     assert "fault  file: is no whole HDF5 file" in str(check_d4rl(tmp_path / "cut.hdf5"))
     (tmp_path / "text.hdf5").write_text("not HDF5")
     assert "is no whole HDF5 file" in str(check_d4rl(tmp_path / "text.hdf5"))
-    assert "does not exist" in str(check_d4rl(tmp_path / "none.hdf5"))
+    (tmp_path / "empty.hdf5").touch()
+    (tmp_path / "folder.hdf5").mkdir()
+    (tmp_path / "pickle.hdf5").write_bytes(pickle.dumps({"observations": [1.0]}))
+    wrong = {"none": "does not exist", "empty": "is no whole HDF5 file", "folder": "is a folder", "pickle": "is a pickle of protocol"}
+    for name, message in wrong.items():
+        (fault,) = check_d4rl(tmp_path / f"{name}.hdf5").faults  # and nothing about keys of a file that nobody could open
+        assert fault.field == "file" and message in fault.problem
     # Compressed chunks of 100 rows, one of which is overwritten: its first row is named.
     rows = np.random.default_rng(0).standard_normal((1000, 3))
     with h5py.File(tmp_path / "chunk.hdf5", "w") as file:
@@ -349,6 +357,16 @@ def test_damaged_d4rl_is_reported(tmp_path):
         raw.seek(place)
         raw.write(b"\0" * 200)
     assert "fault  observations, row 300: can't be read" in str(check_d4rl(tmp_path / "chunk.hdf5"))
+
+
+def test_what_is_no_dataset_is_told_from_an_unknown_id(tmp_path, minari_root):
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps([1.0]))
+    with pytest.raises(ValueError, match=r"rows.pkl is a file of another kind, expected \*.hdf5"):
+        load(tmp_path / "rows.pkl")
+    with pytest.raises(ValueError, match=r"is a folder, expected .*MINARI_DATASETS_PATH"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="no dataset nobody/made-v0 in"):
+        load("nobody/made-v0")
 
 
 def test_rows_in_memory_are_checked():
