@@ -17,6 +17,8 @@ from gymnasium.vector.utils import batch_space
 from markovia.envs.names import nearest
 from markovia.envs.untrusted import check_code
 
+PACKAGES = {"gymnasium_robotics": "markovia[robotics] (gymnasium-robotics)"}  # what brings modules that recipes name
+
 
 @contextlib.contextmanager
 def quiet_mujoco(needed: bool = True) -> Iterator[None]:
@@ -53,7 +55,8 @@ def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         try:
             importlib.import_module(module)
         except (ImportError, TypeError, ValueError) as error:
-            raise ValueError(f"the module {module!r} of the environment id {env_id!r} can't be imported ({error})") from error
+            mend = f"; pip install {PACKAGES[module]}" if module in PACKAGES else ""
+            raise ValueError(f"the module {module!r} of the environment id {env_id!r} can't be imported ({error}){mend}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

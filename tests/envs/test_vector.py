@@ -50,6 +50,12 @@ def test_wrong_id_names_the_nearest(env_id, message):
         make_vec(env_id, 1)
 
 
+def test_the_package_of_a_recipes_environment_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"pip install markovia\[robotics\] \(gymnasium-robotics\)"):
+        env_spec("gymnasium_robotics:PointMaze_UMaze-v3")
+
+
 def test_seeds_of_the_environments():
     assert each_seed(3, 2) == each_seed(np.int64(3), 2) == [3, 4]
     assert each_seed(None, 2) == [None, None] and each_seed((5, None), 2) == [5, None]
