@@ -198,7 +198,7 @@ class DenoisingAgent(Agent):
 
     # -- reference and checkpoints --------------------------------------------------------------------------------------------------------
 
-    def reference(self) -> Agent:
+    def reference(self, fixed: bool = False) -> Agent:
         """The policy before training: the same weights with the adapters off (LoRA, no copy), else a frozen copy."""
         if self.lora is None:
             return self.frozen()

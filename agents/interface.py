@@ -110,8 +110,11 @@ class Agent(ABC):
         found = [p for n in names if n in self.net for p in self.net[n].parameters() if p.requires_grad]
         return found if which == "policy" else [p for p in found if id(p) not in policy_ids]
 
-    def reference(self) -> Agent:
-        """A frozen policy with the same `evaluate`: a copy without gradient (LoRA agents override: adapters off)."""
+    def reference(self, fixed: bool = False) -> Agent:
+        """A frozen policy with the same `evaluate`: a copy without gradient (LoRA agents override: adapters off).
+
+        `fixed` promises that its weights are never moved, so that they may be kept in fewer bytes where `evaluate` stays the same to the bit.
+        """
         frozen = copy.copy(self)
         frozen.net = copy.deepcopy(self.net)
         for p in frozen.net.parameters():

@@ -26,9 +26,10 @@ from markovia.agents.export import export
 from markovia.agents.interface import Agent, Evaluation, check_want
 from markovia.agents.packing import hidden_states, make_packs, probe, unfit
 from markovia.agents.pretrained import LanguageOptions, matrices_in_bfloat16, plain_model, tokenizer_config, tokenizer_from, weights_hash, with_lora
-from markovia.agents.products import use_products
+from markovia.agents.products import laid_out, use_products
 from markovia.agents.records import Rollout
 from markovia.agents.responses import allowed_tokens, record_of_responses
+from markovia.agents.selective import plain_head, selective_logp
 from markovia.agents.tokens import draw, keep_only, nucleus, pack, positions, token_logp, unpack
 from markovia.envs.text.tokens import as_tokenizer
 
@@ -160,11 +161,12 @@ class LanguageAgent(Agent):
             out["entropy"] = Categorical(logits).entropy()
         if "dist" in want:
             out["dist"] = logits
-        if hidden is not None and "value" in want:
-            out["value"] = self.net["critic"](hidden)
-        if hidden is not None and "hidden" in want:
-            out["hidden"] = hidden
-        return out
+        return out if hidden is None else out | self._of_hidden(hidden, want)
+
+    def _of_hidden(self, hidden: Tensor, want: set[str]) -> dict[str, Tensor]:
+        """What is wanted of hidden states (..., d) in float32."""
+        out: dict[str, Tensor] = {"value": self.net["critic"](hidden)} if "value" in want else {}
+        return out | {"hidden": hidden} if "hidden" in want else out
 
     def evaluate_padded(self, rollout: Rollout, want: set[str]) -> dict[str, Tensor]:
         B, T = rollout.shape
@@ -188,8 +190,12 @@ class LanguageAgent(Agent):
         assert isinstance(rollout.obs, dict)
         obs, V = rollout.obs, self.tokenizer.vocab_size
         head, size = self._lm.get_output_embeddings(), max(1, CHUNK_LOGITS // V)
+        selective = plain_head(head) and "logp" in want and not want & {"entropy", "dist"}
 
         def measure(hidden: Tensor, token: Tensor, bits: Tensor | None) -> dict[str, Tensor]:
+            if selective and bits is None:
+                logp = selective_logp(hidden, head.weight[:V], token, self.options.temperature)
+                return {"logp": logp, **self._of_hidden(hidden.float(), want)}
             logits = self._tempered(head(hidden))
             logits = logits if bits is None else keep_only(logits, unpack(bits, V))
             return self._measure(logits, token, hidden.float(), want)
@@ -274,7 +280,7 @@ class LanguageAgent(Agent):
 
         both, inverse = torch.unique(torch.cat([prompt, mask.long()], 1), dim=0, return_inverse=True)
         ids, seen = both[:, : prompt.shape[1]], both[:, prompt.shape[1] :]
-        with self._forward_mode():  # around all steps: autocast then converts the weights once
+        with self._forward_mode(), laid_out(self._lm, B):  # around all steps: the weights are converted once
             out, logits = self._logits(1, input_ids=ids, attention_mask=seen, position_ids=positions(seen), use_cache=True)
             cache, logits, seen = out.past_key_values, logits[inverse], seen[inverse]
             if len(both) < B or not torch.equal(inverse, torch.arange(B, device=device)):
@@ -341,10 +347,11 @@ class LanguageAgent(Agent):
         found = super().parameters(which)
         return [] if self._adapters_off else found
 
-    def reference(self) -> Agent:
-        """The policy before training: the same weights with the adapters off (LoRA, no copy), else a frozen copy."""
+    def reference(self, fixed: bool = False) -> Agent:
+        """The policy before training: the same weights with the adapters off (LoRA, no copy), else a frozen copy, compact if fixed and in bf16."""
         if self.options.lora is None:
-            return super().reference()
+            copied: LanguageAgent = super().reference()  # type: ignore[assignment]
+            return copied.compact() if fixed and self.options.bf16 else copied
         ref = copy.copy(self)
         ref._adapters_off = True
         return ref

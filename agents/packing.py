@@ -140,14 +140,15 @@ class ByPrompt(TorchFunctionMode):
 
 
 def hidden_states(lm: Any, pack: Pack) -> Tensor:
-    """(N, d) what enters the output layer at `pack.at`. The layer itself is given a single position, since logits are made in chunks later."""
+    """(N, d) what enters the output layer at `pack.at`. The layer itself is not computed, since logits are made in chunks later."""
     caught: list[Tensor] = []
 
-    def catch(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(args[0])
-        return (args[0][:, :1], *args[1:])
+    def catch(hidden: Tensor) -> Tensor:
+        caught.append(hidden)
+        return hidden[..., :0]
 
-    handle = lm.get_output_embeddings().register_forward_pre_hook(catch)
+    head = lm.get_output_embeddings()
+    head.forward = catch
     try:
         # On an accelerator many small products take longer than one large one.
         blocks = ByPrompt(pack.sizes) if pack.ids.device.type == "cpu" else contextlib.nullcontext()
@@ -155,7 +156,7 @@ def hidden_states(lm: Any, pack: Pack) -> Tensor:
         with blocks:
             lm(input_ids=pack.ids, attention_mask=pack.bias(dtype), position_ids=pack.position, use_cache=False, logits_to_keep=pack.at)
     finally:
-        handle.remove()
+        del head.forward
     return caught[0][0]
 
 

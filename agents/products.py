@@ -7,8 +7,10 @@ BLAS, whose calls cost less.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +79,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `linear`."""
+    """`torch.nn.Linear` by `linear`, or with a weight that was laid out beforehand for many products: see `laid_out`."""
+
+    packed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        if self.packed is None:
+            return linear(input, self.weight, self.bias)
+        x = input.flatten(0, -2).to(self.packed.dtype)
+        bias = None if self.bias is None else self.bias.to(self.packed.dtype)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, bias, "none", [], "")
+        return out.unflatten(0, input.shape[:-1])
+
+
+@contextlib.contextmanager
+def laid_out(network: nn.Module, rows: int) -> Iterator[None]:
+    """Within, linear layers multiply by bfloat16 copies of their weights in oneDNN's own layout for batches of about so many rows: the same numbers.
+
+    For a loop of products with the same weights under bfloat16 autocast and without gradient: autocast would convert the weights once as well,
+    but every product would bring them into that layout anew, which for a few rows takes as long as the product. Elsewhere nothing is changed.
+    """
+    wanted = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and not torch.is_grad_enabled()
+    found = [m for m in network.modules() if type(m) is Linear and m.weight.device.type == "cpu" and type(m.weight) is nn.Parameter]
+    if not wanted or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found = []
+    try:
+        for module in found:
+            module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16(), rows)
+        yield
+    finally:
+        for module in found:
+            module.packed = None
 
 
 def use_products(network: nn.Module) -> None:

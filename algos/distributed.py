@@ -147,8 +147,8 @@ class SharedAgent:
         whole = {k: torch.cat([p[k] for p in brought])[: rollout.shape[0]].to(rollout.valid.device) for k in brought[0]}
         return Evaluation(**{k: Categorical(v) if k == "dist" else v for k, v in whole.items()})  # type: ignore[arg-type]
 
-    def reference(self) -> SharedAgent:
-        return SharedAgent(self._agent.reference(), self._workers)
+    def reference(self, fixed: bool = False) -> SharedAgent:
+        return SharedAgent(self._agent.reference(fixed), self._workers)
 
 
 def _pick(value: Any, rows: Tensor, total: int) -> Any:

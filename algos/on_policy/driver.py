@@ -86,7 +86,7 @@ class OnPolicyDriver(Budget):
         if method.constraint is not None and method.constraint.shield is not None:
             self.guard = Guard(method.constraint, agent, seed)
             collector.shield = self.guard.act  # type: ignore[attr-defined]
-        self.references: dict[str, Agent] = {"ref": agent.reference()} if "ref" in method.references else {}
+        self.references: dict[str, Agent] = {"ref": agent.reference(isinstance(method.refresh, Fixed))} if "ref" in method.references else {}
         self._given = dict(references or {})
         self._check_references()
         self.extra = None if method.aux is None else record_for(method.aux, agent, collector, texts, self.generator("presample"))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from markovia.agents.distributions import Categorical
 from markovia.agents.interface import Agent
-from markovia.agents.language import LanguageAgent
 from markovia.agents.records import masked_mean
 from markovia.algos.preference.anchors import EachRound, Extrapolated, Frozen, Sync, extrapolate, soft_sync
 from markovia.algos.preference.data import Batch, halves, make_batch, token_rows, with_logps
@@ -86,9 +85,7 @@ class PreferenceDriver(Trainer):
             return None
         if not isinstance(method.reference, Frozen):
             return moving_reference(agent)
-        reference = agent.reference()
-        copied = isinstance(reference, LanguageAgent) and reference.options.bf16 and reference.options.lora is None
-        return reference.compact() if copied else reference  # type: ignore[attr-defined]
+        return agent.reference(fixed=True)
 
     # -- an iteration -------------------------------------------------------------------------------------------------------------
 

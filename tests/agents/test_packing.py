@@ -127,14 +127,21 @@ def test_values_hidden_states_and_distributions_too():
     assert torch.allclose(one.dist.logits[v], two.dist.logits[v], atol=1e-5)
 
 
-def test_many_logits_are_made_in_chunks_and_again_for_the_gradient(monkeypatch):
+@pytest.mark.parametrize("want", [["logp"], ["logp", "entropy"]], ids=str)
+def test_many_logits_are_made_in_chunks_and_again_for_the_gradient(monkeypatch, want):
     plain, packed = agents(model())
-    whole = packed.evaluate(record(), ["logp"]).logp
+    whole = packed.evaluate(record(), want).logp
     monkeypatch.setattr(language, "CHUNK_LOGITS", 36)  # three tokens at a time
-    sizes = []
-    packed.net["policy"].get_output_embeddings().register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
+    sizes, product = [], F.linear
+
+    def seen(x, weight, bias=None):
+        if len(weight) == packed.tokenizer.vocab_size:
+            sizes.append(len(x))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", seen)
     packed.net.zero_grad()
-    logp = packed.evaluate(record(), ["logp"]).logp
+    logp = packed.evaluate(record(), want).logp
     forward = len(sizes)
     logp.sum().backward()
     gradient = [p.grad.clone() for p in packed.net.parameters()]
@@ -199,6 +206,8 @@ def test_a_compact_copy_says_the_same_to_the_bit(packed):
     after = reference.evaluate(record(), ["logp", "entropy"])
     assert kinds == {torch.float32, torch.bfloat16} and torch.equal(before.logp, after.logp) and torch.equal(before.entropy, after.entropy)
     assert {p.dtype for p in agent.net.parameters()} == {torch.float32}
+    fixed = [p.dtype for p in agent.reference(fixed=True).net.parameters()]
+    assert torch.bfloat16 in fixed and {p.dtype for p in agent.reference().net.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="bf16=True"):
         LanguageAgent(model(), CharTokenizer(LETTERS)).reference().compact()
 

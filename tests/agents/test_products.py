@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from markovia.agents import products
-from markovia.agents.products import Linear, Product, linear, use_products
+from markovia.agents.products import Linear, Product, laid_out, linear, use_products
 from markovia.algos import compiled
 from markovia.algos.compiled import Compiled, trace
 
@@ -90,3 +90,20 @@ def test_a_compiled_update_uses_them_and_gives_the_same(everywhere: None) -> Non
     for found in (graph(*[args[i] for i in used]), Compiled(update, static=0)("one", args)):
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_laid_out_beforehand_give_the_same_numbers(bias: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(24, 40, bias=bias), nn.Linear(40, 8, bias=bias))
+    use_products(network)
+    x = torch.randn(2, 3, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = network(x)
+        with laid_out(network, 6):
+            held = [m.packed is not None for m in network]
+            found = network(x)
+    assert held == [torch.ops.mkldnn._is_mkldnn_bf16_supported()] * 2 and torch.equal(found, wanted) and found.dtype == torch.bfloat16
+    assert all(m.packed is None for m in network)
+    with laid_out(network, 6):  # gradients and float32 need the weights themselves
+        assert all(m.packed is None for m in network)

@@ -189,7 +189,7 @@ class Stub:
 
     critic, net = True, None  # its reference shares its weights, as that of a LoRA agent does
 
-    def reference(self) -> Stub:
+    def reference(self, fixed: bool = False) -> Stub:
         return self
 
     def __init__(self, kind: str, **more: Any) -> None:
