@@ -213,20 +213,20 @@ def _elsewhere(config: dict[str, Any]) -> bool:
     return config.get("base") is not None or (isinstance(spec, dict) and spec.get("network") == "PipelineDenoiser")
 
 
-def _most_layers(config: Any) -> int:
+def most_layers(config: Any) -> int:
     """The largest number that a configuration gives as one of layers."""
     if not isinstance(config, dict):
-        return max(map(_most_layers, config), default=0) if isinstance(config, list) else 0
+        return max(map(most_layers, config), default=0) if isinstance(config, list) else 0
     own = [v for k, v in config.items() if isinstance(v, int) and ("layer" in k or "depth" in k)]
     own += [len(v) for k, v in config.items() if isinstance(v, list) and ("hidden" in k or "channels" in k)]
-    return max([*own, *map(_most_layers, config.values())], default=0)
+    return max([*own, *map(most_layers, config.values())], default=0)
 
 
 def _check_size(cls: type[Agent], config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError when a configuration describes a far larger network than the file holds; no memory is taken to find out."""
     held = sum(v.numel() for v in tensors.values())
-    if _most_layers(config) > MAX_LAYERS:
-        raise CheckpointError(f"the configuration of a {cls.__name__} describes {_most_layers(config)} layers, at most {MAX_LAYERS} are built")
+    if most_layers(config) > MAX_LAYERS:
+        raise CheckpointError(f"the configuration of a {cls.__name__} describes {most_layers(config)} layers, at most {MAX_LAYERS} are built")
     with torch.device("meta"):
         described = sum(v.numel() for v in cls.from_config(config).state().values())
     if described > 2 * held + 2**20:

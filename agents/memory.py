@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +61,9 @@ def score_bytes(model: RewardModel, length: int) -> tuple[int, int]:
     plain.options = replace(model.options, max_length=max(PROBES))
     trained = {name: p.requires_grad for name, p in body.named_parameters()}
     try:
-        body.requires_grad_(True) if model.options.frozen else None
-        row, once = _rows([(n, _saved(model.net, lambda n=n: plain.scores([[0] * n, [0] * (n - 1)]))) for n in PROBES], length)
+        if model.options.frozen:
+            body.requires_grad_(True)
+        row, once = _rows([(n, _saved(model.net, partial(plain.scores, [[0] * n, [0] * (n - 1)]))) for n in PROBES], length)
     finally:
         for name, p in body.named_parameters():
             p.requires_grad_(trained[name])

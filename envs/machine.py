@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
+_anyway: ContextVar[bool] = ContextVar("more memory than there is may be asked for", default=False)
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -43,6 +47,27 @@ def memory(proc: Path = PROC, root: Path = GROUPS) -> tuple[float, float]:
         cache = stat.get("total_inactive_file", stat.get("inactive_file", 0.0))  # pages of files that are given up when memory is wanted
         free, total = min(free, limit if math.isinf(used) else max(0.0, limit - used + cache)), limit
     return min(free, total), total
+
+
+class OverMemory(ValueError):
+    """Something needs more memory than this machine has."""
+
+
+@contextlib.contextmanager
+def over_memory(anyway: bool = True) -> Iterator[None]:
+    """Within, nothing is refused for its size, if `anyway`."""
+    token = _anyway.set(anyway)
+    try:
+        yield
+    finally:
+        _anyway.reset(token)
+
+
+def fits(num_bytes: float, what: str, total: float | None = None) -> None:
+    """Raises OverMemory, before memory is taken, when `what` needs more bytes than the machine has (`total`); not within `over_memory()`."""
+    total = memory()[1] if total is None else total
+    if num_bytes > total and not _anyway.get():
+        raise OverMemory(f"{what} needs {num_bytes / 1e9:.3g} GB, and this machine has {total / 1e9:.3g}; make it smaller")
 
 
 def cores(proc: Path = PROC, root: Path = GROUPS) -> int:

@@ -84,8 +84,9 @@ def _operations(head: bytes, size: int) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strings with odd escapes
-            for op, _, place in pickletools.genops(_Head(head, size)):
-                protocol, end, before = max(protocol, op.proto), place + 1, list(op.stack_before)
+            reader = _Head(head, size)
+            for op, _, _ in pickletools.genops(reader):
+                protocol, end, before = max(protocol, op.proto), reader.tell(), list(op.stack_before)
                 if mark in before:
                     while stack and stack[-1] is not mark:
                         stack.pop()

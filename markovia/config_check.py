@@ -6,11 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from markovia.envs.machine import fits
 from markovia.rundir import RunError
 
 MAX_NUMBER = 2**20  # of what an environment or an agent is given
 MAX_MATRIX = 2**28  # entries of one layer
 MAX_ENVS = 2**14
+PARTS = ("agent_options", "env_kwargs", "settings")
+_SIZES = ("hidden", "width", "channels", "layers", "depth", "window", "heads", "modes")  # settings that shape networks
 _TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "settings": (dict,),
@@ -23,7 +26,12 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {"data": (dict,), "dataset": (str,), "r
 
 
 def check_config(config: Any, path: Path) -> dict[str, Any]:
-    """The configuration, if it has the entries of one, of their types, and no number beyond reason. Raises RunError."""
+    """The configuration, if it has the entries of one, of their types, and no number beyond reason.
+
+    Raises RunError, and OverMemory where the layers that are listed are more than the machine holds.
+    """
+    from markovia.agents.checkpoint import MAX_LAYERS, most_layers
+
     if not isinstance(config, dict):
         raise RunError(f"{path} holds a {type(config).__name__}, expected the object that a run writes; restore it from a checkpoint's folder")
     for name, types in _TYPES.items():
@@ -34,9 +42,13 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
             raise RunError(f"{path} has no usable {name!r} (found {str(config[name])[:60]!r}); restore it from a checkpoint's folder")
     if not 0 <= config["seed"] < 2**63:
         raise RunError(f"{path} has the seed {config['seed']}, expected 0 to 2^63 - 1")
+    for part in PARTS:
+        if (layers := most_layers(config[part])) > MAX_LAYERS:
+            raise RunError(f"{path}, {part} describes {layers} layers, at most {MAX_LAYERS} are built")
     for part in ("env_kwargs", "agent_options"):
         _check_numbers(config[part], f"{path}, {part}", MAX_NUMBER)
     _check_numbers(config["settings"], f"{path}, settings", 2**63)
+    fits(4 * _entries([config[part] for part in PARTS]), f"what {path} describes ({largest(config)})")
     envs = config["settings"].get("num_envs", 1)
     if isinstance(envs, int) and envs > MAX_ENVS:
         raise RunError(f"{path} asks for {envs} environments, at most {MAX_ENVS} are made because a file says so")
@@ -44,6 +56,33 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
 
 
 _missing = object()
+
+
+def largest(config: dict[str, Any]) -> str:
+    """The two sizes of a configuration that describe most numbers, as "agent_options.hidden=[64, 64]"."""
+    found = [size for part in PARTS for size in _sizes(config[part], part)]
+    told = [f"{name}={str(value)[:60]}" for _, name, value in sorted(found, key=lambda size: -size[0])[:2]]
+    return ", ".join(told) or "none of its own"
+
+
+def _entries(value: Any) -> int:
+    """Entries of the matrices between the layers that are listed, at least."""
+    if isinstance(value, dict):
+        return sum(map(_entries, value.values()))
+    if not isinstance(value, list):
+        return 0
+    return sum(map(_entries, value)) + sum(a * b for a, b in pairwise(value) if isinstance(a, int) and isinstance(b, int))
+
+
+def _sizes(value: Any, name: str) -> list[tuple[int, str, Any]]:
+    """(numbers that it may stand for, name, value) of what may be a size: of settings what is called so, of the rest every number."""
+    if isinstance(value, dict):
+        return [size for key, inner in value.items() for size in _sizes(inner, f"{name}.{key}")]
+    called = not name.startswith("settings.") or any(word in name.rpartition(".")[2] for word in _SIZES)
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and not isinstance(v, bool)]
+    if not called or not numbers:
+        return []
+    return [(sum(a * b for a, b in pairwise(numbers)) or numbers[0] ** 2, name, value)]
 
 
 def _check_numbers(value: Any, name: str, most: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.asked import Asked
-from markovia.config_check import check_config
+from markovia.config_check import check_config, largest
 from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
@@ -117,7 +118,7 @@ def train(
     max_seconds      ends the run after the iteration in which this time is over
     compile          whether updates are compiled (torch.compile); None: where the run is long enough to repay it. Compiled and eager updates
                      agree to rounding, so a run is resumed as it was begun
-    over_memory      begin a run of a language model even if it needs more memory than the machine has
+    over_memory      begin a run even if it needs more memory than the machine has
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
     callbacks        called with a `RunInfo` after each iteration; False ends the run
     prepare          called with the `Setup` before its first step, to wrap its collector's environments (`setup.collector.venv`)
@@ -149,18 +150,20 @@ def train(
     )  # fmt: skip
     run = Path(out) if out is not None else default_folder(name, asked.dataset or env or Path(data or "data").name.partition(".")[0], seed)
     config = asked.config()
-    if asked.writes:
-        _check_folder(run, config, resume)
+    with machine.over_memory(over_memory):
+        if asked.writes:
+            _check_folder(run, config, resume)
     if track:
         tracker(track)
-    setup = asked.build()
-    if prepare is not None:
-        prepare(setup)
-    told = progress and asked.writes
-    needed = before_run(settings, setup, asked.num_processes, shard, over_memory)
-    if needed and told:
-        print(needed)
-    driver = asked.driver(setup)
+    with machine.over_memory(over_memory), _counted(config, "this run", "; --over-memory begins it all the same"):
+        setup = asked.build()
+        if prepare is not None:
+            prepare(setup)
+        told = progress and asked.writes
+        needed = before_run(settings, setup, asked.num_processes, shard, over_memory)
+        if needed and told:
+            print(needed)
+        driver = asked.driver(setup)
     metrics = _begin(run, config, setup, driver, asked.writes, told)
     num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
     # A reset before the time limit would cut every episode: none would end, and no return would be seen.
@@ -172,6 +175,18 @@ def train(
     evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
     done = _conclude(loop, why, evaluation, eval_checkpoints) if asked.writes else {}
     return RunResult(run, setup.agent, done)
+
+
+@contextlib.contextmanager
+def _counted(config: dict[str, Any], name: str, mend: str = "") -> Iterator[None]:
+    """While what a configuration describes is built, its tensors are counted before they are made. Raises OverMemory that names the largest sizes."""
+    from markovia.algos.memory import Counted
+
+    try:
+        with Counted(f"what {name} describes"):
+            yield
+    except machine.OverMemory as error:
+        raise machine.OverMemory(f"{error} (the largest sizes are {largest(config)}){mend}") from None
 
 
 def _begin(run: Path, config: dict[str, Any], setup: Setup, driver: Any, writes: bool, told: bool) -> Metrics:
@@ -313,7 +328,7 @@ def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
     if not found:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
     try:
-        with code_from_file(trust):
+        with code_from_file(trust), _counted(config, str(run / CONFIG)):
             setup = _built(config, found[-1] / "agent")
     except (ValueError, FileNotFoundError, ImportError, RunError):
         raise

@@ -37,6 +37,6 @@ class TrainFlags:
     eval_checkpoints: bool = False  # evaluate at every checkpoint too
     max_seconds: float | None = None  # end after this time
     compile: bool | None = None  # compile the updates (takes up to half a minute the first time); None: where the run is long enough to repay it
-    over_memory: bool = False  # begin a run of a language model even if it needs more memory than the machine has
+    over_memory: bool = False  # begin a run even if it needs more memory than the machine has
     track: str | None = None  # wandb or trackio: log there too
     progress: bool = True  # show progress

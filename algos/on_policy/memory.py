@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -155,7 +156,18 @@ def available(device: torch.device) -> tuple[float, float]:
     return machine.memory()
 
 
-def check(memory: Memory, free: float, total: float, anyway: bool = False) -> None:
+class Sizes(Protocol):
+    """What `check` reads of an estimate, which says what it needs as a text."""
+
+    @property
+    def weights(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def mend(self) -> str: ...
+
+
+def check(memory: Sizes, free: float, total: float, anyway: bool = False) -> None:
     """Warn when the run may need more than is free; raise ValueError when it needs more than the machine has, unless it is to go on `anyway`. The
     weights are already there.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from markovia.envs.exact.tabular import TabularMDP
+from markovia.envs.machine import fits
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,13 @@ class CMDP:
     @classmethod
     def random(cls, S: int, A: int, gamma: float = 0.9, seed: int = 0, tightness: float = 0.5) -> CMDP:
         """A random MDP and one cost uniform on [0, 1]; the budget lies `tightness` of the way from the cost of the
-        unconstrained optimum (0: free) down to the least reachable cost (1: only the safest policies)."""
+        unconstrained optimum (0: free) down to the least reachable cost (1: only the safest policies).
+
+        Raises OverMemory for tables that this machine can't hold.
+        """
         if not 0 <= tightness <= 1:
             raise ValueError(f"tightness must lie in [0, 1], got {tightness}")
+        fits(8 * (2 * S * A * S + A * A), f"a problem of S={S} states and A={A} actions")  # policy iteration compares all actions
         mdp = TabularMDP.random(S, A, gamma, seed)
         cost = replace(mdp, R=np.random.default_rng([seed, 1]).random((S, A)))
         free = cost.J(mdp.policy_iteration()[0])

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import logsumexp, softmax
 
 from markovia.envs.exact.divergences import check_beta
+from markovia.envs.machine import fits
 
 _Rule = Callable[[np.ndarray], np.ndarray]  # of the action values (S, A)
 
@@ -54,7 +55,8 @@ class TabularMDP:
 
     @classmethod
     def random(cls, S: int, A: int, gamma: float = 0.9, seed: int = 0) -> TabularMDP:
-        """Dirichlet(1) transitions and start, rewards uniform on [0, 1]."""
+        """Dirichlet(1) transitions and start, rewards uniform on [0, 1]. Raises OverMemory for tables that this machine can't hold."""
+        fits(2 * 8 * S * A * S, f"a table of S={S} states and A={A} actions")  # its numbers, and those that they are scaled from
         rng = np.random.default_rng(seed)
         return cls(rng.dirichlet(np.ones(S), (S, A)), rng.random((S, A)), gamma, rng.dirichlet(np.ones(S)))
 
