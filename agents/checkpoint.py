@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from markovia.agents.counted import Counted
 from markovia.agents.interface import Agent
 from markovia.envs import untrusted
 from markovia.envs.durable import in_place, write_whole
@@ -196,7 +197,8 @@ def load_agent(folder: str | Path, network: nn.Module | None = None) -> Agent:
     try:
         if network is None and not _elsewhere(header["config"]):
             _check_size(cls, header["config"], tensors)
-        agent: Agent = cls.from_config(header["config"], network=network)
+        with Counted(f"what {folder / HEADER} describes"):
+            agent: Agent = cls.from_config(header["config"], network=network)
         agent.load_state(tensors)
     except (ValueError, ImportError, OSError):
         raise

@@ -180,7 +180,7 @@ def train(
 @contextlib.contextmanager
 def _counted(config: dict[str, Any], name: str, mend: str = "") -> Iterator[None]:
     """While what a configuration describes is built, its tensors are counted before they are made. Raises OverMemory that names the largest sizes."""
-    from markovia.algos.memory import Counted
+    from markovia.agents.counted import Counted
 
     try:
         with Counted(f"what {name} describes"):

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from markovia.algos.memory import Counted, before_run
+from markovia.agents.checkpoint import load_agent, save_agent
+from markovia.agents.counted import Counted
+from markovia.algos.memory import before_run
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, make_driver
 from markovia.config_check import largest
@@ -160,6 +162,22 @@ def test_tables_are_refused_with_their_sizes(run: Path, tmp_path: Path, of: Any)
     bad = edited(run, tmp_path / "bad", env="markovia/Tabular-v0", env_kwargs={"S": 10000}, agent_options={})
     with pytest.raises(ValueError, match=r"S=10000 states and A=3 actions needs 4\.8 GB, and this machine has 1"):
         load_run(bad)
+
+
+@pytest.mark.parametrize("change", [{"lora": {"r": 10**7}}, {"hidden": 10**8}], ids=str)
+def test_an_agent_on_a_named_model_is_no_larger_than_the_machine(change: dict[str, Any], tmp_path: Path, of: Any) -> None:
+    """Such a file does not hold the network, so that its size says nothing of what is described."""
+    pytest.importorskip("transformers")
+    from markovia.agents.reward_model import RewardModel
+
+    save_agent(RewardModel.from_name("arithmetic", lora={"r": 2}), tmp_path / "agent")
+    header = json.loads((tmp_path / "agent" / "agent.json").read_text())
+    of(GB)
+    load_agent(tmp_path / "agent")
+    header["config"]["options"] |= change
+    (tmp_path / "agent" / "agent.json").write_text(json.dumps(header))
+    with pytest.raises(OverMemory, match=r"what .*agent\.json describes needs \d.* GB, and this machine has 1"):
+        load_agent(tmp_path / "agent")
 
 
 def test_the_largest_sizes_are_named() -> None:
