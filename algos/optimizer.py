@@ -48,7 +48,7 @@ def adam(x: Tensor, grad: Tensor, averages: Sequence[Tensor], count: Tensor, lr:
 
 
 def fused_adam(x: Tensor, grad: Tensor, averages: Sequence[Tensor], count: Tensor, lr: Tensor, rule: Rule, scale: Tensor) -> None:
-    """`adam` along scale x grad, in torch's one pass over memory, four times as fast for vectors that no cache holds; float32, grad is scaled in place."""
+    """`adam` along scale x grad in torch's one pass over memory: four times as fast where no cache holds the vectors. float32; scales grad."""
     m, v = averages
     b1, b2 = rule.betas
     torch._fused_adamw_(  # type: ignore[call-overload]
