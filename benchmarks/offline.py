@@ -1,18 +1,25 @@
 """Scores of the offline methods, one process per (dataset, method, seed), resumable: `python benchmarks/offline.py --seeds 0 1 2`.
 
 Recorded sets that are not on this machine yet are made first, by the recipes of `markovia collect`, and stay in Minari's own folder; a collection
-that was killed goes on. Then the cells run, the most important first: MAIN on every recorded set, then OTHERS on the fixtures and on one set. Each
-is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded sets; what is in the results already is
-not run again.
+that was killed goes on. Tasks are recorded --jobs at a time, and the MAIN methods run on their sets before the next ones are recorded; at the end
+come the fixtures, and OTHERS on the first set. The first cells of all are MAIN on the medium-replay set of the first task, which decide whether
+offline methods beat cloning. Each cell is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded
+sets; what is in the results already is not run again.
 
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
+
+How long it takes, estimated from short runs on one core of an EPYC of 2024, in minutes: recording Hopper or HalfCheetah 60 to 90 (500k steps of SAC
+at 6.6 ms of processor time, and 100 evaluations; their tiers take 1 more), Pendulum 3; 100k updates of bc 2, td3-bc 7, iql 9, rebrac 40 (its batch is
+1024). So after the first recording the 12 deciding cells take 3 hours of a core, MAIN on all nine sets 26. `--recipe '{"num_env_steps": 300000}'`
+records sooner, with a weaker best policy as 100; medium-replay holds every step up to the medium policy, at most 100k.
 
 `--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -155,11 +162,14 @@ def table(rows: list[Cell]) -> str:
 
 def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[str, Any]) -> list[str]:
     """Ids of the task's sets; those that are not on this machine are recorded into Minari's folder, after training where their recipe trains."""
+    import torch
+
     from markovia.collect import collect
     from markovia.envs.offline.minari_io import dataset_root
     from markovia.envs.offline.sources import tier_id
     from markovia.recipes import recipe
 
+    torch.set_num_threads(1)  # the same numbers however many are recorded side by side
     tiers = ("random", "expert", *TIERS)
     ids = {tier: tier_id(task, tier, namespace) for tier in tiers}
     if not all((dataset_root() / i).is_dir() for i in ids.values()):
@@ -169,16 +179,30 @@ def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[st
     return [ids[tier] for tier in TIERS]
 
 
-def plan(sets: dict[str, str], seeds: list[int], main: list[str], others: list[str], steps: int | None) -> list[tuple[Any, ...]]:
-    """(dataset, method, seed, task, updates), the most important first; `sets` are recorded sets or files by their task."""
-    updates = UPDATES if steps is None else steps
-    first = [(d, m, s, t, updates) for m, (d, t), s in itertools.product(main, sets.items(), seeds)]
-    small = [(d, m, s, t, steps) for m, (d, t), s in itertools.product([*main, *others], FIXTURES.items(), seeds)]
-    one = [(d, m, s, t, updates) for m, (d, t), s in itertools.product(others, list(sets.items())[:1], seeds)]
-    return [*first, *small, *one]
+def plan(
+    sets: dict[str, str], seeds: list[int], main: list[str], others: list[str], steps: int | None, fixtures: dict[str, str] = FIXTURES
+) -> list[tuple[Any, ...]]:
+    """(dataset, method, seed, task, updates), the most important first; `sets` and `fixtures` give the task of each.
+
+    1. `main` on the first set   2. `main` on the other sets   3. everything on the fixtures   4. `others` on the first set. Within each, all cells
+    of one seed come before those of the next, and those of one set before those of the next.
+    """
+    updates, first = UPDATES if steps is None else steps, dict(list(sets.items())[:1])
+    rest = {d: t for d, t in sets.items() if d not in first}
+    blocks = ((first, main, updates), (rest, main, updates), (fixtures, [*main, *others], steps), (first, others, updates))
+    return [(d, m, s, t, u) for place, methods, u in blocks for s, (d, t), m in itertools.product(seeds, place.items(), methods)]
+
+
+def recorded(tasks: list[str], args: argparse.Namespace) -> dict[str, str]:
+    """Ids of the tasks' sets and their tasks; what is missing is recorded, side by side."""
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [(task, pool.submit(make_sets, task, 0, args.namespace, args.runs, args.recipe)) for task in tasks]
+        return {dataset: task for task, job in jobs for dataset in job.result()}
 
 
 def main() -> None:
+    from markovia.envs.offline.sources import tier_id
+
     parser = arguments(__doc__, tasks=TASKS, methods=[*MAIN, *OTHERS], runs="runs/offline", out=RESULTS)
     parser.add_argument("--d4rl", nargs="+", metavar="FILE", help="D4RL files; nothing else is run then")
     parser.add_argument("--no-fixtures", dest="fixtures", action="store_false", help="leave the fixtures out")
@@ -188,26 +212,26 @@ def main() -> None:
     args = parser.parse_args()
     main_methods, others = ([m for m in args.methods if m in group] for group in (MAIN, OTHERS))
     others += [m for m in args.methods if m not in (*MAIN, *OTHERS)]
-    grid: list[tuple[Any, ...]] = []
-    if args.d4rl:
+    fixtures = FIXTURES if args.fixtures else {}
+
+    def run(grid: list[tuple[Any, ...]]) -> None:
+        measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY)
+
+    if args.table:
+        run([])
+    elif args.d4rl:
         known = {f: parts_of(f) for f in args.d4rl}
         if strange := [f for f, p in known.items() if p is None]:
             parser.error(f"{strange[0]} is not named like a D4RL locomotion file, e.g. hopper_medium_replay-v2.hdf5")
         tasks = {f: D4RL_TASKS[p[0]] for f, p in known.items() if p is not None}
-        grid = [(f, m, s, t, args.steps or UPDATES) for m, (f, t), s in itertools.product(args.methods, tasks.items(), args.seeds)]
-    elif not args.table:
+        run(plan(tasks, args.seeds, args.methods, [], args.steps, {}))
+    else:
         sets: dict[str, str] = {}
-        if args.collect:
-            with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                jobs = [(task, pool.submit(make_sets, task, 0, args.namespace, args.runs, args.recipe)) for task in args.tasks]
-                sets = {dataset: task for task, job in jobs for dataset in job.result()}
-        else:
-            from markovia.envs.offline.sources import tier_id
-
-            sets = {tier_id(task, tier, args.namespace): task for task in args.tasks for tier in TIERS}
-        grid = plan(sets, args.seeds, main_methods, others, args.steps)
-        grid = [entry for entry in grid if args.fixtures or not entry[0].startswith("fixture:")]
-    measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY)
+        for k in range(0, len(args.tasks), args.jobs):
+            now = args.tasks[k : k + args.jobs]
+            sets |= recorded(now, args) if args.collect else {tier_id(t, tier, args.namespace): t for t in now for tier in TIERS}
+            run(plan(sets, args.seeds, main_methods, [], args.steps, {}))
+        run(plan(sets, args.seeds, main_methods, others, args.steps, fixtures))
 
 
 if __name__ == "__main__":

@@ -66,13 +66,17 @@ def test_over_seeds_by_hand(module: Any) -> None:
 
 def test_offline_plan_starts_with_what_matters_most(module: Any) -> None:
     offline = module("offline")
-    sets = {"ns/hopper/medium-replay-v0": "Hopper-v5", "ns/hopper/medium-v0": "Hopper-v5"}
-    entries = offline.plan(sets, [0, 1], ["bc"], ["cql"], None)
-    assert entries[:4] == [(d, "bc", s, "Hopper-v5", 100_000) for d in sets for s in (0, 1)]
-    assert {(d, m) for d, m, *_ in entries[4:] if not d.startswith("fixture:")} == {("ns/hopper/medium-replay-v0", "cql")}
+    replay, medium, other = sets = ("ns/hopper/medium-replay-v0", "ns/hopper/medium-v0", "ns/halfcheetah/medium-replay-v0")
+    tasks = dict(zip(sets, ("Hopper-v5", "Hopper-v5", "HalfCheetah-v5"), strict=True))
+    entries = offline.plan(tasks, [0, 1], ["bc", "iql"], ["cql"], None)
+    assert entries[:4] == [(replay, m, s, "Hopper-v5", 100_000) for s in (0, 1) for m in ("bc", "iql")]
+    assert [(d, s, m) for d, m, s, *_ in entries[4:12]] == [(d, s, m) for s in (0, 1) for d in (medium, other) for m in ("bc", "iql")]
     fixtures = [e for e in entries if e[0].startswith("fixture:")]
-    assert len(fixtures) == 2 * 2 * len(offline.FIXTURES) and all(e[4] is None for e in fixtures)
+    assert entries[12:-2] == fixtures and len(fixtures) == 3 * 2 * len(offline.FIXTURES) and all(e[4] is None for e in fixtures)
+    assert entries[-2:] == [(replay, "cql", s, "Hopper-v5", 100_000) for s in (0, 1)]
     assert len({e[:3] for e in entries}) == len(entries)
+    assert offline.plan(tasks, [0, 1], ["bc", "iql"], [], None, {}) == entries[:12]
+    assert offline.TASKS[0] == "Hopper-v5" and offline.TIERS[0] == "medium-replay" and set(offline.MAIN) == {"bc", "td3-bc", "iql", "rebrac"}
 
 
 def test_settings_of_a_cell(module: Any) -> None:
