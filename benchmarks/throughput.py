@@ -1,10 +1,13 @@
 """Training speed against other projects with the same hyper-parameters: `python benchmarks/throughput.py [--only ppo-8x256 ...] [--device cuda]`.
 
-The sides of a comparison run in turns in one process, each with the number of threads (1 or 2) that was faster for it in a first try, and the
-figure is the median over turns of the ratio ours / theirs: that is what a shared and noisy machine measures best. Speed counts collection and
+The sides of a comparison run in turns in one process, each with the number of threads (1 or 2) that was faster for it in a short first try, and
+the figure is the median over turns of the ratio ours / theirs: that is what a shared and noisy machine measures best. Speed counts collection and
 update (for off-policy methods one step with one update); compile time is not in it. Peak memory is that of a process of its own for each side,
 libraries included; ours is measured compiled and eager, since the compiler's own code is most of the difference. Writes
 benchmarks/results/throughput.json and the table throughput.md beside it.
+
+An offline comparison takes one to two minutes of processor time, and many times that on a core that others use: each side is built anew in every
+turn, ours compiles for each number of threads, and memory takes a process per side. What each call took is told on stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ import peers_offline
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
+SHORT = 6  # part of a turn that a first try is
 Side = Callable[[str], float]  # device -> speed
 
 
@@ -146,31 +151,34 @@ def comparisons(env_id: str, batches: int, updates: int) -> dict[str, Comparison
     return out
 
 
-def best_threads(side: Side, device: str) -> int:
-    """1 or 2, whichever is faster in a first try."""
-    speeds = {}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        speeds[threads] = side(device)
-    return max(speeds, key=lambda t: speeds[t])
+def timed(name: str, side: Side, device: str, threads: int) -> float:
+    """Speed of one side with so many threads; tells on stderr what the call took."""
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    speed = side(device)
+    print(f"  {name}, {threads} thread(s): {speed:,.0f}/s, {time.perf_counter() - began:.1f} s in all", file=sys.stderr, flush=True)
+    return speed
 
 
-def measure(comparison: Comparison, turns: int, device: str) -> dict[str, Any]:
-    """Speeds of all sides over alternating turns, and the median ratio against each."""
-    racers = {"markovia": comparison.ours, **comparison.theirs}
-    threads = {name: best_threads(side, device) for name, side in racers.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in racers}
+def measure(comparison: Comparison, short: Comparison, turns: int, device: str) -> dict[str, Any]:
+    """Speeds of all sides over alternating turns, and the median ratio against each; `short` is less of the same, to choose the threads by."""
+    threads = {name: max((1, 2), key=lambda t: timed(name, side, device, t)) for name, side in racers(short).items()}
+    speeds: dict[str, list[float]] = {name: [] for name in threads}
     for _ in range(turns):
-        for name, side in racers.items():
-            torch.set_num_threads(threads[name])
-            speeds[name].append(side(device))
+        for name, side in racers(comparison).items():
+            speeds[name].append(timed(name, side, device, threads[name]))
     ratios = {name: statistics.median(a / b for a, b in zip(speeds["markovia"], speeds[name], strict=True)) for name in comparison.theirs}
     return {"about": comparison.about, "unit": comparison.unit, "threads": threads, "speeds": speeds, "median_ratio": ratios}
 
 
+def racers(comparison: Comparison) -> dict[str, Side]:
+    """Who takes turns, by name."""
+    return {"markovia": comparison.ours, **comparison.theirs}
+
+
 def sides(comparison: Comparison) -> dict[str, Side]:
-    """Who is compared, by name."""
-    return {"markovia": comparison.ours, "markovia, eager": partial(comparison.ours, compile=False), **comparison.theirs}
+    """Whose memory is measured, by name."""
+    return {**racers(comparison), "markovia, eager": partial(comparison.ours, compile=False)}
 
 
 def peak_memory(name: str, comparison: Comparison, args: argparse.Namespace) -> dict[str, float]:
@@ -203,6 +211,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIDE"), help="run one side once and print its peak memory in MB")
     args = parser.parse_args()
     found = comparisons(args.env, args.batches, args.updates)
+    short = comparisons(args.env, max(1, args.batches // SHORT), max(1, args.updates // SHORT))
     if unknown := set(args.only or ()) - set(found):
         parser.error(f"no comparison is called {', '.join(sorted(unknown))}; choose from {', '.join(found)}")
     if args.peak:
@@ -214,7 +223,7 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
     results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for name in args.only or found:
-        measured = measure(found[name], args.turns, args.device) | {"batches": args.batches, "updates": args.updates}
+        measured = measure(found[name], short[name], args.turns, args.device) | {"batches": args.batches, "updates": args.updates}
         measured["peak_mb"] = peak_memory(name, found[name], args)
         results["comparisons"][name] = measured
         print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
