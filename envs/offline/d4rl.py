@@ -122,7 +122,8 @@ def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]
     if "timeouts" in columns and "terminals" in columns and len(columns["timeouts"]) == len(columns["terminals"]):
         faults += overlapping("timeouts", columns["terminals"].astype(bool), columns["timeouts"].astype(bool))
     if "timeouts" not in columns and horizon is None:
-        faults.append(Fault("timeouts", None, "missing key, and the task's time limit is unknown; add the key, or pass horizon= (`markovia dataset --horizon`)"))
+        mend = "add the key, or pass horizon= (`markovia dataset --horizon`)"
+        faults.append(Fault("timeouts", None, f"missing key, and the task's time limit is unknown; {mend}"))
     return faults
 
 
