@@ -12,6 +12,7 @@ from markovia.rundir import RunError
 MAX_NUMBER = 2**20  # of what an environment or an agent is given
 MAX_MATRIX = 2**28  # entries of one layer
 MAX_ENVS = 2**14
+ENV_BYTES = 1.2e6  # of one environment, as Humanoid-v5 was measured; the other tasks of MuJoCo take little less, games of a few numbers far less
 PARTS = ("agent_options", "env_kwargs", "settings")
 _SIZES = ("hidden", "width", "channels", "layers", "depth", "window", "heads", "modes")  # settings that shape networks
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -52,6 +53,8 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     envs = config["settings"].get("num_envs", 1)
     if isinstance(envs, int) and envs > MAX_ENVS:
         raise RunError(f"{path} asks for {envs} environments, at most {MAX_ENVS} are made because a file says so")
+    if isinstance(envs, int):
+        fits(envs * ENV_BYTES, f"settings.num_envs={envs} of {path}")
     return config
 
 

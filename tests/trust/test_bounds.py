@@ -138,6 +138,15 @@ def test_networks_of_a_foreign_run_are_refused_with_field_and_figure(run: Path, 
         load_run(edited(run, tmp_path / "deep2", settings=settings | {"layers": 10**6}))
 
 
+def test_environments_of_a_foreign_run_are_counted(run: Path, tmp_path: Path, of: Any) -> None:
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    of(GB)
+    with pytest.raises(OverMemory, match=r"settings\.num_envs=1000 of .*config.json needs 1\.2 GB, and this machine has 1"):
+        load_run(edited(run, tmp_path / "many", settings=settings | {"num_envs": 1000}))
+    with over_memory(), pytest.raises(RunError, match="at most 16384"):
+        load_run(edited(run, tmp_path / "more", settings=settings | {"num_envs": 10**6}))
+
+
 def test_nothing_is_allocated_for_what_is_refused(run: Path, tmp_path: Path) -> None:
     """Without a made-up machine: a thousand layers of a gigabyte each, twice, are in no machine."""
     before = _resident()
