@@ -87,6 +87,11 @@ class LanguageAgent(Agent):
     def _lm(self) -> Any:
         return self.net["policy"]
 
+    @property
+    def output_layer(self) -> Any:
+        """What makes logits of hidden states."""
+        return self._lm.get_output_embeddings()
+
     # -- the network -------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -126,7 +131,7 @@ class LanguageAgent(Agent):
         seen = torch.cat([mask, rollout.valid[index]], 1)[:, :-1]
         caught: list[Tensor] = []
         # What enters the output embedding is the last hidden state at the kept positions, whatever the model's class.
-        head = self._lm.get_output_embeddings()
+        head = self.output_layer
         hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0])) if want_hidden else None
         try:
             ids = torch.cat([prompt, action], 1)[:, :-1]
@@ -189,7 +194,7 @@ class LanguageAgent(Agent):
         """The same by packs; of more than CHUNK_LOGITS logits a part is kept, and made again in the backward pass. Zero where not valid."""
         assert isinstance(rollout.obs, dict)
         obs, V = rollout.obs, self.tokenizer.vocab_size
-        head, size = self._lm.get_output_embeddings(), max(1, CHUNK_LOGITS // V)
+        head, size = self.output_layer, max(1, CHUNK_LOGITS // V)
         selective = plain_head(head) and "logp" in want and not want & {"entropy", "dist"}
 
         def measure(hidden: Tensor, token: Tensor, bits: Tensor | None) -> dict[str, Tensor]:

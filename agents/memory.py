@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from markovia.agents.checkpointing import layers_of
-from markovia.agents.pretrained import plain_model
+from markovia.agents.pretrained import matrices, plain_model
 from markovia.agents.records import Rollout
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ def tensor_bytes(agent: LanguageAgent | RewardModel) -> int:
     """Bytes of all weights and buffers, tied ones once."""
     storages = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in (*agent.net.parameters(), *agent.net.buffers())}
     return sum(storages.values())
+
+
+def reference_bytes(agent: LanguageAgent, fixed: bool) -> int:
+    """Bytes of `agent.reference(fixed)`: a copy, its matrices in bfloat16 where it is compact, and nothing where adapters are switched off."""
+    if agent.options.lora is not None:
+        return 0
+    halved = matrices(agent.net["policy"]) if fixed and agent.options.bf16 else []
+    return tensor_bytes(agent) - sum(p.numel() * (p.element_size() - 2) for p in halved)
 
 
 def cache_bytes(agent: LanguageAgent) -> int:

@@ -54,13 +54,16 @@ class LanguageOptions:
             raise ValueError(f"expected max_new_tokens >= 1 and num_costs >= 0, got {self.max_new_tokens} and {self.num_costs}")
 
 
-def matrices_in_bfloat16(network: nn.Module) -> None:
-    """Convert the linear layers of a frozen network in place; a weight that is an embedding's too stays, since autocast leaves embeddings alone."""
+def matrices(network: nn.Module) -> list[nn.Parameter]:
+    """What the linear layers hold, a weight that is an embedding's too left out: autocast converts the one and leaves the other alone."""
     embedded = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    for module in network.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in embedded:
-            for p in module.parameters():
-                p.data = p.data.bfloat16()
+    return [p for m in network.modules() if isinstance(m, nn.Linear) and id(m.weight) not in embedded for p in m.parameters()]
+
+
+def matrices_in_bfloat16(network: nn.Module) -> None:
+    """Convert the linear layers of a frozen network in place."""
+    for p in matrices(network):
+        p.data = p.data.bfloat16()
 
 
 def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:

@@ -17,15 +17,18 @@ import torch
 
 from markovia.agents.checkpointing import layers_of
 from markovia.agents.language import CHUNK_LOGITS, MOST_LOGITS, LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
+from markovia.agents.memory import activation_bytes, cache_bytes, reference_bytes, tensor_bytes
+from markovia.agents.selective import plain_head
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
+from markovia.algos.on_policy.references import Fixed
 from markovia.algos.optimizer import LONG, PIECE, Rule
 from markovia.envs import machine
 
 GB = 1e9
 SAMPLED = 4 + 4 + 4 + 8 + 8  # bytes per logit of a sampling step: logits of prompts and of rows, probabilities, these in float64 and their sums
 COPIES = 4  # of the logits in an update: they, their log-softmax, and the gradients of both
+SELECTIVE = 1  # where log-probs come straight from hidden states (`markovia.agents.selective`)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Memory:
     cpu: bool = True
     bf16: bool = False  # whether autocast holds the trained weights once more while it samples, in two bytes each
     chunk: int = CHUNK_LOGITS  # logits held at once without gradient, and packed
+    plain: bool = False  # whether the output layer is one matrix, from which log-probs come without the logits' gradients where they are packed
     copies: int = 0  # bytes of further copies of what is trained
     mend: str = "smaller solver.micro, gradient_checkpointing or packed in the agent options, LoRA in place of all weights, fewer num_envs"
 
@@ -84,9 +88,11 @@ class Memory:
     @property
     def update(self) -> int:
         logits = self.part * self.new * self.vocab
-        if self.packed or (self.pieces and logits > MOST_LOGITS and not self.wide):
+        packed = self.packed or (self.pieces and logits > MOST_LOGITS and not self.wide)
+        if packed:
             logits = min(logits, max(self.chunk, self.vocab))
-        return self.part * self.activation + self.once + 4 * (COPIES + 3 * self.wide) * logits
+        copies = SELECTIVE if packed and self.plain and not self.wide else COPIES + 3 * self.wide
+        return self.part * self.activation + self.once + 4 * copies * logits
 
     @property
     def step(self) -> int:
@@ -129,7 +135,7 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
     cut = processes if shard else 1
     exact = isinstance(method.divergence, KL) and method.divergence.estimator == "exact"
     return Memory(
-        weights=weights // cut + layer, reference=weights if "ref" in method.references and agent.options.lora is None else 0,
+        weights=weights // cut + layer, reference=reference_bytes(agent, isinstance(method.refresh, Fixed)) if "ref" in method.references else 0,
         trainable=sum(p.numel() for p in trained) // cut, item=trained[0].element_size(),
         slots=Rule(solver.optimizer).slots if isinstance(solver, Descent) else 0,
         rows=-(-method.num_envs // processes), part=part, prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
@@ -137,6 +143,7 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", bf16=agent.options.bf16,
+        plain=plain_head(agent.output_layer),
         # The start of a round whose runs are merged, and their ends.
         copies=0 if method.merge is None else (1 + method.merge.runs) * sum(p.numel() * p.element_size() for p in agent.parameters("policy")) // cut,
     )  # fmt: skip

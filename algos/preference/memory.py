@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from markovia.agents.language import LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, score_bytes, tensor_bytes
+from markovia.agents.memory import activation_bytes, cache_bytes, reference_bytes, score_bytes, tensor_bytes
 from markovia.agents.reward_model import RewardModel
+from markovia.agents.selective import plain_head
 from markovia.algos.on_policy.memory import Memory, in_pieces
 from markovia.algos.optimizer import Rule
 from markovia.algos.preference.anchors import Extrapolated, FromMixture, FromPolicy, Frozen
@@ -40,13 +41,13 @@ def estimate(agent: LanguageAgent, method: Preference, source: FileItems | Judge
     sharing = rows if agent.options.packed and not crosses(method.needs) else 1  # a pack reads the prompt of an item once
     activation, once = activation_bytes(agent, -(-prompt // sharing) + new - 1)
     trained = agent.parameters("policy") + (agent.parameters("value") if "value" in needs else [])
-    weights, moving = tensor_bytes(agent), sum(p.numel() * p.element_size() for p in trained)
+    moving = sum(p.numel() * p.element_size() for p in trained)
     return Memory(
-        weights=weights, reference=_copies(agent, method, source, weights, moving), trainable=sum(p.numel() for p in trained),
+        weights=tensor_bytes(agent), reference=_copies(agent, method, source, moving), trainable=sum(p.numel() for p in trained),
         item=trained[0].element_size(), slots=Rule(solver.optimizer).slots, rows=_sampled(method, source, part), part=part, prompt=prompt, new=new,
         vocab=agent.tokenizer.vocab_size, cache=cache_bytes(agent), activation=activation, once=once, wide=bool(needs & {"kl_ref", "collision"}),
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", samples=type(source) is not FileItems,
-        bf16=agent.options.bf16,
+        bf16=agent.options.bf16, plain=plain_head(agent.output_layer),
     )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def estimate_scores(model: RewardModel, method: RewardTraining, source: FileItem
     )  # fmt: skip
 
 
-def _copies(agent: LanguageAgent, method: Preference, source: Any, weights: int, moving: int) -> int:
+def _copies(agent: LanguageAgent, method: Preference, source: Any, moving: int) -> int:
     """Bytes of the anchor, and of what an extrapolated one keeps of the round before."""
     needs, more = set(method.needs), moving if isinstance(method.reference, Extrapolated) else 0
     items = source.items if isinstance(source, FileItems) else []
@@ -76,7 +77,7 @@ def _copies(agent: LanguageAgent, method: Preference, source: Any, weights: int,
         return moving + more
     if stored and not needs & {"kl_ref", "mismatched"}:
         return more
-    return more + (weights if agent.options.lora is None else 0)
+    return more + reference_bytes(agent, fixed=True)
 
 
 def _sampled(method: Preference, source: Any, part: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from markovia.agents.language import LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, tensor_bytes
+from markovia.agents.memory import activation_bytes, cache_bytes, reference_bytes, tensor_bytes
 from markovia.algos.memory import before_run
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.memory import Memory, check, estimate
@@ -54,6 +54,8 @@ def test_options_by_hand():
 
     assert replace(SIZES, wide=True).update == 5 * 700 + 7 * 4 * 600
     assert replace(SIZES, packed=True, chunk=100).update == 5 * 700 + 4 * 4 * 100
+    assert replace(SIZES, packed=True, chunk=100, plain=True).update == 5 * 700 + 4 * 100  # the logits themselves, nothing beside them
+    assert replace(SIZES, packed=True, chunk=100, plain=True, wide=True).update == 5 * 700 + 7 * 4 * 100
     assert replace(SIZES, chunk=300).scoring == 2 * 4 * 2 * 120  # two rows of 4 x 30 logits fit
     assert replace(SIZES, chunk=1).scoring == 2 * 4 * 120  # one row at least
     assert replace(SIZES, distributions=1).record == 4 * 10 * 4 * 30
@@ -165,6 +167,14 @@ def test_estimate_meets_the_allocator_on_smollm2(allocated, options):
     task = TextTask(prompts, load_tokenizer("smollm2"), length, 16, group_size=4)
     measured, told = update_against_estimate(allocated, agent, task, 8)
     assert 0.75 < measured / told < 1.15, (measured, told)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"lora": {"r": 2}}], ids=str)
+def test_bytes_of_a_reference(options, fixed):
+    agent = tiny(tied=True, **options)
+    wanted = 0 if options.get("lora") else tensor_bytes(agent.reference(fixed))
+    assert reference_bytes(agent, fixed) == wanted
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_8_000_tokens_of_a_large_vocabulary_are_told_before_they_are_met(monkeyp
     assert estimate(agent, settings("dpo", num_envs=1), source).update == 4 * 4 * 2 * 8000 * 150_000
     monkeypatch.undo()
     monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: (0, 0))
-    assert estimate(agent, settings("dpo", num_envs=1), source).update == 4 * 4 * arithmetic.CHUNK_LOGITS
+    assert estimate(agent, settings("dpo", num_envs=1), source).update == 4 * arithmetic.CHUNK_LOGITS
 
 
 # -- reward models -----------------------------------------------------------------------------------------------------------------------
