@@ -61,7 +61,7 @@ def sentiment_cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def sentiment(cell: Cell, args: argparse.Namespace) -> Cell:
-    from preference_text import sentiment_run
+    from markovia.claims.preference_sentiment import sentiment_run
 
     changes = {k: v for k, v in {"steps": args.steps, "lr": args.lr, "beta": args.beta}.items() if v is not None}
     return sentiment_run(cell["method"], cell["seed"], **changes)

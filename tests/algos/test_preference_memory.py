@@ -90,7 +90,7 @@ def test_a_run_that_exceeds_the_machine_is_refused_with_the_figure_and_goes_on_w
 
 
 def test_8_000_tokens_of_a_large_vocabulary_are_told_before_they_are_met(monkeypatch):
-    """A pair of 8,000 tokens each over 150,000: 9.6 GB of logits, 38 with log-softmax and gradients; in pieces a gigabyte."""
+    """A pair of 8,000 tokens each over 150,000: 9.6 GB of logits, 38 with log-softmax and gradients; in pieces a quarter of one."""
     agent, source = tiny(vocab=150_000, hidden=8), FileItems(items(8000, 8000, count=1), "pairs")
     monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: (0, 0))
     monkeypatch.setattr(agent, "packable", lambda: False)

@@ -1,6 +1,7 @@
 """The preference benchmark's own arithmetic: problems at a given KL, levels of a curve, pairs of scores, tables of cells."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from markovia.algos.preference.population import total_variation
+from markovia.claims.preference_sentiment import chosen_at, wins
 from markovia.envs.text.preferences import Item, PreferenceData, Report
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -49,7 +51,9 @@ def test_levels_wins_and_intervals(script):
     curve = {"win_rate": [0.5, 0.54, 0.6], "chosen": [0.0, -0.1, -0.4]}
     main, text = script("preference"), script("preference_text")
     assert main.at_level({"curve": curve, "every": 10}, 0.55) == (-0.4, 20) and main.at_level({"curve": curve, "every": 10}, 0.7) is None
-    assert text.wins([1.0, 0.0, 0.5], [0.0, 1.0, 0.5]) == 0.5
+    assert wins([1.0, 0.0, 0.5], [0.0, 1.0, 0.5]) == 0.5
+    points = [{"win_rate": w, "chosen": c} for w, c in ((0.5, 0.0), (0.6, -1.0), (0.8, -3.0))]
+    assert chosen_at(points, 0.75) == pytest.approx(-2.5) and math.isnan(chosen_at(points, 0.9))
     # Wilson, n = 100, k = 60: (0.6 + 1.9208/100 -+ 1.96 sqrt(0.24/100 + 0.9604/100^2)) / (1 + 3.8416/100) = 0.5020, 0.6906
     assert text.interval(60, 100) == pytest.approx([0.5020, 0.6906], abs=1e-4)
 
