@@ -78,6 +78,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN is there and this processor multiplies in bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` by `linear`, or with a weight that was laid out beforehand for many products: see `laid_out`."""
 
@@ -101,7 +106,7 @@ def laid_out(network: nn.Module, rows: int) -> Iterator[None]:
     """
     wanted = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and not torch.is_grad_enabled()
     found = [m for m in network.modules() if type(m) is Linear and m.weight.device.type == "cpu" and type(m.weight) is nn.Parameter]
-    if not wanted or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not wanted or not multiplies_bfloat16():
         found = []
     try:
         for module in found:

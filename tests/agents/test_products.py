@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from markovia.agents import products
-from markovia.agents.products import Linear, Product, laid_out, linear, use_products
+from markovia.agents.products import Linear, Product, laid_out, linear, multiplies_bfloat16, use_products
 from markovia.algos import compiled
 from markovia.algos.compiled import Compiled, trace
 
@@ -103,7 +103,7 @@ def test_weights_laid_out_beforehand_give_the_same_numbers(bias: bool) -> None:
         with laid_out(network, 6):
             held = [m.packed is not None for m in network]
             found = network(x)
-    assert held == [torch.ops.mkldnn._is_mkldnn_bf16_supported()] * 2 and torch.equal(found, wanted) and found.dtype == torch.bfloat16
+    assert held == [multiplies_bfloat16()] * 2 and torch.equal(found, wanted) and found.dtype == torch.bfloat16
     assert all(m.packed is None for m in network)
     with laid_out(network, 6):  # gradients and float32 need the weights themselves
         assert all(m.packed is None for m in network)
