@@ -148,6 +148,7 @@ def hidden_states(lm: Any, pack: Pack) -> Tensor:
         return hidden[..., :0]
 
     head = lm.get_output_embeddings()
+    before = vars(head).get("forward")  # accelerate puts one there
     head.forward = catch
     try:
         # On an accelerator many small products take longer than one large one.
@@ -157,6 +158,8 @@ def hidden_states(lm: Any, pack: Pack) -> Tensor:
             lm(input_ids=pack.ids, attention_mask=pack.bias(dtype), position_ids=pack.position, use_cache=False, logits_to_keep=pack.at)
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before
     return caught[0][0]
 
 

@@ -22,7 +22,8 @@ PIECE = 2**19  # logits whose float32 softmax exists at once on a CPU: 2 MB, whi
 
 def plain_head(head: Any) -> bool:
     """Whether an output layer is a product with one dense matrix and nothing else (no bias, no adapters, not cut among processes)."""
-    return isinstance(head, nn.Linear) and head.bias is None and type(head.weight) in (nn.Parameter, Tensor) and not head._forward_hooks
+    changed = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head) if isinstance(head, nn.Linear) else True
+    return not changed and head.bias is None and type(head.weight) in (nn.Parameter, Tensor)
 
 
 class SelectiveLogp(torch.autograd.Function):

@@ -155,8 +155,10 @@ def train(
             _check_folder(run, config, resume)
     if track:
         tracker(track)
-    with machine.over_memory(over_memory), _counted(config, "this run", "; --over-memory begins it all the same"):
-        setup = asked.build()
+    with machine.over_memory(over_memory):
+        # What is built lasts, so it adds up; what comes after works on data, and its tensors go as they came.
+        with _counted(config, "this run", "; --over-memory begins it all the same"):
+            setup = asked.build()
         if prepare is not None:
             prepare(setup)
         told = progress and asked.writes

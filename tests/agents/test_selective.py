@@ -78,3 +78,6 @@ def test_which_heads_are_a_plain_product():
     hooked = nn.Linear(3, 4, bias=False)
     hooked.register_forward_hook(lambda *_: None)
     assert not plain_head(hooked)
+    replaced = nn.Linear(3, 4, bias=False)
+    replaced.forward = lambda x: 2.0 * nn.Linear.forward(replaced, x)
+    assert not plain_head(replaced)

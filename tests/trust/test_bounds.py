@@ -70,6 +70,18 @@ def test_tensors_are_counted_before_they_are_made(of: Any) -> None:
     assert 0.9 * GB < counted.made < 1.1 * GB
 
 
+def test_tensors_of_the_data_come_and_go_uncounted(of: Any, tmp_path: Path) -> None:
+    of(GB)
+    seen = []
+
+    def prepare(setup: Any) -> None:
+        seen.extend(float(torch.zeros(10**6)[0]) for _ in range(300))  # 1.2 GB in all, 4 MB at a time
+
+    method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 512})
+    train(method, "CartPole-v1", out=tmp_path / "run", prepare=prepare, **SMALL)
+    assert len(seen) == 300
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
