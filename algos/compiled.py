@@ -1,7 +1,8 @@
 """One mechanism to compile an update: trace it once for its shapes, drop what it does not read, and let torch.compile make one function of it.
 
 The update is a Python function of tensors that changes some of them in place and returns others. Tracing records the tensor operations of
-forward pass, gradient, clipping and optimiser together, so every method and every agent is compiled alike, and a call costs no Python.
+forward pass, gradient, clipping and optimiser together, so every method and every agent is compiled alike, and a call costs no Python. On the CPU
+the code stays on disk (`algos.kept`), on a GPU a call is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from markovia.agents.products import worthwhile
+from markovia.algos import kept
+from markovia.algos.kept import Found
 
 Pure = Callable[..., tuple[Tensor, ...]]
 
@@ -95,43 +98,56 @@ def use_products(graph_module: torch.fx.GraphModule) -> None:
 class Compiled:
     """`function` as one compiled function per set of shapes; the first `static` arguments are the same tensors at every call.
 
-    `seconds` is what tracing and compiling have taken. The compiled code stays in torch's cache on disk, so the next process needs a second or
-    two instead of half a minute. On a GPU the call is replayed as a CUDA graph. Where the compiler fails, the traced operations run one by one,
-    and a warning says so once.
+    `seconds` is what finding or making it has taken: half a minute for code that is made, a tenth of a second for code that was kept. Where the
+    compiler fails, the traced operations run one by one, and a warning says so once.
     """
 
     def __init__(self, function: Pure, static: int) -> None:
         self.function, self.static = function, static
         self.seconds = 0.0
-        self._made: dict[Any, tuple[Callable[..., tuple[Tensor, ...]], list[int]]] = {}
+        self._made: dict[Any, Found] = {}
 
     @torch.no_grad()
     def __call__(self, key: Any, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run on `args`; equal keys promise equal shapes, dtypes and Python state."""
         if key not in self._made:
-            return self._first(key, args)
+            began = time.perf_counter()
+            self._made[key], out = self._first(args)
+            self.seconds += time.perf_counter() - began
+            return tuple(out)
         run, used = self._made[key]
-        return run(*[args[i] for i in used])
+        return tuple(run([args[i] for i in used]))
 
-    def _first(self, key: Any, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _first(self, args: Sequence[Tensor]) -> tuple[Found, Sequence[Tensor]]:
+        """What to call from now on, and the results of the first call."""
+        told = kept.operations(self.function, args) if args[0].device.type == "cpu" else None
+        found = None if told is None else kept.find(told)
+        if found is None:
+            graph_module, used = trace(self.function, args)
+            use_products(graph_module)
+            if told is not None:
+                found = kept.make(told, graph_module, used, args)
+            if found is None:
+                return self._here(graph_module, used, args)
+        run, used = found
+        return found, run([args[i] for i in used])
+
+    def _here(self, graph_module: torch.fx.GraphModule, used: list[int], args: Sequence[Tensor]) -> tuple[Found, Sequence[Tensor]]:
+        """Compiled for this process alone."""
         from torch._dynamo.exc import BackendCompilerFailed
 
-        began = time.perf_counter()
-        graph_module, used = trace(self.function, args)
-        use_products(graph_module)
         # Equal keys promise what the guards would check at every call.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         if args[0].device.type == "cuda":
             options["triton.cudagraphs"] = True
             for tensor in args[: self.static]:
                 torch._dynamo.mark_static_address(tensor)
-        run: Callable[..., tuple[Tensor, ...]] = torch.compile(graph_module, fullgraph=True, dynamic=False, options=options)
+        run: Callable[..., Sequence[Tensor]] = torch.compile(graph_module, fullgraph=True, dynamic=False, options=options)
+        values = [args[i] for i in used]
         try:
-            out = run(*[args[i] for i in used])
+            out = run(*values)
         except BackendCompilerFailed as error:
             _eager(str(error).strip().partition("\n")[0])
             run = graph_module
-            out = run(*[args[i] for i in used])
-        self._made[key] = run, used
-        self.seconds += time.perf_counter() - began
-        return out
+            out = run(*values)
+        return (lambda values: run(*values), used), out

@@ -26,7 +26,6 @@ from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.filters import chosen, join, joined
 from markovia.algos.on_policy.method import Descent, DualAscent, OnPolicy
 from markovia.algos.optimizer import Optimizer, Rule
-from markovia.algos.sharding import ShardedOptimizer, shard
 
 
 class Workers:
@@ -76,8 +75,8 @@ class Workers:
 
     def sum_gradients(self, optimizer: Optimizer) -> None:
         """Make the optimiser's gradient the sum over the processes."""
-        if isinstance(optimizer, ShardedOptimizer):
-            optimizer.take()
+        if self.sharded:
+            optimizer.take()  # type: ignore[attr-defined]  # of algos.sharding
         else:
             self.add(optimizer.grad)
 
@@ -195,6 +194,8 @@ class SharedDriver(OnPolicyDriver):
     def _make_optimizer(self, solver: Descent, groups: Any) -> Optimizer:
         if not self.workers.sharded:
             return super()._make_optimizer(solver, groups)
+        from markovia.algos.sharding import ShardedOptimizer  # FSDP takes two seconds to import
+
         rule = Rule(solver.optimizer, solver.eps, solver.betas, solver.weight_decay)
         return ShardedOptimizer([(params, lr) for params, lr in groups if params], rule, solver.max_grad_norm)
 
@@ -215,6 +216,8 @@ def shared_driver(
         raise ValueError("DualAscent's fix-up phase is written for one process; choose Constant, Doubling or MirrorStep")
     workers.share_weights(agent)
     if workers.sharded:
+        from markovia.algos.sharding import shard
+
         _check_sharded(method, agent, workers.size)
         shard(agent, torch.device(device))  # type: ignore[arg-type]
     collector.task = SharedTask(collector.task, workers)

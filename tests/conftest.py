@@ -48,6 +48,16 @@ def trap(tmp_path):
 
 
 @pytest.fixture
+def traced_only(monkeypatch):
+    """Compiled updates run their traced operations one by one: all of the mechanism but the compiler, which takes half a minute."""
+    import torch
+
+    monkeypatch.setattr("markovia.algos.kept.find", lambda told: None)
+    monkeypatch.setattr("markovia.algos.kept.make", lambda *given: None)
+    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+
+
+@pytest.fixture
 def allocated():
     """A function that runs a function and gives the most bytes that torch's allocator had given out at once, beyond what it had before."""
     from torch.profiler import ProfilerActivity, profile

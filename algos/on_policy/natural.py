@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jvp
 
 from markovia.agents.distributions import kl, with_params
 from markovia.agents.interface import Agent
@@ -80,7 +80,10 @@ def fisher_product(agent: Agent, rollout: Rollout, *, damping: float) -> Callabl
         dist = agent.evaluate(rollout, ("dist",)).dist
     assert dist is not None
     primal = tuple(tensors)
-    pull = vjp(outputs, primal)[1]
+    # torch.func.vjp would do the same, and import torch's compiler for it: seconds, and 80 MB.
+    with torch.enable_grad():
+        leaves = [t.requires_grad_() for t in map(torch.detach, tensors)]
+        made = {k: t for k, t in outputs(tuple(leaves)).items() if t.requires_grad}
 
     def product(v: Tensor) -> Tensor:
         ordered = unflatten(v, agent.parameters("policy"))
@@ -92,7 +95,7 @@ def fisher_product(agent: Agent, rollout: Rollout, *, damping: float) -> Callabl
         masked = {
             k: torch.where(mask.reshape(*mask.shape, *([1] * (t.dim() - mask.dim()))), t, 0.0) / count for k, t in scaled.items()
         }
-        (grads,) = pull(masked)
+        grads = torch.autograd.grad(list(made.values()), leaves, [masked[k] for k in made], retain_graph=True, materialize_grads=True)
         return flatten([grads[i] for i in back]) + damping * v
 
     return product

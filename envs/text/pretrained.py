@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from markovia.envs.durable import in_place
+from markovia.envs.cached import cached
 from markovia.envs.text.tokens import CharTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -23,17 +21,6 @@ ARITHMETIC_ALPHABET = "0123456789+="
 # Pickled weights are never read, and no code that comes with a model is run.
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Folder for converted models: $MARKOVIA_CACHE, else the platform's user cache."""
-    if chosen := os.environ.get("MARKOVIA_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "markovia"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "markovia"
-    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "markovia"
 
 
 def _transformers() -> Any:
@@ -82,21 +69,6 @@ def _minilm_folder() -> Path:
     return Path(folder) / "model"
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The cache folder `name`, filled by `build(folder)` the first time; whole or absent, also with several processes."""
-    final = cache_dir() / name
-    if final.is_dir():
-        return final
-    try:
-        with in_place(final) as work:
-            work.mkdir()
-            build(work)
-    except OSError:
-        if not final.is_dir():  # another process that was faster is welcome, anything else is an error
-            raise
-    return final
-
-
 def _build_smollm2_tokenizer(folder: Path) -> None:
     _transformers().AutoTokenizer.from_pretrained(_gguf_folder(), gguf_file=_GGUF).save_pretrained(folder)
 
@@ -122,7 +94,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer.eos_token = tokenizer.sep_token  # what ends a text for this kind of model
         return tokenizer
     if name == "smollm2":
-        return _transformers().AutoTokenizer.from_pretrained(_cached("smollm2-tokenizer", _build_smollm2_tokenizer))
+        return _transformers().AutoTokenizer.from_pretrained(cached("smollm2-tokenizer", _build_smollm2_tokenizer))
     return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
@@ -145,7 +117,7 @@ def load_model(name: str) -> Any:
         # Cloned: memory of a safetensors file is 4-byte aligned only, and small CPU products depend on alignment.
         model.load_state_dict({k: v.clone() for k, v in load_file(path).items()})
         return model.eval()
-    source = _cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
+    source = cached("smollm2", _build_smollm2_model) if name == "smollm2" else name
     with _no_progress_bar():
         model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **SAFE)
     with torch.no_grad():

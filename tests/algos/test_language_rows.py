@@ -140,9 +140,9 @@ def test_merged_runs_resume_and_begin_anew(tmp_path: Any) -> None:
     assert meta_a["merger"] == {"part": 4, "ends": 0} and not torch.equal(own, start[0]) and torch.equal(own, a["merger.start.0"])
 
 
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("method_id", ROWS)
-def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+def test_traced_update_equals_the_eager_one(method_id: str) -> None:
     method = small(method_id, solver={"minibatch": 8})
     eager, traced = (made(method, TreeCollector(trees(), 12, method.group_size, {"budget": [1, 2, 3]}), compile=c) for c in (False, True))
     for _ in range(2):

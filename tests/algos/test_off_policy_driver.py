@@ -141,9 +141,10 @@ def test_bfloat16_stays_close_and_keeps_float32_weights() -> None:
     assert not torch.equal(ends[0], ends[1])
 
 
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("method_id", OFF_POLICY)
-def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i), monkeypatch)
+def test_traced_update_equals_the_eager_one(method_id: str) -> None:
+    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i))
 
 
 @pytest.mark.slow

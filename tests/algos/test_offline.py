@@ -194,9 +194,10 @@ def test_the_scale_of_rewards_drops_out_of_the_actor(method_id: str) -> None:
     torch.testing.assert_close(loss_and_gradient(nets, batch, noise), before, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("method_id", OFFLINE)
-def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i), monkeypatch)
+def test_traced_update_equals_the_eager_one(method_id: str) -> None:
+    traced_equals_eager(lambda compile: made(tiny(method_id), compile), lambda i: minibatch(seed=i))
 
 
 @pytest.mark.slow

@@ -99,11 +99,6 @@ def test_an_optimiser_refuses_mixed_dtypes() -> None:
 # -- compiled updates ------------------------------------------------------------------------------------------------------------------------
 
 
-def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the traced operations one by one: all of the mechanism but the compiler, which takes half a minute."""
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
-
-
 def driver(method_id: str, env: str, compile: bool, agent_options: dict[str, Any] | None = None, **changes: Any) -> OnPolicyDriver:
     """22 decisions in minibatches of 8: the last one has to be filled up."""
     small = {"num_envs": 11, "num_steps": 2, "num_env_steps": 220, "group_size": 1, "solver": {"minibatch": 8, "epochs": 2}, **changes}
@@ -117,9 +112,9 @@ def same(a: OnPolicyDriver, b: OnPolicyDriver, rtol: float, atol: float) -> None
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("method_id", FIRST_ORDER)
-def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_only(monkeypatch)
+def test_traced_update_equals_the_eager_one(method_id: str) -> None:
     group = {"num_envs": 12, "group_size": 2} if "rloo" in method_id or "rlhf" in method_id else {}
     eager, traced = (driver(method_id, TREE, c, {"dtype": "float64"}, **group) for c in (False, True))
     for _ in range(3):
@@ -129,9 +124,9 @@ def test_traced_update_equals_the_eager_one(method_id: str, monkeypatch: pytest.
     same(eager, traced, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "markovia/LinearGaussian-v0"])
-def test_traced_update_equals_the_eager_one_for_networks(env: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_only(monkeypatch)
+def test_traced_update_equals_the_eager_one_for_networks(env: str) -> None:
     method_id = "ddpo" if env.startswith("markovia") else "ppo"
     eager, traced = (driver(method_id, env, c) for c in (False, True))
     for _ in range(2):
@@ -176,6 +171,7 @@ def test_a_failing_compiler_leaves_the_traced_operations(monkeypatch: pytest.Mon
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_aot", lambda *given, **_: broken(given[0])())
     double = compiled.Compiled(lambda x: (x * 2.0,), static=0)
     with pytest.warns(RuntimeWarning, match="run eagerly"):
         assert torch.equal(double("key", [torch.ones(2)])[0], torch.full((2,), 2.0))

@@ -118,8 +118,8 @@ def test_gradient_of_the_critics_matches_finite_differences() -> None:
     assert float(grad[0, 0, 0]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-8)
 
 
-def test_traced_update_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+@pytest.mark.usefixtures("traced_only")
+def test_traced_update_equals_the_eager_one() -> None:
     ends = []
     for compiled in (False, True):
         update = Update(nets_of(short().online), compiled)

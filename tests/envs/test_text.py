@@ -9,8 +9,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import markovia  # noqa: F401 - registers the ids
 from markovia.agents.language import LanguageAgent
+from markovia.envs.cached import cache_dir
 from markovia.envs.text.env import TokenEnv, TokenVectorEnv
-from markovia.envs.text.pretrained import cache_dir
 from markovia.envs.text.rewards import call_reward, exact_answer, resolve, vader_compound
 from markovia.envs.text.tasks import TextTask, arithmetic, is_held_out, make_task
 from markovia.envs.text.tokens import CharTokenizer, HFTokenizer, as_tokenizer, left_pad

@@ -96,9 +96,8 @@ def termination_stops_the_target_and_truncation_does_not(nets: ActorCritic, batc
 Batches = Callable[[int], tuple[Batch, torch.Tensor]]  # seed -> minibatch and noise
 
 
-def traced_equals_eager(make: Callable[[bool], Update], batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the compiled update but the compiler, which takes half a minute: the traced operations one by one; `make` takes whether to compile."""
-    monkeypatch.setattr(torch, "compile", lambda graph_module, **_: graph_module)
+def traced_equals_eager(make: Callable[[bool], Update], batches: Batches) -> None:
+    """For tests with the fixture `traced_only`; `make` takes whether to compile."""
     eager, traced = make(False), make(True)
     for i in range(6):
         batch, noise = batches(i)
