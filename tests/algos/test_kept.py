@@ -93,9 +93,15 @@ OUTSIDE = torch.ones(2)
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x: (x + torch.rand(2),), lambda x: (torch.dropout(x, 0.5, True),), lambda x: (x + OUTSIDE,), lambda x: (x + torch.tensor([1.0, 2.0]),)],
+    "function",
+    [
+        lambda x: (x + torch.rand(2),),
+        lambda x: (torch.dropout(x, 0.5, True),),
+        lambda x: (x + OUTSIDE,),
+        lambda x: (x + torch.tensor([1.0, 2.0]),),
+    ],
     ids=["random numbers", "dropout", "a tensor of its own", "a constant tensor"],
-)  # fmt: skip
+)
 def test_what_a_text_can_not_tell_is_not_kept(function: Callable[..., tuple[Tensor, ...]]) -> None:
     torch.manual_seed(0)
     first = torch.rand(1)
