@@ -121,6 +121,8 @@ def find(told: str) -> Found | None:
     """The code that was kept for these operations; None if there is none that loads."""
     kept = cache_dir() / name_of(told)
     try:
+        if hasattr(os, "getuid") and kept.stat().st_uid != os.getuid():
+            return None  # native code of somebody else
         used: list[int] = json.loads((kept / "used.json").read_text())
         library: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept / "update.so"), 1)
         os.utime(kept)

@@ -153,6 +153,15 @@ def test_a_damaged_folder_is_cleared(cache: Path, damage: str) -> None:
     assert kept.find(told) is None and not folder.exists()
 
 
+def test_code_of_another_user_is_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache.parent / kept.name_of("told")
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1, raising=False)
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", None)
+    (folder / "used.json").write_text("[0]")
+    assert kept.find("told") is None and (folder / "used.json").exists()
+
+
 def test_where_nothing_can_be_kept_the_compiler_is_asked_every_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(torch, "compile", lambda graph_module, **_: asked.append(graph_module) or graph_module)
