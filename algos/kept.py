@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from markovia.agents import products
 from markovia.envs.cached import cache_dir, cached
 from markovia.envs.durable import TEMPORARY
 
@@ -103,12 +105,15 @@ def operations(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tenso
 @functools.cache
 def place() -> str:
     """What the code depends on beside its operations: torch, the processor that it is compiled for, and how this package compiles."""
+    from markovia.algos import compiled
+
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    here = Path(__file__).parent
-    sources = [(here / name).read_text() for name in ("kept.py", "compiled.py")]
-    return "\n".join([torch.__version__, platform.platform(), torch.backends.cpu.get_cpu_capability(), flags, os.environ.get("CXX", ""), *sources])
+    first_core = cpu.read_text().partition("\n\n")[0].splitlines() if cpu.exists() else []
+    about = [line for line in first_core if line.startswith(("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features"))]
+    modules: list[Any] = [sys.modules[__name__], compiled, products]
+    sources = [hashlib.sha256(m.__loader__.get_data(m.__file__)).hexdigest() for m in modules]
+    given = [torch.__version__, platform.platform(), platform.processor(), torch.backends.cpu.get_cpu_capability(), os.environ.get("CXX", "")]
+    return "\n".join([*given, *about, *sources])
 
 
 def name_of(told: str) -> str:
