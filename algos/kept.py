@@ -92,8 +92,8 @@ def operations(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tenso
     """What `function` does with tensors like `args`, from running it once on copies of them; None where a text can't tell."""
     copies = [a.clone() for a in args]
     with torch.random.fork_rng(devices=[]), Operations() as seen:
-        for a in copies:
-            seen.lines.append(f"%{seen.number(a)}: {a.dtype} {tuple(a.shape)} {a.stride()} {a.device}")
+        for a, copy in zip(args, copies, strict=True):
+            seen.lines.append(f"%{seen.number(copy)}: {a.dtype} {tuple(a.shape)} {a.stride()} {a.device}")  # a copy may lie otherwise
         try:
             out = function(*copies)
             seen.lines.append(f"return {seen.told(out)}")
@@ -153,7 +153,7 @@ def make(told: str, graph_module: torch.fx.GraphModule, used: list[int], args: S
         options = {"aot_inductor.output_path": str(work / "update.so"), "aot_inductor.enable_line_tables": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of one part of torch about another
-            compile_fx_aot(graph_module, [args[i].clone() for i in used], config_patches=options)
+            compile_fx_aot(graph_module, [args[i] for i in used], config_patches=options)  # looked at, not changed
         (work / "update.so").rename(to / "update.so")
         for calls in work.glob("*.wrapper.json"):  # of operations outside of torch; looked for beside the library
             calls.rename(to / "update.json")
