@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from markovia.envs.cached import cache_dir, cached
 from markovia.envs.durable import TEMPORARY
 
 KEEP = 200  # libraries; the ones that were used longest ago go first
+DAY = 86_400.0  # seconds
 Found = tuple[Callable[[Sequence[Tensor]], Sequence[Tensor]], list[int]]  # code, and the arguments that it is called with
 
 
@@ -131,7 +133,7 @@ def find(told: str) -> Found | None:
         used: list[int] = json.loads((kept / "used.json").read_text())
         library: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept / "update.so"), 1)
         os.utime(kept)
-    except FileNotFoundError:
+    except (FileNotFoundError, AttributeError):  # not made yet, or a torch that can't load it
         return None
     except (OSError, RuntimeError, ValueError):
         shutil.rmtree(kept, ignore_errors=True)  # damaged
@@ -141,14 +143,12 @@ def find(told: str) -> Found | None:
 
 def make(told: str, graph_module: torch.fx.GraphModule, used: list[int], args: Sequence[Tensor]) -> Found | None:
     """Compile a traced function, keep its code and load it; None where that does not work."""
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.compile_fx import compile_fx_aot
-    from torch._inductor.exc import CppCompileError
-
     for node in graph_module.graph.nodes:
         node.meta.pop("val", None)  # each from a mode of its own, which the compiler refuses
 
     def build(to: Path) -> None:
+        from torch._inductor.compile_fx import compile_fx_aot
+
         work = to / "work"
         options = {"aot_inductor.output_path": str(work / "update.so"), "aot_inductor.enable_line_tables": False}
         with warnings.catch_warnings():
@@ -162,14 +162,14 @@ def make(told: str, graph_module: torch.fx.GraphModule, used: list[int], args: S
 
     try:
         kept = cached(name_of(told), build)
-    except (OSError, BackendCompilerFailed, CppCompileError):
+    except Exception:  # whatever this way of compiling can't do here: torch.compile is asked next, and tells what is wrong
         return None
     prune(kept.parent)
     return find(told)
 
 
 def prune(parent: Path) -> None:
-    """Remove what was used longest ago, so that KEEP libraries stay."""
+    """Remove what was used longest ago, so that KEEP libraries stay, and what killed processes left half made a day ago."""
 
     def used(kept: Path) -> float:
         try:
@@ -177,5 +177,7 @@ def prune(parent: Path) -> None:
         except OSError:  # another process removed it
             return 0.0
 
-    for old in sorted((p for p in parent.iterdir() if not p.name.startswith(TEMPORARY)), key=used)[:-KEEP]:
+    found = sorted(parent.iterdir(), key=used)
+    begun = [p for p in found if p.name.startswith(TEMPORARY)]
+    for old in [p for p in found if p not in begun][:-KEEP] + [p for p in begun if used(p) < time.time() - DAY]:
         shutil.rmtree(old, ignore_errors=True)

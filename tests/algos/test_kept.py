@@ -189,6 +189,8 @@ def test_what_was_used_longest_ago_goes_first(cache: Path, monkeypatch: pytest.M
         (cache / f"old{i}").mkdir(parents=True)
         os.utime(cache / f"old{i}", (i, i))
     (cache / f"{kept.TEMPORARY}busy").mkdir()
+    (cache / f"{kept.TEMPORARY}killed").mkdir()
+    os.utime(cache / f"{kept.TEMPORARY}killed", (1, 1))
     monkeypatch.setattr(kept, "KEEP", 2)
     kept.prune(cache)
     assert sorted(p.name for p in cache.iterdir()) == sorted([f"{kept.TEMPORARY}busy", "old3", "old4"])
