@@ -110,7 +110,8 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
         axes[0, column].set(title=task.removeprefix("markovia/"), ylabel="return")
         axes[1, column].set(xlabel="million steps", ylabel="cost an episode", yscale="symlog")
         axes[1, column].axhline(LIMIT, color="black", linestyle="--", linewidth=1.0)
-        axes[0, column].legend(frameon=False, fontsize=8)
+    lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}  # one legend, below: curves are everywhere
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
     figure.savefig(out, dpi=120)
 
 
