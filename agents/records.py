@@ -7,7 +7,7 @@ stops the value recursion's target, `truncated` cuts the recursion while `boot_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -20,6 +20,15 @@ Obs = Tensor | dict[str, Tensor]
 def map_obs(obs: Obs, fn: Callable[[Tensor], Tensor]) -> Obs:
     """Apply `fn` to the tensor, or to every tensor of the dictionary."""
     return {k: fn(v) for k, v in obs.items()} if isinstance(obs, dict) else fn(obs)
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """Tensors, lists, or dictionaries of them, one behind the other."""
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    if isinstance(values[0], dict):
+        return {k: joined([v[k] for v in values]) for k in values[0]}
+    return [x for v in values for x in v]
 
 
 @dataclass

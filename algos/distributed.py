@@ -21,9 +21,9 @@ from torch import Tensor
 
 from markovia.agents.distributions import Categorical
 from markovia.agents.interface import Agent, Evaluation
-from markovia.agents.records import Rollout
+from markovia.agents.records import Rollout, joined
 from markovia.algos.on_policy.driver import OnPolicyDriver
-from markovia.algos.on_policy.filters import chosen, join, joined
+from markovia.algos.on_policy.filters import chosen, join
 from markovia.algos.on_policy.method import Descent, DualAscent, OnPolicy
 from markovia.algos.optimizer import Optimizer, Rule
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from markovia.agents.records import Rollout
+from markovia.agents.records import Rollout, joined
 
 
 def group_means(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,15 +62,6 @@ def join(parts: Sequence[Rollout]) -> Rollout:
             groups.append(p.group + start)
             start += int(p.group.max()) + 1 if len(p.group) else 0
     return replace(parts[0], **{**out, "group": torch.cat(groups) if groups else None})
-
-
-def joined(values: Sequence[Any]) -> Any:
-    """Tensors, lists, or dictionaries of them, one behind the other."""
-    if isinstance(values[0], Tensor):
-        return torch.cat(list(values))
-    if isinstance(values[0], dict):
-        return {k: joined([v[k] for v in values]) for k in values[0]}
-    return [x for v in values for x in v]
 
 
 def chosen(rollout: Rollout, keep: Tensor) -> Rollout:

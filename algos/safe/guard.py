@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from markovia.agents.critics import QEnsemble
 from markovia.agents.networks import Trunk, ValueNet
-from markovia.agents.records import Obs, Rollout, map_obs
+from markovia.agents.records import Obs, Rollout, joined, map_obs
 from markovia.algos.optimizer import Optimizer, Rule
 from markovia.algos.safe.constraint import Constraint
 from markovia.algos.safe.shield import correct, least_advantage
@@ -24,23 +24,33 @@ from markovia.algos.streams import stream_seed
 from markovia.algos.trainer import part
 
 
+class Steps(NamedTuple):
+    """Observations, executed actions (n, d) and the environments (n,) of some steps."""
+
+    obs: Obs
+    action: Tensor
+    row: Tensor
+
+    def where(self, mask: Tensor) -> Steps:
+        """The steps that `mask` (n,) names."""
+        return Steps(map_obs(self.obs, lambda x: x[mask]), self.action[mask], self.row[mask])
+
+
 def safe_labels(cost: np.ndarray, ended: np.ndarray, running: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """1 for the steps of an episode whose whole cost stays at or below the limit, 0 for one over it, nan where its end is not in the record (B, T).
 
-    cost (B, T, m), `running` (B, m) what the episodes under way had cost before; also returns what they have cost after the record.
-    An episode that is over its limit already is labelled 0 before it ends.                                              [arXiv 2310.03379]
+    cost (B, T, m), `running` (B, m) what the episodes under way had cost before; also returns what they have cost after the record. An episode that
+    is over its limit has no label before its end either: if bad ones were told sooner, most labels of a record without ends would be 0.
+                                                                                                                        [arXiv 2310.03379]
     """
     B, T, _ = cost.shape
     labels, after = np.full((B, T), np.nan), np.array(running, dtype=np.float64)
     for b in range(B):
         begin = 0
-        for end in [*(np.flatnonzero(ended[b]) + 1), T]:
-            total = after[b] + cost[b, begin:end].sum(0)
-            over = bool((total > limit).any())
-            whole = end > begin and bool(ended[b, end - 1])
-            if over or whole:
-                labels[b, begin:end] = 0.0 if over else 1.0
-            after[b], begin = (0.0 if whole else total), end
+        for end in np.flatnonzero(ended[b]) + 1:
+            labels[b, begin:end] = float((after[b] + cost[b, begin:end].sum(0) <= limit).all())
+            after[b], begin = 0.0, end
+        after[b] += cost[b, begin:].sum(0)
     return labels, after
 
 
@@ -70,6 +80,7 @@ class Guard:
     def restart(self) -> None:
         """The environments begin new episodes."""
         self.running: np.ndarray | None = None
+        self.open: Steps | None = None
         self.asked = self.moved = 0
 
     @property
@@ -113,12 +124,10 @@ class Guard:
         self.iteration += 1
         out = {"shielded": self.moved / max(1, self.asked), "epsilon": self.epsilon}
         self.asked = self.moved = 0
-        known = torch.from_numpy(~np.isnan(labels)).to(rollout.valid.device) & rollout.valid
-        if not known.any():
+        steps, label = self._finished(rollout, executed, torch.from_numpy(labels))
+        if not len(label):
             return out
-        dtype = next(self.net.parameters()).dtype
-        label = torch.from_numpy(labels).to(rollout.valid.device, dtype)[known]
-        obs, action = map_obs(rollout.obs, lambda x: x[known]), executed[known].to(dtype)
+        obs, action = steps.obs, steps.action
         self._fit("value", self.shield.epochs, len(label), generator, lambda i: (self.psi(map_obs(obs, lambda x: x[i])) - label[i]).square())
         with torch.no_grad():
             gain = label - self.psi(obs)
@@ -129,6 +138,19 @@ class Guard:
 
         self._fit("advantage", 2 * self.shield.epochs, len(label), generator, error)
         return {**out, "safe": float(label.mean())}
+
+    def _finished(self, rollout: Rollout, executed: Tensor, labels: Tensor) -> tuple[Steps, Tensor]:
+        """The steps of all episodes that end in the record, from their first on, and their labels (n,); those of the others stay open."""
+        dtype, device = next(self.net.parameters()).dtype, rollout.valid.device
+        labels, rows = labels.to(device, dtype), torch.arange(len(labels), device=device)[:, None].expand(labels.shape)
+        seen = Steps(map_obs(rollout.obs, lambda x: x[rollout.valid]), executed[rollout.valid].to(dtype), rows[rollout.valid])
+        label = labels[rollout.valid]
+        if self.open is not None:
+            label = torch.cat([labels[self.open.row, 0], label])  # the first episode to end in a row is the one that was under way
+            seen = Steps(*(joined(pair) for pair in zip(self.open, seen, strict=True)))
+        known = ~label.isnan()
+        self.open = seen.where(~known)
+        return seen.where(known), label[known]
 
     def _fit(self, name: str, epochs: int, count: int, generator: torch.Generator, loss: Callable[[Tensor], Tensor]) -> None:
         optimizer = self.optimizers[name]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from on_policy_pieces import check_resume
 
+from markovia.agents.records import Rollout
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.presets import configure, override
@@ -36,8 +37,8 @@ def test_labels_by_hand():
     cost = np.array([[1.0, 0.0, 1.0, 3.0, 0.0], [0.0, 1.0, 0.0, 0.0, 1.0]])[..., None]
     ended = np.array([[False, True, False, False, False], [False, False, False, True, False]])
     labels, running = safe_labels(cost, ended, np.array([[1.0], [2.0]]), np.array([2.0]))
-    # row 0: 1 + 1 stays at the limit; 1 + 3 is over it before its end. Row 1: 2 + 1 over; then nobody knows yet.
-    np.testing.assert_array_equal(labels, [[1, 1, 0, 0, 0], [0, 0, 0, 0, nan]])
+    # row 0: 1 + 1 stays at the limit; 1 + 3 is over it, but has not ended. Row 1: 2 + 1 over; then nobody knows yet.
+    np.testing.assert_array_equal(labels, [[1, 1, nan, nan, nan], [0, 0, 0, 0, nan]])
     assert running.tolist() == [[4.0], [1.0]]
     assert safe_labels(cost[:1], ended[:1], np.zeros((1, 1)), np.array([9.0]))[0].tolist()[0][:2] == [1.0, 1.0]
 
@@ -51,8 +52,50 @@ def test_rows_are_labelled_alone_and_parts_go_on():
     again, moved = safe_labels(cost[order], ended[order], np.zeros((3, 2)), limit)
     np.testing.assert_array_equal(again, labels[order])
     np.testing.assert_allclose(moved, running[order])
-    _, first = safe_labels(cost[:, :5], ended[:, :5], np.zeros((3, 2)), limit)
-    np.testing.assert_allclose(safe_labels(cost[:, 5:], ended[:, 5:], first, limit)[1], running)
+    early, first = safe_labels(cost[:, :5], ended[:, :5], np.zeros((3, 2)), limit)
+    late, second = safe_labels(cost[:, 5:], ended[:, 5:], first, limit)
+    np.testing.assert_allclose(second, running)
+    # what had no label in the first part gets that of the first step of the second
+    np.testing.assert_array_equal(np.concatenate([np.where(np.isnan(early), late[:, :1], early), late], 1), labels)
+
+
+@pytest.mark.check("invariance", "acs/ppo")
+def test_an_episode_is_learnt_from_whole_wherever_the_record_was_cut():
+    rng, limit = np.random.default_rng(1), 1.5
+    ended = torch.from_numpy(rng.random((2, 12)) < 0.25)
+    ended[:, 0], ended[:, -1] = False, True
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[0, 3] = False
+    step = torch.arange(24.0).view(2, 12)  # names the steps
+    cost = torch.from_numpy(rng.random((2, 12)))
+
+    def learnt(cuts: list[int]) -> dict[float, float]:
+        guard, found = driver().guard, {}
+        guard.limit = np.array([limit])
+        guard._fit = lambda *_: None
+        finish = guard._finished
+        guard._finished = lambda *a: seen.append(finish(*a)) or seen[-1]
+        seen: list[Any] = []
+        for a, b in zip([0, *cuts], [*cuts, 12], strict=True):
+            part = slice(a, b)
+            x = step[:, part, None]
+            zero = torch.zeros(2, b - a)
+            record = Rollout(
+                x.expand(-1, -1, 3), x, zero, zero, valid[:, part], valid[:, part], zero, valid[:, part], cost=cost[:, part, None],
+                columns={"executed": x, "ended": ended[:, part]},
+            )  # fmt: skip
+            guard.learn(record, torch.Generator())
+        for steps, label in seen:
+            assert torch.equal(steps.obs[:, 0], steps.action[:, 0])
+            new = dict(zip(steps.action[:, 0].tolist(), label.tolist(), strict=True))
+            assert not found.keys() & new.keys()
+            found |= new
+        assert not len(guard.open.row)
+        return found
+
+    whole = learnt([])
+    assert len(whole) == 23 and {0.0, 1.0} == set(whole.values())
+    assert learnt([5]) == learnt([1, 2, 9]) == whole
 
 
 @pytest.mark.check("gradient", "acs/ppo")
