@@ -84,7 +84,7 @@ class OnPolicyDriver(Budget):
         self.judge = Judge(method, agent, self.constraint) if self.constraint is not None and optimistic else None
         self.guard: Guard | None = None
         if method.constraint is not None and method.constraint.shield is not None:
-            self.guard = Guard(method.constraint, agent, seed)
+            self.guard = Guard(method.constraint, agent, seed, compile)
             collector.shield = self.guard.act  # type: ignore[attr-defined]
         self.references: dict[str, Agent] = {"ref": agent.reference(isinstance(method.refresh, Fixed))} if "ref" in method.references else {}
         self._given = dict(references or {})

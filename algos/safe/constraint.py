@@ -76,14 +76,15 @@ class ChanceShield:
     iterations: int = 20  # corrections at most
     hidden: tuple[int, ...] = (64, 64)  # widths of both networks
     lr: float = 1e-3
-    epochs: int = 5  # passes of V_s over the steps with a label; A_s takes twice as many
+    memory: int = 50_000  # steps of finished episodes, the newest, that both networks learn from
+    epochs: int = 5  # of V_s, each over as many steps as have just finished; A_s takes twice as many
     minibatch: int = 256
 
     def __post_init__(self) -> None:
         if not (0 < self.alpha <= 1 and 0 <= self.epsilon <= 1 and self.epsilon_fall >= 0 and self.step > 0):
             raise ValueError(f"expected alpha in (0, 1], epsilon in [0, 1], epsilon_fall >= 0 and step > 0, got {self}")
-        if min(self.iterations, self.epochs, self.minibatch) < 1 or not self.lr > 0:
-            raise ValueError(f"iterations, epochs and minibatch must be >= 1 and lr > 0, got {self}")
+        if min(self.iterations, self.epochs, self.minibatch, self.memory) < 1 or not self.lr > 0:
+            raise ValueError(f"iterations, epochs, minibatch and memory must be >= 1 and lr > 0, got {self}")
 
 
 def centred(cost_adv: Tensor, mask: Tensor) -> Tensor:

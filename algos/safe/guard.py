@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from markovia.agents.critics import QEnsemble
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs, Rollout, joined, map_obs
+from markovia.algos.compiled import Compiled
 from markovia.algos.optimizer import Optimizer, Rule
 from markovia.algos.safe.constraint import Constraint
 from markovia.algos.safe.shield import correct, least_advantage
@@ -25,15 +27,22 @@ from markovia.algos.trainer import part
 
 
 class Steps(NamedTuple):
-    """Observations, executed actions (n, d) and the environments (n,) of some steps."""
+    """Observations, executed actions (n, d), environments (n,), labels (n,), and which steps (n,) are the last of their episode."""
 
     obs: Obs
     action: Tensor
     row: Tensor
+    label: Tensor
+    last: Tensor
 
-    def where(self, mask: Tensor) -> Steps:
-        """The steps that `mask` (n,) names."""
-        return Steps(map_obs(self.obs, lambda x: x[mask]), self.action[mask], self.row[mask])
+    def at(self, index: Tensor | slice) -> Steps:
+        """The steps that a mask, an index or a slice names."""
+        return Steps(map_obs(self.obs, lambda x: x[index]), *(x[index] for x in self[1:]))
+
+
+def together(parts: Sequence[Steps]) -> Steps:
+    """One behind the other."""
+    return Steps(*(joined(column) for column in zip(*parts, strict=True)))
 
 
 def safe_labels(cost: np.ndarray, ended: np.ndarray, running: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +56,7 @@ def safe_labels(cost: np.ndarray, ended: np.ndarray, running: np.ndarray, limit:
     labels, after = np.full((B, T), np.nan), np.array(running, dtype=np.float64)
     for b in range(B):
         begin = 0
-        for end in np.flatnonzero(ended[b]) + 1:
+        for end in (np.flatnonzero(ended[b]) + 1).tolist():
             labels[b, begin:end] = float((after[b] + cost[b, begin:end].sum(0) <= limit).all())
             after[b], begin = 0.0, end
         after[b] += cost[b, begin:].sum(0)
@@ -57,11 +66,12 @@ def safe_labels(cost: np.ndarray, ended: np.ndarray, running: np.ndarray, limit:
 class Guard:
     """V_s and A_s of a run with `Constraint.shield`, fitted to finished episodes; `act` moves actions on their way to the environment.
 
-    The record keeps the actions that were proposed: to the policy the guard is part of the environment. Raises ValueError for agents whose actions
-    are no bounded Box of floats.
+    Both learn from the newest `ChanceShield.memory` steps: the episodes of one batch are often all safe or all unsafe, which tells no state or action
+    from another. The record keeps the actions that were proposed: to the policy the guard is part of the environment. Raises ValueError for agents
+    whose actions are no bounded Box of floats.
     """
 
-    def __init__(self, constraint: Constraint, agent: Any, seed: int) -> None:
+    def __init__(self, constraint: Constraint, agent: Any, seed: int, compile: bool = False) -> None:
         shield, box = constraint.shield, getattr(agent, "action_space", None)
         assert shield is not None
         if not (agent.kind == "control" and isinstance(box, spaces.Box)):
@@ -74,7 +84,10 @@ class Guard:
             advantage = QEnsemble(agent.observation_space, int(np.prod(box.shape)), 1, shield.hidden, "tanh")
         self.net = nn.ModuleDict({"value": value, "advantage": advantage}).to(agent.device)
         self.optimizers = {name: Optimizer([(list(net.parameters()), shield.lr)], Rule(eps=1e-8), np.inf) for name, net in self.net.items()}
+        self._weights = dict(self.net["advantage"].named_parameters())
+        self._compiled = Compiled(self._moved, static=len(self._weights)) if compile else None
         self.iteration = 0
+        self.memory: Steps | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -103,18 +116,24 @@ class Guard:
         action = torch.as_tensor(unit, dtype=next(self.net.parameters()).dtype, device=self.agent.device)
         with torch.no_grad():
             bound = least_advantage(self.psi(seen), alpha=self.shield.alpha, epsilon=self.epsilon)
-        advantage: Callable[[Tensor], Tensor] = lambda a: self.net["advantage"](seen, a)[0]  # noqa: E731
-        found = correct(action, advantage, bound, step=self.shield.step, iterations=self.shield.iterations)
-        self.asked, self.moved = self.asked + len(unit), self.moved + int(found.intervened.sum())
-        out = np.where(found.intervened.cpu().numpy()[:, None], found.action.cpu().numpy(), unit)
+        leaves = list(seen.values()) if isinstance(seen, dict) else [seen]
+        self._keys = tuple(seen) if isinstance(seen, dict) else ()
+        values = [*self._weights.values(), action, bound, *leaves]
+        if self._compiled is None:
+            moved, intervened = self._moved(*values)
+        else:
+            moved, intervened = self._compiled((self._keys, *(x.shape for x in values)), values)
+        self.asked, self.moved = self.asked + len(unit), self.moved + int(intervened.sum())
+        out = np.where(intervened.cpu().numpy()[:, None], moved.cpu().numpy(), unit)
         world = self.low + 0.5 * (out.reshape(shape) + 1.0) * (self.high - self.low)
-        kept = found.intervened.cpu().numpy().reshape(-1, *[1] * (len(shape) - 1))
+        kept = intervened.cpu().numpy().reshape(-1, *[1] * (len(shape) - 1))
         return np.where(kept, world, env_action).astype(env_action.dtype), out
 
     def learn(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
         """Fit both networks to the episodes that the record finishes; share of the actions moved while it was collected, and mean label.
 
-        A_s is fitted to label - V_s(s), the sum of the one-step errors of a safety value that is paid at the end.        [arXiv 2310.03379]
+        A_s(s_t, a_t) is fitted to V_s(s_{t+1}) - V_s(s_t), with the label of the episode behind its last step. The released code takes the sum of all
+        changes to the end instead, label - V_s(s_t): the same mean, and the noise of the whole episode in it.            [arXiv 2310.03379]
         """
         assert rollout.cost is not None
         executed, ended = rollout.columns.pop("executed"), rollout.columns.pop("ended").cpu().numpy()
@@ -124,47 +143,66 @@ class Guard:
         self.iteration += 1
         out = {"shielded": self.moved / max(1, self.asked), "epsilon": self.epsilon}
         self.asked = self.moved = 0
-        steps, label = self._finished(rollout, executed, torch.from_numpy(labels))
-        if not len(label):
+        new = self._finished(rollout, executed, torch.from_numpy(labels), torch.from_numpy(ended))
+        count = len(new.label)
+        if count == 0:
             return out
-        obs, action = steps.obs, steps.action
-        self._fit("value", self.shield.epochs, len(label), generator, lambda i: (self.psi(map_obs(obs, lambda x: x[i])) - label[i]).square())
+        steps = new if self.memory is None else together([self.memory, new])
+        steps = self.memory = steps.at(slice(-max(count, self.shield.memory), None))
+        obs, action, label = steps.obs, steps.action, steps.label
+        self._fit("value", self.shield.epochs, count, len(label), generator, lambda i: (self.psi(map_obs(obs, lambda x: x[i])) - label[i]).square())
         with torch.no_grad():
-            gain = label - self.psi(obs)
+            psi = self.psi(obs)
+            gain = torch.where(steps.last, label, psi.roll(-1)) - psi
 
         def error(i: Tensor) -> Tensor:
             difference: Tensor = self.net["advantage"](map_obs(obs, lambda x: x[i]), action[i])[0] - gain[i]
             return difference.square()
 
-        self._fit("advantage", 2 * self.shield.epochs, len(label), generator, error)
-        return {**out, "safe": float(label.mean())}
+        self._fit("advantage", 2 * self.shield.epochs, count, len(label), generator, error)
+        return {**out, "safe": float(new.label.mean())}
 
-    def _finished(self, rollout: Rollout, executed: Tensor, labels: Tensor) -> tuple[Steps, Tensor]:
-        """The steps of all episodes that end in the record, from their first on, and their labels (n,); those of the others stay open."""
-        dtype, device = next(self.net.parameters()).dtype, rollout.valid.device
-        labels, rows = labels.to(device, dtype), torch.arange(len(labels), device=device)[:, None].expand(labels.shape)
-        seen = Steps(map_obs(rollout.obs, lambda x: x[rollout.valid]), executed[rollout.valid].to(dtype), rows[rollout.valid])
-        label = labels[rollout.valid]
+    def _moved(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Corrected actions and which of them were moved, from the weights of A_s, actions, bounds and observations."""
+        n = len(self._weights)
+        weights, (action, bound, *leaves) = dict(zip(self._weights, values, strict=False)), values[n:]
+        seen: Obs = dict(zip(self._keys, leaves, strict=True)) if self._keys else leaves[0]
+        advantage: Callable[[Tensor], Tensor] = lambda a: functional_call(self.net["advantage"], weights, (seen, a))[0]  # noqa: E731
+        found = correct(action, advantage, bound, step=self.shield.step, iterations=self.shield.iterations, stop=self._compiled is None)
+        return found.action, found.intervened
+
+    def _finished(self, rollout: Rollout, executed: Tensor, labels: Tensor, ended: Tensor) -> Steps:
+        """The steps of all episodes that end in the record, from their first on, in order; those of the others stay open."""
+        valid, dtype = rollout.valid, next(self.net.parameters()).dtype
+        labels, ended = labels.to(valid.device, dtype), ended.to(valid.device)
+        rows = torch.arange(len(labels), device=valid.device)[:, None].expand(labels.shape)
+        seen = Steps(map_obs(rollout.obs, lambda x: x[valid]), executed[valid].to(dtype), rows[valid], labels[valid], ended[valid])
         if self.open is not None:
-            label = torch.cat([labels[self.open.row, 0], label])  # the first episode to end in a row is the one that was under way
-            seen = Steps(*(joined(pair) for pair in zip(self.open, seen, strict=True)))
-        known = ~label.isnan()
-        self.open = seen.where(~known)
-        return seen.where(known), label[known]
+            # The first episode to end in a row is the one that was under way.
+            seen = together([self.open._replace(label=labels[self.open.row, 0]), seen])
+            seen = seen.at(torch.argsort(seen.row, stable=True))
+        known = ~seen.label.isnan()
+        self.open = seen.at(~known)
+        return seen.at(known)
 
-    def _fit(self, name: str, epochs: int, count: int, generator: torch.Generator, loss: Callable[[Tensor], Tensor]) -> None:
+    def _fit(self, name: str, epochs: int, batch: int, count: int, generator: torch.Generator, loss: Callable[[Tensor], Tensor]) -> None:
+        """Adam steps over `epochs` times `batch` of `count` steps, without replacement within a pass."""
         optimizer = self.optimizers[name]
         for _ in range(epochs):
-            for index in torch.randperm(count, generator=generator).split(self.shield.minibatch):
+            for index in torch.randperm(count, generator=generator)[:batch].split(self.shield.minibatch):
                 optimizer.zero_grad()
                 loss(index.to(self.agent.device)).mean().backward()
                 optimizer.step()
 
     def state(self) -> tuple[dict[str, Tensor], int]:
-        """Networks and optimisers, and the iteration; episodes begin anew at a checkpoint."""
+        """Networks, optimisers and memory, and the iteration; episodes begin anew at a checkpoint."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
+        if self.memory is not None:
+            obs, *columns = self.memory
+            tensors |= {f"memory.obs.{k}": v for k, v in (obs.items() if isinstance(obs, dict) else [("", obs)])}
+            tensors |= {f"memory.{name}": v for name, v in zip(Steps._fields[1:], columns, strict=True)}
         return tensors, self.iteration
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
@@ -173,3 +211,6 @@ class Guard:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(part(tensors, f"optimizer.{name}."))
         self.iteration = iteration
+        memory = {k: v.to(self.agent.device) for k, v in part(tensors, "memory.").items()}
+        obs = part(memory, "obs.")
+        self.memory = Steps(obs.get("", obs), *(memory[name] for name in Steps._fields[1:])) if memory else None

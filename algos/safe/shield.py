@@ -41,11 +41,13 @@ def correct(
     iterations: int = 20,
     low: float = -1.0,
     high: float = 1.0,
+    stop: bool = True,
 ) -> Shielded:
     """Projected ascent on the safety advantage until it reaches its bound:  a <- clip(a + step grad A / max |grad A|).
 
-    action (B, n) in [low, high]; `advantage` maps (B, n) to A_s(s, a) (B,); bound (B,). Rows that meet their bound stay as they are. The released
-    code subtracts the gradient, which leads away from safety.
+    action (B, n) in [low, high]; `advantage` maps (B, n) to A_s(s, a) (B,); bound (B,). Rows that meet their bound stay as they are; `stop` leaves
+    off when all do, where without it no value decides the course, as compiled code needs. The released code subtracts the gradient, which leads away
+    from safety.
     """
     a = action.detach().clone()
     for _ in range(iterations):
@@ -54,7 +56,7 @@ def correct(
             value = advantage(x)
             (gradient,) = torch.autograd.grad(value.sum(), x)
         unsafe = (value.detach() < bound)[:, None]
-        if not unsafe.any():
+        if stop and not unsafe.any():
             break
         size = gradient.abs().amax(1, keepdim=True)
         move = torch.where(size > 0, step * gradient / size.clamp(min=1e-30), 0.0)

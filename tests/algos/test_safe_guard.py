@@ -25,10 +25,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def driver(**changes: Any) -> OnPolicyDriver:
+def driver(compile: bool = False, **changes: Any) -> OnPolicyDriver:
     method: OnPolicy = override(override(configure("acs/ppo", ENV), SMALL), changes)
     setup = build(ENV, method, 0, agent_options={"hidden": (8,)})
-    return OnPolicyDriver(method, setup.agent, setup.collector, 0)
+    return OnPolicyDriver(method, setup.agent, setup.collector, 0, compile)
 
 
 @pytest.mark.check("value", "acs/ppo")
@@ -85,9 +85,9 @@ def test_an_episode_is_learnt_from_whole_wherever_the_record_was_cut():
                 columns={"executed": x, "ended": ended[:, part]},
             )  # fmt: skip
             guard.learn(record, torch.Generator())
-        for steps, label in seen:
+        for steps in seen:
             assert torch.equal(steps.obs[:, 0], steps.action[:, 0])
-            new = dict(zip(steps.action[:, 0].tolist(), label.tolist(), strict=True))
+            new = dict(zip(steps.action[:, 0].tolist(), steps.label.tolist(), strict=True))
             assert not found.keys() & new.keys()
             found |= new
         assert not len(guard.open.row)
@@ -114,6 +114,20 @@ def test_moved_actions_gain_safety_and_are_what_the_environment_gets():
     assert (moved == (judged[0] < bound).numpy()).all() and (judged[1] >= judged[0] - 1e-6).all()
     np.testing.assert_allclose(unit, after / 2.0, atol=1e-6)  # torque in [-2, 2]
     assert after.dtype == before.dtype
+
+
+@pytest.mark.slow
+def test_compiled_corrections_are_the_eager_ones():
+    eager, compiled = driver().guard, driver(compile=True).guard
+    obs, action = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), np.linspace(-1.5, 1.5, 6, dtype=np.float32)[:, None]
+    for guard in (eager, compiled):
+        guard.shield = replace(guard.shield, alpha=0.05, step=1e-3, iterations=20)
+        with torch.no_grad():
+            guard.net["value"].head.bias += 3.0
+    for seen in (obs, obs + 0.1, -obs):
+        (a, _), (b, _) = eager.act(seen, action), compiled.act(seen, action)
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert 0 < eager.moved == compiled.moved < eager.asked
 
 
 @pytest.mark.check("limit", "acs/ppo")
