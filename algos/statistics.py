@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from markovia.agents.records import masked_mean
+
+
+def explained_variance(target: Tensor, value: Tensor, mask: Tensor) -> float:
+    """1 - mean (target - value)^2 / Var target over mask (B, T); nan where the targets do not vary."""
+    y = torch.where(mask, target, 0.0)
+    variance = masked_mean((y - masked_mean(y, mask)).square(), mask)
+    error = masked_mean(torch.where(mask, target - value, 0.0).square(), mask)
+    return float(1.0 - error / variance) if variance > 1e-12 else math.nan
 
 
 @dataclass(frozen=True)

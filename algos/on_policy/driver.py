@@ -6,7 +6,6 @@ This is the only place with loops, optimisers and side effects.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -33,7 +32,7 @@ from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, make_optimizer
 from markovia.algos.safe.guard import Guard
 from markovia.algos.safe.handler import ConstraintHandler, drain_costs, finished
-from markovia.algos.statistics import Statistics
+from markovia.algos.statistics import Statistics, explained_variance
 from markovia.algos.streams import stream_seed
 from markovia.algos.trainer import Budget, part
 
@@ -327,10 +326,11 @@ class OnPolicyDriver(Budget):
             out["kl_ref_k3"] = float((k3(d) * rollout.mask).sum(1).mean())
             out["logp_ref_mean"] = float(masked_mean(torch.where(rollout.mask, rollout.logp_ref["ref"], 0.0), rollout.mask))
         if rollout.value is not None:
-            error = torch.where(rollout.mask, rollout.columns["ret"] - rollout.value[..., 0], 0.0)
-            ret = torch.where(rollout.mask, rollout.columns["ret"], 0.0)
-            variance = masked_mean((ret - masked_mean(ret, rollout.mask)).square(), rollout.mask)
-            out["explained_variance"] = float(1.0 - masked_mean(error.square(), rollout.mask) / variance) if variance > 1e-12 else math.nan
+            out["explained_variance"] = explained_variance(rollout.columns["ret"], rollout.value[..., 0], rollout.mask)
+            costs = rollout.columns["cost_ret"].unbind(-1) if "cost_ret" in rollout.columns else ()
+            for i, target in enumerate(costs):
+                name = "explained_variance/cost" + (f"/{i}" if len(costs) > 1 else "")
+                out[name] = explained_variance(target, rollout.value[..., 1 + i], rollout.mask)
         if rollout.per_row:
             out["length"] = float(rollout.mask.sum(1).float().mean())
             out["entropy"] = -float(masked_mean(rollout.logp_old, rollout.mask))

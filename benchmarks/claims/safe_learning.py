@@ -179,7 +179,9 @@ def _guarded(shielded: bool, seed: int, steps: int) -> tuple[float, float]:
         configure("acs/ppo", LEDGE["id"]),
         {
             "num_env_steps": steps, "num_envs": 16, "num_steps": 60, "solver": {"minibatch": 240, "lr": 1e-3, "epochs": 5},
-            "constraint": {"cost_limit": [0.0], "shield": {"epsilon": 0.1, "epsilon_first": 1.3, "epsilon_fall": 0.1, "hidden": [32]}},
+            "constraint": {
+                "cost_limit": [0.0], "shield": {"epsilon": 0.1, "epsilon_first": 1.3, "epsilon_fall": 0.1, "hidden": [32], "memory": 3000},
+            },
         },
     )  # fmt: skip
     if not shielded:
@@ -191,10 +193,11 @@ def _guarded(shielded: bool, seed: int, steps: int) -> tuple[float, float]:
 
 def acs_ledge(seeds: int = 2, steps: int = 28_800) -> dict[str, Any]:
     """PPO on reward less 0.1 cost walks over a ledge; behind the shield that it learns on the way, with a tolerated chance of 0.1, episodes cost less
-    than half as much over the second half of training. Measured is the cost behind the shield, the bound half of that without."""
+    than half as much over the second half of training, and earn at least a quarter of the 4 that walking to the edge pays. Measured is the cost behind
+    the shield, the bound half of that without."""
     ours, bare = (np.mean([_guarded(shielded, seed, steps) for seed in range(seeds)], axis=0).tolist() for shielded in (True, False))
     return {
-        "measured": ours[0], "bound": 0.5 * bare[0], "holds": ours[0] < 0.5 * bare[0],
+        "measured": ours[0], "bound": 0.5 * bare[0], "holds": ours[0] < 0.5 * bare[0] and ours[1] >= 1.0,
         "cost, return": {"shield": ours, "none": bare},
     }  # fmt: skip
 

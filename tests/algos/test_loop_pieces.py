@@ -28,6 +28,7 @@ from markovia.algos.on_policy.surrogates import (
     learnt_drift,
     tsallis_bregman,
 )
+from markovia.algos.statistics import explained_variance
 
 F64 = torch.float64
 
@@ -386,3 +387,12 @@ def test_conjugate_gradient_solves_well_conditioned_systems_and_needs_more_for_o
     x = conjugate_gradient(lambda v: hard @ v, b, iterations=15, tolerance=0.0)
     exact = torch.linalg.solve(hard, b)
     assert float((x - exact).norm() / exact.norm()) > 1e-4
+
+
+def test_explained_variance_by_hand():
+    target, value = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[2.0, 3.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    # targets 1 and 3 have variance 1; errors 1 and 0 have mean square 1/2
+    assert explained_variance(target, value, mask) == pytest.approx(0.5)
+    assert explained_variance(target, target, mask) == 1.0
+    assert math.isnan(explained_variance(torch.ones(1, 3), value, mask))

@@ -54,7 +54,7 @@ def test_rows_say_where_they_come_from_and_train(method_id):
     run = driver(small(method_id))
     seen = [run.step() for _ in range(3)]
     assert all(np.isfinite(s["policy_loss"]) for s in seen) and any("cost" in s for s in seen)
-    assert {"cost_weight", "violation"} <= seen[-1].keys()
+    assert {"cost_weight", "violation", "explained_variance", "explained_variance/cost"} <= seen[-1].keys()
 
 
 @pytest.mark.check("limit", "trpo-lag", "cat")
