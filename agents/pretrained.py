@@ -67,11 +67,12 @@ def matrices_in_bfloat16(network: nn.Module) -> None:
 
 
 def with_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
-    """The model with trainable low-rank adapters, its own weights frozen; `lora` holds peft's settings.
+    """The model with trainable low-rank adapters, its own weights frozen; `lora` holds peft's settings. Encoders are adapted like causal models.
 
     Raises ValueError for a setting that peft's LoraConfig lacks, ImportError without peft.
     """
-    config = lora_config({"target_modules": "all-linear", **lora}, task_type="CAUSAL_LM")
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+    config = lora_config({"target_modules": "all-linear", **lora}, task_type=task)
     from peft import get_peft_model
 
     with warnings.catch_warnings():

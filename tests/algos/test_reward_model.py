@@ -268,3 +268,19 @@ def test_a_head_on_sentence_embeddings_learns_sentiment(tmp_path: Any) -> None:
     liked, not_liked = reward_of_run(str(tmp_path / "run"))(["The plot was"] * 2, [" superb, I loved it.", " dreadful, I hated it."])
     assert liked > not_liked + 0.5
     assert (checkpoints(tmp_path / "run")[-1] / "agent" / "agent.safetensors").stat().st_size < 200_000
+
+
+def test_encoders_take_adapters():
+    """Their class has no text to generate, for which peft asks in its classes of causal models."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tok = CharTokenizer("0123456789+=")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    reward = RewardModel(BertModel(BertConfig(vocab_size=tok.vocab_size, pad_token_id=0, **sizes)), tok, base="tiny", lora={"r": 2})
+    assert reward.pool == "mean" and any("lora_A" in name for name, p in reward.net["body"].named_parameters() if p.requires_grad)
+    torch.nn.init.ones_(reward.net["head"][-1].weight)
+    scores = reward.scores([tok.encode("1+2"), tok.encode("34")])
+    scores.sum().backward()
+    found = {n: p.grad is not None and bool(p.grad.any()) for n, p in reward.net["body"].named_parameters() if p.requires_grad}
+    assert any(found.values()) and all("lora_" in n for n in found)
