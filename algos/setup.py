@@ -18,7 +18,7 @@ from markovia.algos.compiled import can_compile
 from markovia.algos.families import Family, family_of
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.text_metrics import pass_curve
-from markovia.envs.control.stepping import first_episodes
+from markovia.envs.control.stepping import Policy, first_episodes
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
@@ -179,7 +179,7 @@ def sequence_setup(kind: str, agent: Agent, collector: Any, task: Any) -> Setup:
 
 
 def evaluate_stepped(
-    agent: Agent, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None, deterministic: bool = True
+    agent: Policy, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None, deterministic: bool = True
 ) -> dict[str, Any]:
     """Raw returns, lengths and, where the task has them, costs of `episodes` greedy episodes, each of its own environment and seed (no bias towards
     short ones); with deterministic=False of sampled actions."""

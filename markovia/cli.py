@@ -127,7 +127,7 @@ def eval_command(argv: list[str]) -> None:
 
 
 def cost_of_command(argv: list[str]) -> None:
-    parser = _parser("cost-of", "What the policy of a run costs per episode, with sampled actions as in training and with greedy ones.")
+    parser = _parser("cost-of", "What the policy of a run costs per episode: sampled actions as in training, greedy ones, behind its shield.")
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--episodes", type=int, default=10, help="episodes of each kind (default 10)")
     parser.add_argument("--seed", type=int, default=1000, help="of the evaluation (default 1000, apart from training seeds)")
@@ -141,7 +141,9 @@ def cost_of_command(argv: list[str]) -> None:
         print(json.dumps(found, indent=1))
         return
     limit = "no limit known" if found["limit"] is None else f"limit {found['limit']:.4g}"
-    for name in ("sampled", "greedy"):
+    for name in ("sampled", "greedy", "shielded"):
+        if name not in found:
+            continue
         r = found[name]
         over = "" if r["over"] is None else f", {100 * r['over']:.0f} % of episodes over it"
         print(f"{name}: cost {r['cost']:.4g} ± {r['cost_std']:.3g} an episode ({limit}{over}), return {r['return']:.4g}")

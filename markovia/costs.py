@@ -9,7 +9,8 @@ import numpy as np
 
 
 def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, Any]:
-    """Episode costs and returns of a run's newest checkpoint, sampling actions as in training ("sampled") and greedily ("greedy").
+    """Episode costs and returns of a run's newest checkpoint, sampling actions as in training ("sampled") and greedily ("greedy"); of a run with a
+    shield also of sampled actions behind it ("shielded"), which is what training executed.
 
     `limit` is the sum of the run's own limits, else the task's `cost_limit`, else None; `over` the share of episodes above it.
     Raises ValueError for text and denoising runs, and for tasks that tell no cost.
@@ -26,10 +27,13 @@ def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, 
         raise ValueError(f"{env_id} is generated and not stepped; its cost is what the collector was given, see the run's metrics ('cost')")
     limit = _limit(loaded.config, make_env(env_id, **env_kwargs))
     out: dict[str, Any] = {"run": str(run), "env": env_id, "limit": limit}
-    for name, deterministic in (("sampled", False), ("greedy", True)):
+    policies: list[tuple[str, Any, bool]] = [("sampled", loaded.agent, False), ("greedy", loaded.agent, True)]
+    if (loaded.config["settings"].get("constraint") or {}).get("shield") is not None:
+        policies.append(("shielded", loaded.shielded(), False))
+    for name, policy, deterministic in policies:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            found = evaluate_stepped(loaded.agent, env_id, episodes, seed, env_kwargs, deterministic)
+            found = evaluate_stepped(policy, env_id, episodes, seed, env_kwargs, deterministic)
         if "costs" not in found:
             raise ValueError(f"{env_id} puts no 'cost' into info, so there is nothing to report; `markovia envs` lists the Safe... tasks")
         costs = np.array(found["costs"])

@@ -16,12 +16,13 @@ from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
 from markovia.report import sinks, tracker
-from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, load_checkpoint, read_json, sweep, write_json, write_text
+from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, load_checkpoint, read_json, sweep, write_json, write_text
 from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments
 from markovia.summary import summary
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
+    from markovia.algos.safe.guard import Guarded
     from markovia.algos.setup import Setup
     from markovia.algos.systems import Method
 
@@ -315,6 +316,27 @@ class LoadedRun:
     agent: Agent
     evaluate: Callable[..., dict[str, Any]]  # (agent, episodes, seed) -> raw "returns" and what else the kind of task tells
     task: Any  # the sequence task of text and denoising runs, None for stepped kinds
+
+    def shielded(self) -> Guarded:
+        """The agent behind the shield that it was trained with (`acs/ppo`): a policy whose `predict` moves unsafe actions.
+
+        Raises ValueError for a run without a shield, CheckpointError where its networks are not in the checkpoint.
+        """
+        from markovia.agents.checkpoint import CheckpointError, load_tensors
+        from markovia.algos.safe.guard import Guard, Guarded
+        from markovia.algos.systems import Method
+        from markovia.algos.trainer import part
+
+        constraint: Any = getattr(from_json(Method, self.config["settings"]), "constraint", None)
+        if getattr(constraint, "shield", None) is None:
+            raise ValueError(f"{self.run} was trained without a shield; its agent is all there is (acs/ppo trains one, or --constraint.shield.*)")
+        guard, path = Guard(constraint, self.agent, self.config["seed"]), checkpoints(self.run)[-1] / DRIVER
+        tensors, meta = load_tensors(path)
+        try:
+            guard.load_state(part(tensors, "guard."), meta["guard"])
+        except (KeyError, RuntimeError, TypeError) as e:
+            raise CheckpointError(f"{path} does not hold the shield of this run ({e!r}); it is of another version of markovia") from e
+        return Guarded(guard)
 
 
 def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:

@@ -2,11 +2,13 @@
 
 import json
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
 from markovia import cli
 from markovia.costs import cost_of
-from markovia.runs import train
+from markovia.runs import load_run, train
 
 ONE_ITERATION = {"eval_episodes": 0, "progress": False, "compile": False, "callbacks": [lambda info: False]}
 
@@ -34,6 +36,34 @@ def test_costs_are_told_for_sampled_and_greedy_actions(run, capsys):
     out = capsys.readouterr().out
     assert "sampled: cost" in out and "limit 3" in out and "greedy: cost" in out
     assert "costs" in json.loads((run / "done.json").read_text())["evaluation"]
+
+
+def test_behind_its_shield(tmp_path, capsys):
+    from markovia.algos.presets import configure, override
+
+    changes = {
+        "num_env_steps": 1280, "num_envs": 2, "num_steps": 320, "solver": {"minibatch": 80, "epochs": 1},
+        "constraint": {"shield": {"epsilon_first": 0.3, "alpha": 0.01, "hidden": [8], "iterations": 2, "step": 0.5}},
+    }  # fmt: skip
+    settings = override(configure("acs/ppo", "markovia/SafePendulum-v0"), changes)
+    run = train(settings, "markovia/SafePendulum-v0", out=tmp_path / "acs", method_id="acs/ppo", eval_episodes=0, progress=False, compile=False).run
+    found = cost_of(run, episodes=2)
+    assert found["shielded"]["costs"] != found["sampled"]["costs"]
+    cli.run(["cost-of", str(run), "--episodes", "1"])
+    assert "shielded: cost" in capsys.readouterr().out
+    policy, env = load_run(run).shielded(), gym.make("markovia/SafePendulum-v0")
+    obs, _ = env.reset(seed=0)
+    action, _ = policy.predict(obs, deterministic=True)
+    assert action.shape == (1,) and policy.guard.iteration == 2
+    np.testing.assert_array_equal(policy.predict(obs[None], deterministic=True)[0], action[None])
+    many = np.random.default_rng(0).normal(0.0, 3.0, (50, 3)).astype(np.float32)
+    bare, moved = (p.predict(many, deterministic=True)[0] for p in (policy.guard.agent, policy))
+    assert bare.shape == moved.shape == (50, 1) and (bare != moved).any()
+
+
+def test_a_run_without_a_shield_has_none(run):
+    with pytest.raises(ValueError, match="trained without a shield"):
+        load_run(run).shielded()
 
 
 def test_the_tasks_own_limit_counts_where_the_method_has_none(tmp_path):

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from markovia.agents.control import batch_obs
 from markovia.agents.critics import QEnsemble
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs, Rollout, joined, map_obs
@@ -214,3 +215,18 @@ class Guard:
         memory = {k: v.to(self.agent.device) for k, v in part(tensors, "memory.").items()}
         obs = part(memory, "obs.")
         self.memory = Steps(obs.get("", obs), *(memory[name] for name in Steps._fields[1:])) if memory else None
+
+
+class Guarded:
+    """The agent behind its guard: `predict` moves actions as they were moved in training, for evaluation and for use."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple[np.ndarray, Any]:
+        """Stable-Baselines3's signature, like `Agent.predict`."""
+        agent = self.guard.agent
+        batch, single = batch_obs(observation, agent.observation_space)
+        action, state = agent.predict(batch, state, episode_start, deterministic)
+        moved, _ = self.guard.act(agent.observe(batch), action)
+        return (moved[0] if single else moved), state
