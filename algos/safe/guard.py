@@ -134,7 +134,7 @@ class Guard:
         """Fit both networks to the episodes that the record finishes; share of the actions moved while it was collected, and mean label.
 
         A_s(s_t, a_t) is fitted to V_s(s_{t+1}) - V_s(s_t), with the label of the episode behind its last step. The released code takes the sum of all
-        changes to the end instead, label - V_s(s_t): the same mean, and the noise of the whole episode in it.            [arXiv 2310.03379]
+        changes to the end instead, label - V_s(s_t): where V_s is right the same mean, with the noise of a whole episode. [arXiv 2310.03379]
         """
         assert rollout.cost is not None
         executed, ended = rollout.columns.pop("executed"), rollout.columns.pop("ended").cpu().numpy()
