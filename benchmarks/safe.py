@@ -92,9 +92,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]], out: Path) -> None:
-    """A column per task: return above, cost below with the limit as a dashed line; mean and range over seeds."""
+    """A column per task: return above, cost below with the limit as a dashed line; mean and range over seeds of running means over 5 % of a curve,
+    since a point of an off-policy run is a single episode."""
     import numpy as np
     from matplotlib.figure import Figure
+    from scipy.ndimage import uniform_filter1d
 
     found = groups(rows)
     tasks = list(dict.fromkeys(task for task, _ in found))
@@ -104,6 +106,7 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
         for ax, key in zip(axes[:, tasks.index(task)], ("return", "cost"), strict=True):
             x = np.array(min((m["curves"]["num_env_steps"] for m in members), key=lambda g: g[-1]))
             y = np.stack([np.interp(x, m["curves"]["num_env_steps"], m["curves"][key]) for m in members])
+            y = uniform_filter1d(y, max(1, len(x) // 20), mode="nearest")
             (line,) = ax.plot(x / 1e6, y.mean(0), label=method, linewidth=1.4)
             ax.fill_between(x / 1e6, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     for column, task in enumerate(tasks):
