@@ -74,7 +74,11 @@ def _kept(method: Any, setup: Any) -> Kept | None:
         return Kept(weights, collector.replay.capacity, row, "a replay", sizes)
     # Reward, flags, log-probability, and for each column of values what is estimated, bootstrapped, hoped for and aimed at.
     row = obs + 2 * action + 8 + 5 + 4 * 2 + 4 * 4 * (1 + collector.num_costs)
-    return Kept(weights, num_envs * collector.num_steps, row, "a record", f"num_envs={num_envs} x num_steps={collector.num_steps}")
+    rows, name, sizes = num_envs * collector.num_steps, "a record", f"num_envs={num_envs} x num_steps={collector.num_steps}"
+    if (shield := getattr(getattr(method, "constraint", None), "shield", None)) is not None:
+        rows += min(shield.memory, method.num_env_steps)
+        name, sizes = "a record and a shield's memory", f"{sizes}, constraint.shield.memory={shield.memory}"
+    return Kept(weights, rows, row, name, sizes)
 
 
 def _obs_bytes(agent: Any, venv: Any) -> int:

@@ -250,6 +250,17 @@ def test_a_record_of_steps_is_refused_before_it_is_made(tmp_path: Path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+def test_the_memory_of_a_shield_is_counted() -> None:
+    from markovia.algos.memory import estimate
+
+    sizes = {"num_env_steps": 10_000, "num_envs": 2, "num_steps": 100}
+    rows = []
+    for changes in ({"memory": 3000}, {"memory": 10**9}, None):
+        told = estimate(*stepped("acs/ppo", "markovia/SafePendulum-v0", **sizes, constraint={"shield": changes}))
+        rows.append(told.rows)  # type: ignore[union-attr]
+    assert rows == [3200, 10_200, 200]  # never more than the run has steps
+
+
 def test_networks_that_are_asked_for_are_refused_and_made_where_the_user_insists(tmp_path: Path, of: Any) -> None:
     of(10**5)  # a machine of 100 KB
     method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 8, "num_envs": 2, "num_steps": 4})
