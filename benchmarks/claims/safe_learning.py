@@ -193,8 +193,8 @@ def _guarded(shielded: bool, seed: int, steps: int) -> tuple[float, float]:
 
 def acs_ledge(seeds: int = 2, steps: int = 28_800) -> dict[str, Any]:
     """PPO on reward less 0.1 cost walks over a ledge; behind the shield that it learns on the way, with a tolerated chance of 0.1, episodes cost less
-    than half as much over the second half of training, and earn at least a quarter of the 4 that walking to the edge pays. Measured is the cost behind
-    the shield, the bound half of that without."""
+    than half as much over the second half of training, and earn at least a quarter of the 4 that walking to the edge pays. Measured is the cost
+    behind the shield, the bound half of that without."""
     ours, bare = (np.mean([_guarded(shielded, seed, steps) for seed in range(seeds)], axis=0).tolist() for shielded in (True, False))
     return {
         "measured": ours[0], "bound": 0.5 * bare[0], "holds": ours[0] < 0.5 * bare[0] and ours[1] >= 1.0,
