@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from markovia import cli
+from markovia.agents.checkpoint import CheckpointError
 from markovia.costs import cost_of
 from markovia.runs import load_run, train
 
@@ -38,7 +39,7 @@ def test_costs_are_told_for_sampled_and_greedy_actions(run, capsys):
     assert "costs" in json.loads((run / "done.json").read_text())["evaluation"]
 
 
-def test_behind_its_shield(tmp_path, capsys):
+def test_behind_its_shield(tmp_path, capsys, monkeypatch):
     from markovia.algos.presets import configure, override
 
     changes = {
@@ -59,6 +60,10 @@ def test_behind_its_shield(tmp_path, capsys):
     many = np.random.default_rng(0).normal(0.0, 3.0, (50, 3)).astype(np.float32)
     bare, moved = (p.predict(many, deterministic=True)[0] for p in (policy.guard.agent, policy))
     assert bare.shape == moved.shape == (50, 1) and (bare != moved).any()
+    loaded = load_run(run)
+    monkeypatch.setattr("markovia.agents.checkpoint.load_tensors", lambda path: ({}, {}))
+    with pytest.raises(CheckpointError, match="does not hold the shield of this run"):
+        loaded.shielded()
 
 
 def test_a_run_without_a_shield_has_none(run):

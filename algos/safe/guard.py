@@ -64,6 +64,15 @@ def safe_labels(cost: np.ndarray, ended: np.ndarray, running: np.ndarray, limit:
     return labels, after
 
 
+def safety_gains(psi: Tensor, label: Tensor, last: Tensor) -> Tensor:
+    """V_s(s_{t+1}) - V_s(s_t) of steps in order, all (n,), with the label of an episode behind its last step: what A_s(s_t, a_t) is fitted to.
+
+    The released code takes the sum of all changes to the end instead, label - V_s(s_t): where V_s is right the same mean, with the noise of a whole
+    episode.                                                                                                            [arXiv 2310.03379]
+    """
+    return torch.where(last, label, psi.roll(-1)) - psi
+
+
 class Guard:
     """V_s and A_s of a run with `Constraint.shield`, fitted to finished episodes; `act` moves actions on their way to the environment.
 
@@ -133,8 +142,7 @@ class Guard:
     def learn(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
         """Fit both networks to the episodes that the record finishes; share of the actions moved while it was collected, and mean label.
 
-        A_s(s_t, a_t) is fitted to V_s(s_{t+1}) - V_s(s_t), with the label of the episode behind its last step. The released code takes the sum of all
-        changes to the end instead, label - V_s(s_t): where V_s is right the same mean, with the noise of a whole episode. [arXiv 2310.03379]
+        V_s learns the labels, A_s `safety_gains`.                                                                        [arXiv 2310.03379]
         """
         assert rollout.cost is not None
         executed, ended = rollout.columns.pop("executed"), rollout.columns.pop("ended").cpu().numpy()
@@ -153,8 +161,7 @@ class Guard:
         obs, action, label = steps.obs, steps.action, steps.label
         self._fit("value", self.shield.epochs, count, len(label), generator, lambda i: (self.psi(map_obs(obs, lambda x: x[i])) - label[i]).square())
         with torch.no_grad():
-            psi = self.psi(obs)
-            gain = torch.where(steps.last, label, psi.roll(-1)) - psi
+            gain = safety_gains(self.psi(obs), label, steps.last)
 
         def error(i: Tensor) -> Tensor:
             difference: Tensor = self.net["advantage"](map_obs(obs, lambda x: x[i]), action[i])[0] - gain[i]

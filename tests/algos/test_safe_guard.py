@@ -13,7 +13,7 @@ from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.presets import configure, override
 from markovia.algos.safe.constraint import ChanceShield
-from markovia.algos.safe.guard import safe_labels
+from markovia.algos.safe.guard import safe_labels, safety_gains
 from markovia.algos.safe.shield import least_advantage
 from markovia.algos.setup import build
 
@@ -41,6 +41,15 @@ def test_labels_by_hand():
     np.testing.assert_array_equal(labels, [[1, 1, nan, nan, nan], [0, 0, 0, 0, nan]])
     assert running.tolist() == [[4.0], [1.0]]
     assert safe_labels(cost[:1], ended[:1], np.zeros((1, 1)), np.array([9.0]))[0].tolist()[0][:2] == [1.0, 1.0]
+
+
+@pytest.mark.check("value", "acs/ppo")
+def test_gains_by_hand():
+    psi, label = torch.tensor([0.5, 0.75, 0.25, 0.5]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    gains = safety_gains(psi, label, torch.tensor([False, True, False, True]))
+    # .75 - .5, then the label 1 - .75; the next episode .5 - .25, then 0 - .5
+    assert gains.tolist() == [0.25, 0.25, 0.25, -0.5]
+    assert gains[:2].sum() == 1.0 - psi[0] and gains[2:].sum() == 0.0 - psi[2]  # they sum to label - V_s of the first step
 
 
 @pytest.mark.check("invariance", "acs/ppo")
@@ -118,6 +127,14 @@ def test_moved_actions_gain_safety_and_are_what_the_environment_gets():
 
 @pytest.mark.slow
 def test_compiled_corrections_are_the_eager_ones():
+    check_compiled()
+
+
+def test_traced_corrections_are_the_eager_ones(traced_only):
+    check_compiled()
+
+
+def check_compiled() -> None:
     eager, compiled = driver().guard, driver(compile=True).guard
     obs, action = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), np.linspace(-1.5, 1.5, 6, dtype=np.float32)[:, None]
     for guard in (eager, compiled):
