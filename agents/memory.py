@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from markovia.agents.reward_model import RewardModel
 
 PROBES = (8, 16, 24)  # tokens per row of the passes that are looked at; masks are padded to multiples of 8
+PASSING = 1 / 3  # gradients that pass through a layer beside what it keeps: of a gated block's three tensors, about a third of all
 
 
 def tensor_bytes(agent: LanguageAgent | RewardModel) -> int:
@@ -44,23 +45,31 @@ def cache_bytes(agent: LanguageAgent) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)) // 2
 
 
-def activation_bytes(agent: LanguageAgent, length: int) -> tuple[int, int]:
-    """Bytes that each row of `length` tokens keeps for the backward pass, logits apart, and bytes that a pass keeps however many rows it has.
+class Kept(NamedTuple):
+    """Bytes that a pass keeps for the backward pass, logits apart."""
+
+    row: int  # of each row
+    once: int = 0  # however many rows there are
+    inside: int = 0  # of each row too, in the layer that is computed again; the logits are gone by then
+
+
+def activation_bytes(agent: LanguageAgent, length: int) -> Kept:
+    """What a pass over rows of `length` tokens keeps.
 
     kept(n) = rows (a n + b n^2) + c through passes of a few tokens: b are masks, and attention that keeps its weights, c are copies of weights under
-    autocast. With gradient checkpointing that is each layer's input, and the inside of the one layer that is computed again.
+    autocast. With gradient checkpointing a row keeps each layer's input, and one layer is computed again at a time.
     """
     plain = copy.copy(agent)
     plain.options = replace(agent.options, gradient_checkpointing=False)
     row, once = _rows([(n, _kept(plain, n)) for n in PROBES], length)
-    if agent.options.gradient_checkpointing:
-        layers, width = len(layers_of(agent.net["policy"])), plain_model(agent.net["policy"]).get_output_embeddings().in_features
-        row = layers * length * width * next(agent.net["policy"].parameters()).element_size() + row / layers
-        once /= layers
-    return round(row), round(once)
+    if not agent.options.gradient_checkpointing:
+        return Kept(round(row), round(once))
+    layers, width = len(layers_of(agent.net["policy"])), plain_model(agent.net["policy"]).get_output_embeddings().in_features
+    inputs = layers * length * width * next(agent.net["policy"].parameters()).element_size()
+    return Kept(inputs, round(once / layers), round((1 + PASSING) * row / layers))
 
 
-def score_bytes(model: RewardModel, length: int) -> tuple[int, int]:
+def score_bytes(model: RewardModel, length: int) -> Kept:
     """The same of a text of `length` tokens that a reward model scores.
 
     A frozen body keeps nothing, but what is inside a layer is there while it is computed: at most what the layer would keep if it were trained.
@@ -76,7 +85,7 @@ def score_bytes(model: RewardModel, length: int) -> tuple[int, int]:
         for name, p in body.named_parameters():
             p.requires_grad_(trained[name])
     layers = len(layers_of(plain_model(body))) if model.options.frozen else 1
-    return round(row / layers), round(once / layers)
+    return Kept(round(row / layers), round(once / layers))
 
 
 def _rows(points: list[tuple[int, float]], length: int) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 
 from markovia.agents.checkpointing import layers_of
 from markovia.agents.language import CHUNK_LOGITS, MOST_LOGITS, LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, reference_bytes, tensor_bytes
+from markovia.agents.memory import Kept, activation_bytes, cache_bytes, reference_bytes, tensor_bytes
 from markovia.agents.selective import plain_head
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
@@ -46,8 +46,7 @@ class Memory:
     new: int  # tokens of the longest response
     vocab: int
     cache: int  # bytes of the key-value cache per token and row
-    activation: int  # bytes that a row keeps for the backward pass
-    once: int = 0  # bytes that a backward pass keeps however many rows it has
+    kept: Kept  # by a backward pass
     distributions: int = 0  # whole distributions that the record holds for each decision
     wide: bool = False  # whether the loss reads entropies or distributions, not log-probs alone
     packed: bool = False
@@ -92,7 +91,7 @@ class Memory:
         if packed:
             logits = min(logits, max(self.chunk, self.vocab))
         copies = SELECTIVE if packed and self.plain and not self.wide else COPIES + 3 * self.wide
-        return self.part * self.activation + self.once + 4 * copies * logits
+        return self.part * self.kept.row + self.kept.once + max(self.part * self.kept.inside, 4 * copies * logits)
 
     @property
     def step(self) -> int:
@@ -130,7 +129,7 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
     part = max(min(s.micro or n, n) for s, n in zip(descents, share, strict=True))
     # A minibatch that is the whole batch keeps the responses to a prompt together, so that a pack reads it once for all of them.
     sharing = method.group_size if agent.options.packed and isinstance(solver, Descent) and solver.minibatch is None else 1
-    weights, (activation, once) = tensor_bytes(agent), activation_bytes(agent, -(-prompt // sharing) + new - 1)
+    weights, kept = tensor_bytes(agent), activation_bytes(agent, -(-prompt // sharing) + new - 1)
     layer = weights // len(layers_of(agent.net["policy"])) if shard else 0
     cut = processes if shard else 1
     exact = isinstance(method.divergence, KL) and method.divergence.estimator == "exact"
@@ -139,7 +138,7 @@ def estimate(agent: LanguageAgent, method: OnPolicy, prompt: int, new: int, proc
         trainable=sum(p.numel() for p in trained) // cut, item=trained[0].element_size(),
         slots=Rule(solver.optimizer).slots if isinstance(solver, Descent) else 0,
         rows=-(-method.num_envs // processes), part=part, prompt=prompt, new=new, vocab=agent.tokenizer.vocab_size,
-        cache=cache_bytes(agent), activation=activation, once=once,
+        cache=cache_bytes(agent), kept=kept,
         distributions=(method.surrogate.needs_kl != "none") + exact,
         wide=method.surrogate.needs_kl != "none" or exact or bool(method.entropy_coef) or method.anchor is not None or method.tokens is not None,
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", bf16=agent.options.bf16,

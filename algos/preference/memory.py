@@ -39,13 +39,13 @@ def estimate(agent: LanguageAgent, method: Preference, source: FileItems | Judge
     minibatch = min(solver.minibatch or method.num_envs, method.num_envs)
     part = rows * (min(solver.micro, minibatch) if solver.micro and not method.coupled else minibatch)
     sharing = rows if agent.options.packed and not crosses(method.needs) else 1  # a pack reads the prompt of an item once
-    activation, once = activation_bytes(agent, -(-prompt // sharing) + new - 1)
+    kept = activation_bytes(agent, -(-prompt // sharing) + new - 1)
     trained = agent.parameters("policy") + (agent.parameters("value") if "value" in needs else [])
     moving = sum(p.numel() * p.element_size() for p in trained)
     return Memory(
         weights=tensor_bytes(agent), reference=_copies(agent, method, source, moving), trainable=sum(p.numel() for p in trained),
         item=trained[0].element_size(), slots=Rule(solver.optimizer).slots, rows=_sampled(method, source, part), part=part, prompt=prompt, new=new,
-        vocab=agent.tokenizer.vocab_size, cache=cache_bytes(agent), activation=activation, once=once, wide=bool(needs & {"kl_ref", "collision"}),
+        vocab=agent.tokenizer.vocab_size, cache=cache_bytes(agent), kept=kept, wide=bool(needs & {"kl_ref", "collision"}),
         packed=agent.options.packed, pieces=in_pieces(agent, part, new), cpu=agent.device.type == "cpu", samples=type(source) is not FileItems,
         bf16=agent.options.bf16, plain=plain_head(agent.output_layer),
     )  # fmt: skip
@@ -57,11 +57,11 @@ def estimate_scores(model: RewardModel, method: RewardTraining, source: FileItem
     minibatch = min(solver.minibatch or method.num_envs, method.num_envs)
     part = min(solver.micro or minibatch, minibatch) * max(len(item.responses) for item in items)
     longest = min(model.options.max_length, max(len(item.prompt) + len(r) for item in items for r in item.responses))
-    activation, once = score_bytes(model, longest)
+    kept = score_bytes(model, longest)
     trained = [p for p in model.net.parameters() if p.requires_grad]
     return Memory(
         weights=tensor_bytes(model), reference=0, trainable=sum(p.numel() for p in trained), item=trained[0].element_size(),
-        slots=Rule(solver.optimizer).slots, rows=part, part=part, prompt=longest, new=1, vocab=1, cache=0, activation=activation, once=once,
+        slots=Rule(solver.optimizer).slots, rows=part, part=part, prompt=longest, new=1, vocab=1, cache=0, kept=kept,
         samples=False, cpu=model.device.type == "cpu", mend="smaller solver.micro, lora or frozen in the agent options, a smaller max_length there",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from markovia.agents.language import LanguageAgent
-from markovia.agents.memory import activation_bytes, cache_bytes, reference_bytes, tensor_bytes
+from markovia.agents.memory import Kept, activation_bytes, cache_bytes, reference_bytes, tensor_bytes
 from markovia.algos.memory import before_run
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.memory import Memory, check, estimate
@@ -20,7 +20,7 @@ from markovia.envs.text.tokens import CharTokenizer
 torch.set_num_threads(1)
 F32 = 4  # bytes
 SIZES = Memory(
-    weights=1000, reference=1000, trainable=200, item=4, slots=2, rows=10, part=5, prompt=6, new=4, vocab=30, cache=16, activation=700, chunk=10**6
+    weights=1000, reference=1000, trainable=200, item=4, slots=2, rows=10, part=5, prompt=6, new=4, vocab=30, cache=16, kept=Kept(700), chunk=10**6
 )
 
 
@@ -65,7 +65,9 @@ def test_options_by_hand():
     many = replace(SIZES, part=5, new=4, vocab=2**24, pieces=True, chunk=2**25)
     assert many.update == 5 * 700 + 4 * 4 * 2**25 and replace(many, wide=True).update > 4 * 7 * 2**28  # whole distributions are whole
     assert (replace(SIZES, samples=False).sampling, SIZES.sampling > 0) == (0, True)
-    assert replace(SIZES, once=50).update == SIZES.update + 50
+    assert replace(SIZES, kept=Kept(700, 50)).update == SIZES.update + 50
+    # A layer that is computed again comes after the logits are gone.
+    assert replace(SIZES, kept=Kept(100, 50, 600)).update == 5 * 100 + 50 + 9600 and replace(SIZES, kept=Kept(100, 0, 6000)).update == 5 * 6100
     assert (replace(SIZES, slots=0).averages, replace(SIZES, slots=0).step) == (0, 2 * 800)
 
 
@@ -89,19 +91,19 @@ def test_what_a_layer_keeps_by_hand(hidden, inner, heads, kv, length):
     their product; a root per norm, the log-sum of each head, and a row of the mask."""
     width = hidden // heads * kv
     per_token = 2 * hidden + 4 * hidden + (hidden + 2 * width) + hidden + 4 * inner + 2 + heads + length
-    two, one = (activation_bytes(tiny(layers, hidden, inner, heads, kv), length)[0] for layers in (2, 1))
+    two, one = (activation_bytes(tiny(layers, hidden, inner, heads, kv), length).row for layers in (2, 1))
     assert two - one == F32 * per_token * length
 
 
 def test_gradient_checkpointing_keeps_inputs_and_one_layer():
     agent, saving = tiny(layers=4), tiny(layers=4, gradient_checkpointing=True)
-    whole = activation_bytes(agent, 32)[0]
-    assert activation_bytes(saving, 32)[0] == round(4 * 32 * 16 * F32 + whole / 4)
+    whole, kept = activation_bytes(agent, 32), activation_bytes(saving, 32)
+    assert kept == (4 * 32 * 16 * F32, round(whole.once / 4), round(whole.row / 3))  # a fourth, and a third of it that passes
 
 
 def test_copies_of_weights_under_autocast_do_not_grow_with_the_rows():
     agent = tiny(bf16=True)
-    assert activation_bytes(agent, 16)[1] > 0.3 * tensor_bytes(agent) and activation_bytes(tiny(), 16)[1] < 0.02 * tensor_bytes(agent)
+    assert activation_bytes(agent, 16).once > 0.3 * tensor_bytes(agent) and activation_bytes(tiny(), 16).once < 0.02 * tensor_bytes(agent)
 
 
 def test_sizes_of_a_method():
@@ -182,7 +184,7 @@ def test_bytes_of_a_reference(options, fixed):
 
 def test_too_little_memory_is_told_before_the_run():
     sizes = Memory(
-        weights=2 * 10**9, reference=2 * 10**9, trainable=5 * 10**8, item=4, slots=2, rows=8, part=8, prompt=8, new=8, vocab=10, cache=1, activation=1
+        weights=2 * 10**9, reference=2 * 10**9, trainable=5 * 10**8, item=4, slots=2, rows=8, part=8, prompt=8, new=8, vocab=10, cache=1, kept=Kept(1)
     )
     assert sizes.step == 4 * 4 * 2**16  # in pieces
     assert sizes.total == 2 * 10**9 + 2 * 10**9 + 3 * 2 * 10**9 + sizes.step

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from markovia.agents.language import LanguageAgent
+from markovia.agents.memory import Kept
 from markovia.agents.reward_model import RewardModel
 from markovia.algos.families import family_of
 from markovia.algos.memory import estimate as estimate_run
@@ -92,11 +93,11 @@ def test_a_run_that_exceeds_the_machine_is_refused_with_the_figure_and_goes_on_w
 def test_8_000_tokens_of_a_large_vocabulary_are_told_before_they_are_met(monkeypatch):
     """A pair of 8,000 tokens each over 150,000: 9.6 GB of logits, 38 with log-softmax and gradients; in pieces a quarter of one."""
     agent, source = tiny(vocab=150_000, hidden=8), FileItems(items(8000, 8000, count=1), "pairs")
-    monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: (0, 0))
+    monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: Kept(0))
     monkeypatch.setattr(agent, "packable", lambda: False)
     assert estimate(agent, settings("dpo", num_envs=1), source).update == 4 * 4 * 2 * 8000 * 150_000
     monkeypatch.undo()
-    monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: (0, 0))
+    monkeypatch.setattr("markovia.algos.preference.memory.activation_bytes", lambda agent, length: Kept(0))
     assert estimate(agent, settings("dpo", num_envs=1), source).update == 4 * arithmetic.CHUNK_LOGITS
 
 
@@ -121,12 +122,12 @@ def test_what_training_a_reward_model_holds():
     moving = sum(p.numel() for p in plain.net.parameters())
     # 8 pairs of texts of at most 5 + 9 tokens; Adam's two averages; no reference, nothing is sampled
     assert (told.part, told.prompt, told.trainable, told.slots, told.reference, told.sampling) == (16, 14, moving, 2, 0, 0)
-    assert told.weights >= 4 * moving and told.update == 16 * told.activation + told.once + 4 * 4 * 16
+    assert told.weights >= 4 * moving and told.update == 16 * told.kept.row + told.kept.once + 4 * 4 * 16
     assert estimate_scores(plain, override(RewardTraining(num_envs=8), {"solver": {"micro": 2}}), source).part == 4
     assert estimate_scores(plain, RewardTraining(num_envs=8), FileItems(items(7, 9, 4), "lists")).part == 24
     assert estimate_scores(scorer(max_length=10), RewardTraining(), source).prompt == 10
     frozen, lora = (estimate_scores(scorer(**options), RewardTraining(), source) for options in ({"frozen": True}, {"lora": {"r": 2}}))
-    assert frozen.trainable == 16 + 1 and lora.trainable < 0.5 * moving and frozen.activation < 0.6 * told.activation
+    assert frozen.trainable == 16 + 1 and lora.trainable < 0.5 * moving and frozen.kept.row < 0.6 * told.kept.row
     assert not any(p.requires_grad for p in scorer(frozen=True).net["body"].parameters())
 
 
