@@ -29,6 +29,14 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
     return train_cell(task, name, seed, folder(runs, task, method, seed), changes) | {"method": method}
 
 
+def _budget(task: str, method: str, seed: int, steps: int | None, runs: Path) -> int | None:
+    """Steps that a cell asks for."""
+    from markovia.algos.presets import configure
+
+    name = method.partition("+")[0]
+    return steps or (1_000_000 if name == "sb3-ppo" else configure(name, task).num_env_steps)
+
+
 def _peer(task: str, seed: int, steps: int) -> Cell:
     """Stable-Baselines3's PPO with its defaults on one environment, observations and rewards normalised as in our presets; 10 greedy episodes."""
     import torch
@@ -60,6 +68,8 @@ def table(rows: list[Cell]) -> str:
         groups.setdefault((r["task"], r["method"]), []).append(r)
     published = json.loads(PUBLISHED.read_text())
     lines = [
+        f"Published: {published['note'][0].lower()}{published['note'][1:]}",
+        "",
         "| task | method | seeds | steps | last: mean ± std | IQM | 95 % interval | best checkpoint | minutes a seed | published, mean ± std |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -87,7 +97,7 @@ def main() -> None:
     parser = arguments(__doc__, tasks=["HalfCheetah-v5"], methods=["ppo"], runs="runs/benchmark", out=RESULTS)
     args = parser.parse_args()
     grid = [] if args.table else [(*c, args.steps, args.runs) for c in itertools.product(args.tasks, args.methods, args.seeds)]
-    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table)
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table, budget=_budget)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -39,11 +38,10 @@ def train_cell(
     from markovia.runs import train
 
     torch.set_num_threads(1)
-    began = time.perf_counter()
     settings = override(configure(method, like or task), changes or {})
     resume = (run / "config.json").is_file()
     done = train(settings, task, seed=seed, out=run, resume=resume, eval_checkpoints=True, progress=False, method_id=method, **options).done
-    return {"task": task, "method": method, "seed": seed, "seconds": round(time.perf_counter() - began, 1), "done": done}
+    return {"task": task, "method": method, "seed": seed, "seconds": round(done["seconds"], 1), "done": done}
 
 
 def cells(path: Path) -> list[Cell]:
@@ -103,11 +101,14 @@ def measure(
     table: Callable[[list[Cell]], str],
     picture: Callable[[list[Cell], Path], None] | None = None,
     key: Sequence[str] = KEY,
+    budget: Callable[..., int | None] = lambda *entry: None,
 ) -> None:
     """Call `cell` with each entry of the grid, the most important first, in processes of its own; record and tell each as it ends, and write the
     table and the picture of all beside the results.
 
     The first entries of a grid's tuples are the key; what is recorded under it is not run again. With an empty grid tables are made anew.
+    A cell that fails is told and the others go on; the exit status then is 1. `budget` says how many steps an entry asks for, if that is known:
+    one that is recorded after fewer ends the script before anything runs, because it is not what is asked for.
     """
 
     def write() -> None:
@@ -116,16 +117,34 @@ def measure(
         if picture is not None:
             picture(rows, out.with_suffix(".png"))
 
-    known = {tuple(r[k] for k in key) for r in cells(out)}
-    left = [entry for entry in grid if tuple(entry[: len(key)]) not in known]
+    known = {tuple(r[k] for k in key): r for r in cells(out)}
+    left, failed = [], []
+    for entry in grid:
+        name, asked = tuple(entry[: len(key)]), budget(*entry)
+        if name not in known:
+            left.append(entry)
+        elif asked is not None and known[name]["done"]["num_env_steps"] < asked:
+            steps = known[name]["done"]["num_env_steps"]
+            raise SystemExit(f"{out} holds {' '.join(map(str, name))} after {steps:,} steps, and {asked:,} are asked for: use other --out and --runs")
     if left:
         with _workers(jobs) as pool:
-            for future in as_completed([pool.submit(cell, *entry) for entry in left]):
-                record(future.result(), out, key)
-                print(told(future.result()), flush=True)
-                write()
+            entries = {pool.submit(cell, *entry): entry for entry in left}
+            try:
+                for future in as_completed(entries):
+                    if error := future.exception():
+                        failed.append(f"{' '.join(map(str, entries[future][: len(key)]))}: {type(error).__name__}: {error}")
+                        print(f"failed, the others go on: {failed[-1]}", flush=True)
+                        continue
+                    record(future.result(), out, key)
+                    print(told(future.result()), flush=True)
+                    write()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     if cells(out):
         write()
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} of {len(left)} cells failed:", *failed]))
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

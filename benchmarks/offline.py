@@ -9,10 +9,10 @@ sets; what is in the results already is not run again.
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
 
-How long it takes, estimated from short runs on one core of an EPYC of 2024, in minutes: recording Hopper or HalfCheetah 60 to 90 (500k steps of SAC
-at 6.6 ms of processor time, and 100 evaluations; their tiers take 1 more), Pendulum 3; 100k updates of bc 2, td3-bc 7, iql 9, rebrac 40 (its batch is
-1024). So after the first recording the 12 deciding cells take 3 hours of a core, MAIN on all nine sets 26. `--recipe '{"num_env_steps": 300000}'`
-records sooner, with a weaker best policy as 100; medium-replay holds every step up to the medium policy, at most 100k.
+How long it takes on one of two busy cores of an EPYC of 2024, in minutes: recording Hopper or HalfCheetah 60 (500k steps of SAC and 100 evaluations),
+Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024 and its networks are deeper). So after the first recording the 12
+deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
+100, where nothing is recorded yet; medium-replay is training up to the medium policy, about 100k steps of it in whole episodes drawn evenly.
 
 `--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
 """
@@ -51,25 +51,39 @@ REBRAC = {
     ("halfcheetah", "medium"): (0.001, 0.01), ("halfcheetah", "medium-replay"): (0.01, 0.001), ("halfcheetah", "medium-expert"): (0.01, 0.1),
     ("walker2d", "medium"): (0.05, 0.1), ("walker2d", "medium-replay"): (0.05, 0.01), ("walker2d", "medium-expert"): (0.01, 0.01),
 }  # fmt: skip
+HOPPER_CRITICS = {"edac": 50, "edac/sac-n": 500}  # as published for D4RL's Hopper; ten suffice on the others         [arXiv 2110.01548]
+
+
+def _is_file(dataset: str) -> bool:
+    return dataset.endswith((".hdf5", ".h5"))
 
 
 def parts_of(dataset: str) -> tuple[str, str] | None:
     """(hopper, medium-replay) of markovia/hopper/medium-replay-v0 or of a file hopper_medium_replay-v2.hdf5; None for anything else."""
-    stem = Path(dataset).stem.replace("_", "-") if dataset.endswith((".hdf5", ".h5")) else dataset.replace("/", "-")
+    stem = Path(dataset).stem.replace("_", "-") if _is_file(dataset) else dataset.replace("/", "-")
     found = re.search(r"(hopper|halfcheetah|walker2d)-(medium-replay|medium-expert|medium)-v\d+$", stem)
     return (found[1], found[2]) if found else None
 
 
 def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
-    """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's weights by tier."""
+    """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's weights by tier.
+
+    On D4RL files also EDAC's ensembles and weights by task; recorded sets keep ten critics, because fifty take a core some hours a cell.
+    """
     changes: dict[str, Any] = {}
     if updates is not None:
         before = max(1, updates // 10) if method == "spot" else 0
         changes = {"num_env_steps": updates + before, "num_steps": min(1000, updates)}
         changes |= {"behaviour": {"steps": before}} if before else {}
-    if method == "rebrac" and parts_of(dataset) in REBRAC:
-        weight, penalty = REBRAC[parts_of(dataset)]  # type: ignore[index]
+    parts = parts_of(dataset)
+    if method == "rebrac" and parts in REBRAC:
+        weight, penalty = REBRAC[parts]
         changes |= {"actor": {"weight": weight}, "target": {"penalty": penalty}}
+    if _is_file(dataset) and parts is not None and method in HOPPER_CRITICS:
+        if parts[0] == "hopper":
+            changes |= {"critic": {"num": HOPPER_CRITICS[method]}}
+        elif parts[1] == "medium-expert" and method == "edac":
+            changes |= {"regulariser": {"eta": 5.0}}
     return changes
 
 
@@ -112,6 +126,12 @@ def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, r
     }
 
 
+def _budget(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> int | None:
+    """Updates that a cell asks for, where the command says it."""
+    asked: int | None = settings(method, dataset, updates).get("num_env_steps")
+    return asked
+
+
 def told(found: Cell) -> str:
     """One line on a cell that has ended."""
     return f"{found['dataset']} {found['method']} seed {found['seed']}: last {found['last']:.1f}, best {found['best']:.1f} ({found['seconds']:.0f} s)"
@@ -133,7 +153,7 @@ def table(rows: list[Cell]) -> str:
     cloned = {dataset: over_seeds([m["last"] for m in members])["mean"] for (dataset, method), members in found.items() if method == "bc"}
     lines = [
         "Scores of 10 greedy episodes: 0 is the mean return of the random tier, 100 that of the expert tier (D4RL files: D4RL's references).",
-        "Last is after the last update, best the best of ten checkpoints, which nobody knows without the task itself.",
+        "Last is after the last update, best the best of its checkpoints, which nobody knows without the task itself.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -142,7 +162,7 @@ def table(rows: list[Cell]) -> str:
         last = over_seeds([m["last"] for m in members])
         best = over_seeds([m["best"] for m in members])["mean"]
         gain = f"{last['mean'] - cloned[dataset]:+.1f}" if dataset in cloned and method != "bc" else ""
-        is_file = dataset.endswith((".hdf5", ".h5"))
+        is_file = _is_file(dataset)
         name = Path(dataset).stem.replace("_", "-") if is_file else ""
         beside = "; ".join(t["scores"][name][method] for t in published["tables"] if method in t["scores"].get(name, {}))
         each, minutes = ", ".join(format(m["last"], ".1f") for m in members), over_seeds([m["seconds"] for m in members])["mean"] / 60.0
@@ -215,7 +235,7 @@ def main() -> None:
     fixtures = FIXTURES if args.fixtures else {}
 
     def run(grid: list[tuple[Any, ...]]) -> None:
-        measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY)
+        measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY, budget=_budget)
 
     if args.table:
         run([])

@@ -122,12 +122,12 @@ def _open(folder: Path, asked: dict[str, Any], resume: bool) -> None:
     if file.exists():
         changed = differences(read_json(file), asked)
         if changed:
-            raise RunError(f"{folder} was started with another request ({'; '.join(changed[:3])}); choose another --out")
+            raise RunError(f"{folder} was started with another request ({'; '.join(changed[:3])}); use another folder, or delete this one")
         if not resume:
             raise RunError(f"{folder} already holds this collection; go on with it (--resume), or choose another folder (--out)")
         return
     if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no collection; choose another --out")
+        raise RunError(f"{folder} is not empty and holds no collection; use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, asked)
 
@@ -349,7 +349,7 @@ class _Collection:
         return self.record(name, name, num_steps=n)
 
     def _replay(self) -> Any:
-        """Everything that training did up to the medium policy, warm-up included."""
+        """What training did up to the medium policy, warm-up included: everything, or about `replay_steps` of it in whole episodes drawn evenly."""
         from markovia.envs.offline.log import Steps, as_transitions, join
 
         last = self.milestones["medium"]["iteration"]
@@ -372,7 +372,7 @@ class _Collection:
             "random": "uniform actions",
             "medium": "sampled actions of the medium policy",
             "expert": "sampled actions of the best policy",
-            "medium-replay": "every step of training up to the medium policy",
+            "medium-replay": "training up to the medium policy" + (", whole episodes drawn evenly" if self.recipe.replay_steps else ""),
             "medium-expert": "the medium and the expert tier",
         }[name]
         return {

@@ -59,6 +59,13 @@ class Loop:
         self.num_checkpoints, self.eval_episodes, self.max_seconds = num_checkpoints, eval_episodes, max_seconds
         self.watch = watch(run, setup, driver)
         self.began = time.monotonic()
+        earlier = metrics.read()[-1:]  # of a run that goes on
+        self.earlier = float(earlier[0].get("seconds", 0.0)) if earlier else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken, with what it took up to the checkpoint that it was resumed from."""
+        return self.earlier + time.monotonic() - self.began
 
     def _part(self) -> int:
         """Which of the equal parts of num_env_steps the run is in; a checkpoint is due when this number grows."""
@@ -88,7 +95,7 @@ class Loop:
             stats |= {
                 "iteration": int(driver.iteration),
                 "num_env_steps": int(driver.num_env_steps),
-                "seconds": round(now - self.began, 4),
+                "seconds": round(self.seconds, 4),
                 "steps_per_second": (driver.num_env_steps - before) / max(now - clock - (driver.compile_seconds - compiled), 1e-9),
             }
             verdict = self._ask(stats)

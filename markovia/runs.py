@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +234,7 @@ def _conclude(loop: Loop, why: str, evaluation: dict[str, Any] | None, best: boo
         "ended": why,
         "iteration": driver.iteration,
         "num_env_steps": driver.num_env_steps,
-        "seconds": round(time.monotonic() - loop.began, 3),
+        "seconds": round(loop.seconds, 3),
         "compile_seconds": round(driver.compile_seconds, 3),
         "evaluation": None if evaluation is None else summary(evaluation),
     }

@@ -79,6 +79,18 @@ def test_killed_and_resumed_equals_uninterrupted(env, tmp_path):
     assert_same(whole, killed)
 
 
+def test_seconds_count_what_the_run_took_before_it_was_resumed(tmp_path):
+    env, run = CONTROL, tmp_path / "run"
+    train(small(env), env, out=run, callbacks=[lambda info: info.iteration < 4], **QUIET)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) | {"seconds": 1000.0 + k} for k, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(small(env), env, out=run, resume=True, **QUIET).done
+    seconds = [row["seconds"] for row in Metrics(run).read()]
+    assert seconds[:4] == [1000.0, 1001.0, 1002.0, 1003.0] and seconds == sorted(seconds) and done["seconds"] >= seconds[-1] > 1003.0
+    assert len(seconds) > 4
+
+
 def test_killed_before_the_first_checkpoint(tmp_path):
     env = CONTROL
     train(small(env), env, out=tmp_path / "whole", **QUIET)

@@ -41,12 +41,11 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def check_action_box(space: Any) -> None:
-    """Refuse action spaces that a policy with reparameterised actions can't serve, with a ValueError."""
+def check_action_box(space: Any, instead: str = "use ppo, a2c or mdpo-on for it, or an environment with a Box of actions") -> None:
+    """Refuse action spaces that a policy with reparameterised actions can't serve, with a ValueError that says what to do `instead`."""
     if not isinstance(space, spaces.Box):
         raise ValueError(
-            f"off-policy actor-critics (sac, td3, mdpo-off) move continuous actions by the gradient of Q, but the action space is {space}; "
-            "use ppo, a2c or mdpo-on for it, or an environment with a Box of actions"
+            f"off-policy and offline actor-critics (sac, td3, bc, iql, ...) have continuous actions, but the action space is {space}; {instead}"
         )
 
 
@@ -70,6 +69,12 @@ class OffPolicyDriver(Budget):
         check_action_box(self.agent.action_space)
         if not (self.agent.squash or self.agent.tanh_mean):
             raise ValueError("an off-policy agent needs bounded actions; build it with squash=True (sac, mdpo-off) or tanh_mean=True (td3)")
+        behaviour, budget = self.method.behaviour, self.method.num_env_steps
+        if isinstance(behaviour, Behaviour) and behaviour.steps >= budget:
+            raise ValueError(
+                f"the model of the data alone takes behaviour.steps={behaviour.steps} of num_env_steps={budget} updates, "
+                "so the policy would learn nothing; lower the first or raise the second"
+            )
         if "normalizer" in self.agent.net and not self.method.fixed_data:
             raise ValueError("a replay keeps observations as they were stored, so no running normaliser can be used; build with normalize_obs=False")
 

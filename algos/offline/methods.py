@@ -63,9 +63,9 @@ MCEP = replace(TD3_BC, evaluation=Held(alpha=10.0))
 SPOT = replace(TD3_BC, num_env_steps=1_100_000, actor=Supported(), behaviour=Behaviour())
 A2PR = replace(TD3_BC, value=LowerValue(), actor=Guided(), behaviour=JointBehaviour())
 AWAC = Offline(
-    policy=Bounded(),
+    policy=Bounded(hidden=_DEEP),
     target=SoftTarget(entropy=False),
-    critic=Critics(coef=1.0),
+    critic=Critics(hidden=_DEEP, coef=1.0),
     actor=Weighted(),
     temperature=FixedTemperature(0.0),
 )
@@ -80,7 +80,7 @@ CQL = Offline(
     policy=Squashed(hidden=_DEEP),
     target=SoftTarget(entropy=False),
     critic=Critics(hidden=_DEEP, coef=1.0),
-    regulariser=Conservative(),
+    regulariser=Conservative(alpha=10.0),
     actor=Ascent(lr=3e-5),
 )
 CAL_QL = replace(CQL, regulariser=Conservative(calibrated=True), data=Logged(returns_to_go="repeat_last"))

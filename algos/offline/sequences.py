@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,8 @@ class ReturnConditioned:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not self.return_scale > 0.0:
             raise ValueError(f"return_scale must be > 0, got {self.return_scale}")
-        if self.data.reward != "none" or self.data.next_action or self.data.returns_to_go is not None:
-            raise ValueError("returns-to-go are sums of raw rewards of episodes: leave data.reward, data.next_action and data.returns_to_go alone")
+        if replace(self.data, fraction=1.0, normalize_obs=True) != Logged():
+            raise ValueError("windows are episodes with raw rewards: leave data.reward, data.next_action, data.returns_to_go and data.compat alone")
         if self.solver.minibatch is None or self.solver.epochs != 1 or self.solver.anneal:
             raise ValueError("this loop draws windows anew for each update: set solver.minibatch, and leave solver.epochs=1 and solver.anneal=False")
 

@@ -35,7 +35,7 @@ def build_offline(method: Offline, request: Request) -> Setup:
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
-    check_action_box(action_space)
+    check_action_box(action_space, "choose a task and a dataset with a Box of actions")
     options = {"device": request.device, "normalize_obs": method.data.normalize_obs, **request.agent_options}
     agent = make_agent(method, observation_space, action_space, **options)
     source = make_source(data, method.data, agent, method.gamma)

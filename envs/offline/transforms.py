@@ -38,18 +38,18 @@ class RewardTransform:
 
 
 def _return_range(data: Transitions) -> RewardTransform:
-    """1000 / (largest - smallest return of a true episode)."""
+    """The time limit (1000 where there is none) over the largest less the smallest return of a true episode: a step pays about 1 at most."""
     returns = data.returns()
     spread = float(returns.max() - returns.min())
     if spread == 0:
         raise ValueError(f"{data.about.name}: every episode has the return {returns[0]}, so 'return_range' has nothing to scale by; use 'none'")
-    return RewardTransform("return_range", 1000.0 / spread)
+    return RewardTransform("return_range", (data.about.horizon or 1000) / spread)
 
 
 # name -> transform for a dataset; who uses it on which D4RL suite is the comment
 REWARD_TRANSFORMS: dict[str, Callable[[Transitions], RewardTransform]] = {
     "none": lambda data: RewardTransform("none"),  # TD3+BC, ReBRAC and EDAC, locomotion
-    "return_range": _return_range,  # IQL, AWAC, SPOT, EDA, locomotion
+    "return_range": _return_range,  # IQL, SPOT, EDA, locomotion
     "antmaze_minus1": lambda data: RewardTransform("antmaze_minus1", 1.0, -1.0),  # IQL, SPOT, EDA
     "cql_antmaze": lambda data: RewardTransform("cql_antmaze", 10.0, -5.0),  # Cal-QL, WSRL
     "cql_antmaze_old": lambda data: RewardTransform("cql_antmaze_old", 4.0, -2.0),  # (r - 0.5) 4, first CQL code

@@ -92,7 +92,7 @@ def test_stopped_run_goes_on_and_its_folder_holds_the_transform(tmp_path: Any) -
     loaded = load_run(tmp_path / "whole")
     data = pointmass_data("blend")
     transform = Transform.load(tmp_path / "whole" / "transform.json")
-    assert transform.reward.scale == pytest.approx(1000.0 / (data.returns().max() - data.returns().min()))
+    assert transform.reward.scale == pytest.approx(data.about.horizon / (data.returns().max() - data.returns().min()))
     np.testing.assert_allclose(loaded.agent.observe(data.obs).numpy(), np.clip(transform.obs(data.obs), -10, 10), atol=1e-5)  # type: ignore[misc, attr-defined]
     found = loaded.evaluate(loaded.agent, 3, 0)
     scale = data.about.reference
@@ -113,6 +113,14 @@ def test_the_behaviour_model_is_fitted_first_and_fixed_then() -> None:
     driver.step()
     later, moved = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (driver.nets.behaviour, driver.nets.policy))
     assert torch.equal(later, fitted) and not torch.equal(moved, policy)
+
+
+def test_a_budget_that_the_behaviour_model_takes_whole_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes behaviour\.steps=6 of num_env_steps=6 updates, so the policy would learn nothing"):
+        pointmass("spot", num_env_steps=6)
+    for task in ("Pendulum-v1", POINT, "markovia/PointObstacle-v0", "Hopper-v5"):
+        presets = configure("spot", task)
+        assert presets.behaviour.steps < presets.num_env_steps
 
 
 def test_command_line_trains_and_evaluates_on_a_dataset(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

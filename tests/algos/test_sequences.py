@@ -238,6 +238,7 @@ def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None
         (lambda: short(window=0), "window must be >= 1, got 0"),
         (lambda: short(return_scale=0.0), "return_scale must be > 0"),
         (lambda: short(data={"reward": "return_range"}), "leave data.reward"),
+        (lambda: short(data={"compat": "d4rl"}), "and data.compat alone"),
         (lambda: short(solver={"epochs": 2}), "solver.epochs=1"),
         (lambda: build(POINT, short(heads=3), dataset=DATASET), "heads divide width"),
         (lambda: build(POINT, short()), "learns control from a dataset"),

@@ -59,6 +59,25 @@ def test_results_land_one_by_one_and_are_not_run_again(module: Any, tmp_path: Pa
     assert "old" not in grid.cells(out)[0] and len(grid.cells(out)) == 4
 
 
+def fails_for_b(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
+    if method == "b":
+        raise FloatingPointError("a gradient is nan")
+    return fake(task, method, seed, out) | {"done": done(1.0, 100)}
+
+
+def test_a_cell_that_fails_is_told_and_the_others_are_recorded(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out = module("grid"), tmp_path / "x.json"
+    options = {"jobs": 1, "out": out, "told": lambda found: found["method"], "table": lambda rows: ""}
+    with pytest.raises(SystemExit, match="1 of 3 cells failed:\nt b 0: FloatingPointError: a gradient is nan"):
+        grid.measure(fails_for_b, [("t", m, 0, tmp_path) for m in "bac"], **options)
+    assert [r["method"] for r in grid.cells(out)] == ["a", "c"] and "the others go on" in capsys.readouterr().out
+    # What was recorded after fewer steps than are asked for now is not passed off as the same cell.
+    grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], budget=lambda *entry: 100, **options)
+    with pytest.raises(SystemExit, match=r"holds t a 0 after 100 steps, and 1,000 are asked for: use other --out and --runs"):
+        grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], budget=lambda *entry: 1000, **options)
+    assert (tmp_path / "calls").read_text().split() == ["a0", "c0"]
+
+
 def test_over_seeds_by_hand(module: Any) -> None:
     found = module("grid").over_seeds([1.0, 2.0, 3.0, 100.0])
     assert found["mean"] == 26.5 and found["iqm"] == 2.5 and found["low"] <= found["mean"] <= found["high"]
@@ -89,6 +108,9 @@ def test_settings_of_a_cell(module: Any) -> None:
         assert offline.parts_of(name) == ("hopper", "medium-replay")
         assert offline.settings("rebrac", name, 10)["actor"] == {"weight": 0.05}
     assert offline.parts_of("markovia/pendulum/medium-v0") is None
+    assert offline.settings("edac", "hopper_medium_replay-v2.hdf5", 10)["critic"] == {"num": 50}
+    assert offline.settings("edac", "walker2d_medium_expert-v2.hdf5", 10)["regulariser"] == {"eta": 5.0}
+    assert "critic" not in offline.settings("edac", "markovia/hopper/medium-replay-v0", 10)
     from markovia.algos.presets import configure, override
 
     for method in (*offline.MAIN, *offline.OTHERS):

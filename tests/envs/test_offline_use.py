@@ -61,7 +61,7 @@ def test_reward_transforms_by_hand():
     data = discrete([0, 1, 2, 0], [0] * 4, [0.0, 0.0, 1.0, -1.0], ends=[2, 3])
     values = {
         "none": [0, 1],
-        "return_range": [0, 500],  # returns 1 and -1: 1000 / 2
+        "return_range": [0, 500],  # returns 1 and -1: 1000 / 2, for there is no time limit
         "antmaze_minus1": [-1, 0],
         "cql_antmaze": [-5, 5],
         "cql_antmaze_old": [-2, 2],
@@ -72,6 +72,8 @@ def test_reward_transforms_by_hand():
     assert values.keys() == REWARD_TRANSFORMS.keys()
     for name, expected in values.items():
         np.testing.assert_array_equal(reward_transform(name, data)(np.array([0.0, 1.0])), expected)
+    short = dataclasses.replace(data, about=dataclasses.replace(data.about, horizon=200))
+    assert reward_transform("return_range", short)(np.array([1.0])) == 100  # 200 / 2
     with pytest.raises(ValueError, match="return_range"):
         reward_transform("range", data)
     with pytest.raises(ValueError, match="nothing to scale by"):
