@@ -66,7 +66,7 @@ def test_killed_and_resumed_equals_uninterrupted(env, tmp_path):
     train(method, env, out=whole, **QUIET)
     argument = json.dumps([env, SMALL[env], str(killed), QUIET])
     child = subprocess.Popen([sys.executable, "-c", CHILD, argument], cwd=ROOT, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     # Between two checkpoints: lines past the last one must be cut off again.
     while len(Metrics(killed).read()) < 5 and time.monotonic() < limit:
         time.sleep(0.01)

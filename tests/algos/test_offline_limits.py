@@ -109,7 +109,8 @@ def test_regularisers_of_weight_0_leave_sac() -> None:
 def test_returns_that_no_value_falls_below_change_nothing() -> None:
     batch, noise = minibatch()
     batch.extra["ret"] = batch.extra["ret"] - 1e6
-    left, right = (critic_losses(tiny(m), batch, noise) for m in ("cql", "cql/cal-ql"))
+    weight = tiny("cql/cal-ql").regulariser.alpha
+    left, right = (critic_losses(m, batch, noise) for m in (override(tiny("cql"), {"regulariser": {"alpha": weight}}), tiny("cql/cal-ql")))
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
 
 
