@@ -88,7 +88,7 @@ def expected_regulariser(method_id: str, nets: ActorCritic, batch: Batch, noise:
             q = torch.maximum(q, batch.extra["ret"]) if is_policy and method_id == "cql/cal-ql" else q
             weights = weights + q.exp() / log_mu.exp()
         total = total + weights.log() - q_by_hand(nets.critic, batch.obs, batch.action)[j]
-    return 5.0 * total.mean()
+    return (5.0 if method_id == "cql/cal-ql" else 10.0) * total.mean()
 
 
 def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
