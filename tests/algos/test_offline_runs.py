@@ -123,6 +123,12 @@ def test_a_budget_that_the_behaviour_model_takes_whole_is_refused() -> None:
         assert presets.behaviour.steps < presets.num_env_steps
 
 
+def test_rewards_are_scaled_by_the_presets_of_those_methods_whose_papers_do() -> None:
+    scaled = {m for m in ("bc", "td3-bc", "rebrac", "awac", "iql", "cql", "edac", "spot") if configure(m, "Hopper-v5").data.reward == "return_range"}
+    assert scaled == {"iql", "spot"}
+    assert configure("wsrl", "Hopper-v5").offline.regulariser.calibrated is False and configure("wsrl", "Pendulum-v1").offline.regulariser.calibrated
+
+
 def test_command_line_trains_and_evaluates_on_a_dataset(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--num-env-steps", "20", "--num-steps", "10", "--eval-episodes", "2", "--policy.hidden", "8", "--no-progress", "--data.fraction", "0.5"]
     assert cli.run(["train", "bc", "--env", POINT, "--dataset", DATASET, "--out", str(tmp_path / "run"), *short]) == 0
