@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from markovia.algos.compiled import can_compile
 from markovia.algos.families import Family, family_of
 from markovia.algos.streams import stream, stream_seed
 from markovia.algos.text_metrics import pass_curve
+from markovia.envs import machine
 from markovia.envs.control.stepping import Policy, first_episodes
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
@@ -157,6 +159,18 @@ def num_threads(method: Method, setup: Setup, available: int) -> int:
     rows = minibatch or settings.num_envs * getattr(settings, "num_steps", 1)
     work = rows * sum(p.numel() for p in setup.agent.net.parameters())
     return available if work >= THREAD_WORK else 1
+
+
+@contextlib.contextmanager
+def tuned(method: Method, setup: Setup) -> Iterator[None]:
+    """Within, torch computes on as many threads as the optimiser steps are worth; freed memory is kept from then on."""
+    machine.keep_freed_memory()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num_threads(method, setup, min(usual, machine.cores())))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def stepped_setup(kind: str, agent: Agent, collector: Any, venv: VectorEnv, request: Request) -> Setup:

@@ -63,7 +63,7 @@ def record(found: Cell, path: Path, key: Sequence[str] = KEY) -> None:
 def arguments(doc: str | None, *, tasks: Sequence[str], methods: Sequence[str], runs: str, out: Path) -> argparse.ArgumentParser:
     """The flags that every grid has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(tasks), help=f"default {' '.join(tasks)}")
+    parser.add_argument("--tasks", nargs="*", default=list(tasks), help=f"default {' '.join(tasks)}")
     parser.add_argument("--methods", nargs="+", default=list(methods), help=f"default {' '.join(methods)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, help="steps of a run, in place of the preset's")

@@ -14,6 +14,8 @@ Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024
 deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
 100, where nothing is recorded yet; medium-replay is training up to the medium policy, about 100k steps of it in whole episodes drawn evenly.
 
+`--tasks` with nothing after it records nothing and runs the fixtures alone, a minute a cell.
+
 `--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
 """
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from markovia.envs import machine
 
 PARTS = ("environment", "policy", "update")
 
@@ -61,17 +60,13 @@ def profile(
 
     Off-policy methods are warmed up until their first updates. Raises ValueError as `markovia.train` does.
     """
-    import torch
-
     from markovia.algos.presets import agent_options, configure, override
-    from markovia.algos.setup import build, make_driver, num_threads
+    from markovia.algos.setup import build, make_driver, tuned
 
     value = override(configure(method, env), settings or {})
     setup = build(env, value, 0, agent_options=agent_options(method, env), vectorization=vectorization)
     driver = make_driver(value, setup, 0, compile and setup.kind != "language")
-    usual = torch.get_num_threads()
-    torch.set_num_threads(num_threads(value, setup, min(usual, machine.cores())))
-    try:
+    with contextlib.closing(setup.collector), tuned(value, setup):
         driver.step()
         while driver.num_env_steps <= getattr(value, "learning_starts", 0):
             driver.step()
@@ -88,9 +83,6 @@ def profile(
         for _ in range(iterations):
             driver.step()
         seconds = time.perf_counter() - began - (driver.compile_seconds - compiled)
-    finally:
-        torch.set_num_threads(usual)
-        setup.collector.close()
     parts = {**watch.seconds, "other": seconds - sum(watch.seconds.values())}
     return Profile(driver.num_env_steps - before, seconds, parts, driver.compile_seconds)
 

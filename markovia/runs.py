@@ -211,17 +211,13 @@ def _begin(run: Path, config: dict[str, Any], setup: Setup, driver: Any, writes:
 
 
 def _learn(loop: Loop, together: Callable[[Any], str] | None) -> str:
-    """Run the loop to its end, on as many threads as its optimiser steps are worth; why it ended."""
-    import torch
+    """Run the loop to its end, or hand it to `together`; why it ended."""
+    from markovia.algos.setup import tuned
 
-    from markovia.algos.setup import num_threads
-
-    usual = torch.get_num_threads()
     try:
-        torch.set_num_threads(num_threads(loop.driver.method, loop.setup, min(usual, machine.cores())))
-        return loop.run_to_end() if together is None else together(loop)
+        with tuned(loop.driver.method, loop.setup):
+            return loop.run_to_end() if together is None else together(loop)
     finally:
-        torch.set_num_threads(usual)
         for sink in loop.sinks:
             sink.close()
         loop.setup.collector.close()

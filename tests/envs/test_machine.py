@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +30,37 @@ def made(tmp_path):
         return proc, root
 
     return make
+
+
+FAULTS = """
+import mmap, resource, sys
+from markovia.envs import machine
+kept = machine.keep_freed_memory() if sys.argv[1] == "keep" else None
+b"x" * 2**23  # what malloc learns from its first large block is behind us
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    a, b, c = (bytearray(b"x") * 2**23 for _ in range(3))
+    del a, b, c
+pages = 50 * 3 * 2**23 / mmap.PAGESIZE
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / pages)
+"""
+
+
+def faults(mode, **environment):
+    """(whether memory is kept, page faults per page of 150 blocks of 8 MiB) of a fresh process."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    ran = subprocess.run([sys.executable, "-c", FAULTS, mode], env={**own, **environment}, capture_output=True, text=True, check=True)
+    kept, share = ran.stdout.split()
+    return kept, float(share)
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="glibc's malloc")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    kept, share = faults("keep")
+    assert kept == "True" and share < 0.2
+    assert faults("leave")[1] > 0.5
+    kept, share = faults("keep", MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept == "False" and share > 0.5
 
 
 def test_folders_from_the_innermost_up(made):
