@@ -4,7 +4,8 @@ Recorded sets that are not on this machine yet are made first, by the recipes of
 that was killed goes on. Tasks are recorded --jobs at a time, and the MAIN methods run on their sets before the next ones are recorded; at the end
 come the fixtures, and OTHERS on the first set. The first cells of all are MAIN on the medium-replay set of the first task, which decide whether
 offline methods beat cloning. Each cell is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded
-sets; what is in the results already is not run again.
+sets; what is in the results already is not run again. Recordings of two machines differ, because training does: results of another recording of a
+set are refused, and a grid of one's own set wants --out and --runs of its own.
 
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
@@ -24,14 +25,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import re
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script
+from grid import Cell, arguments, cells, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script
 
 RESULTS = Path(__file__).parent / "results" / "offline.json"
 PUBLISHED = Path(__file__).parent / "published_offline.json"
@@ -106,12 +109,37 @@ def scale_of(dataset: str) -> dict[str, Any]:
     return {"minimum": reference.minimum, "maximum": reference.maximum, "source": reference.source}
 
 
-def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
-    """Train one cell and put it on the scale of its tiers."""
+def score(dataset: str, mean_return: float) -> float:
+    """A mean return on the set's scale."""
+    scale = scale_of(dataset)
+    return 100.0 * (mean_return - scale["minimum"]) / (scale["maximum"] - scale["minimum"])
+
+
+@cache
+def data_score(dataset: str) -> float:
+    """The mean score of the episodes in the set."""
     from markovia.envs.offline import load
 
-    scale = scale_of(dataset)
-    score = lambda r: 100.0 * (r - scale["minimum"]) / (scale["maximum"] - scale["minimum"])  # noqa: E731
+    return score(dataset, float(load(dataset).returns().mean()))
+
+
+def check_recordings(rows: list[Cell], datasets: Iterable[str]) -> None:
+    """Raises SystemExit where results belong to another recording of a set than this machine has (side by side they would compare different data), or
+    the set is missing."""
+    told = {r["dataset"]: r["data_score"] for r in rows}
+    for dataset in dict.fromkeys(d for d in datasets if d in told):
+        try:
+            here = data_score(dataset)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        if not math.isclose(told[dataset], here, rel_tol=1e-6):
+            raise SystemExit(
+                f"the results are of another recording of {dataset} (mean score {told[dataset]:.3f}, here {here:.3f}): use other --out and --runs"
+            )
+
+
+def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
+    """Train one cell and put it on the scale of its tiers."""
     # Settings are those of the task that the robot has now; D4RL's files are evaluated in its older version.
     like = re.sub(r"-v4$", "-v5", task)
     run = folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
@@ -120,11 +148,11 @@ def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, r
     return {
         **found,
         "dataset": dataset,
-        "scale": scale,
-        "data_score": float(score(load(dataset).returns().mean())),
-        "last": float(score(evaluation["mean"])),
-        "best": float(score(found["done"]["best_eval_return"])),
-        "scores": [float(score(r)) for r in evaluation["returns"]],
+        "scale": scale_of(dataset),
+        "data_score": data_score(dataset),
+        "last": score(dataset, evaluation["mean"]),
+        "best": score(dataset, found["done"]["best_eval_return"]),
+        "scores": [score(dataset, r) for r in evaluation["returns"]],
     }
 
 
@@ -237,6 +265,7 @@ def main() -> None:
     fixtures = FIXTURES if args.fixtures else {}
 
     def run(grid: list[tuple[Any, ...]]) -> None:
+        check_recordings(cells(args.out), (entry[0] for entry in grid))
         measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY, budget=_budget)
 
     if args.table:

@@ -126,6 +126,16 @@ def test_scores_are_those_of_the_tiers(module: Any) -> None:
         offline.scale_of("fixture:bandit2d")
 
 
+def test_results_of_another_recording_are_refused(module: Any) -> None:
+    offline, here = module("offline"), "fixture:pointmass2d/medium"
+    found = {"dataset": here, "data_score": offline.data_score(here)}
+    offline.check_recordings([found, {"dataset": "ns/gone-v0", "data_score": 1.0}], [here, "ns/not-measured-v0"])
+    with pytest.raises(SystemExit, match=r"another recording of fixture:pointmass2d/medium .mean score 50.000, here [\d.]+.: use other"):
+        offline.check_recordings([found | {"data_score": 50.0}], [here])
+    with pytest.raises(SystemExit, match="no dataset ns/gone-v0"):
+        offline.check_recordings([{"dataset": "ns/gone-v0", "data_score": 1.0}], ["ns/gone-v0"])
+
+
 def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> None:
     offline = module("offline")
     rows = [a_cell("ns/hopper/medium-v0", m, s, x) for m, x in (("td3-bc", 60.0), ("bc", 40.0)) for s, x in enumerate((x, x + 2.0))]
