@@ -95,6 +95,7 @@ class Optimizer:
     def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]], rule: Rule, max_grad_norm: float) -> None:
         self.params = [p for params, _ in groups for p in params]
         self.rule, self.max_grad_norm = rule, max_grad_norm
+        self.fused = True  # long vectors on the CPU by torch's fused Adam, which can't be mapped over seeds
         kinds = {(p.dtype, p.device) for p in self.params}
         if len(kinds) != 1:
             raise ValueError(f"an optimiser needs parameters of one dtype on one device, got {sorted(map(str, kinds))}; convert the module first")
@@ -147,7 +148,7 @@ class Optimizer:
             count, lr, averages = next(rest), next(rest), [next(rest) for _ in group.averages]
             count.add_(1.0)
             whole = group.stop - group.start <= LONG or not grad.is_cpu
-            if not whole and self.rule.name == "adam" and grad.dtype == torch.float32:
+            if not whole and self.fused and self.rule.name == "adam" and grad.dtype == torch.float32:
                 fused_adam(tensors[0][group.start : group.stop], grad[group.start : group.stop], averages, count, lr, self.rule, scale)
                 continue
             for start in range(group.start, group.stop, max(group.stop - group.start, 1) if whole else PIECE):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from apart import median_ratio, peak_mb, side  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+
+from markovia.envs.durable import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
 POINT_MASS = {"env": "markovia/PointMass2D-v0", "dataset": "fixture:pointmass2d/medium"}
@@ -67,9 +68,7 @@ def main() -> None:
         ratios = {key: round(median_ratio(both["keep"], both["leave"], key), 3) for key in ("seconds", "pages", "peak_mb")}
         print(f"{name}: keeping takes {ratios['seconds']} of the time, {ratios['pages']} of the page faults, {ratios['peak_mb']} of the peak memory")
         found[name] = {"ratios": ratios, **both}
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, RESULTS)
+        write_whole(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from markovia.envs.durable import write_whole
 
 Cell = dict[str, Any]
 KEY = ("task", "method", "seed")
@@ -39,8 +42,7 @@ def train_cell(
 
     torch.set_num_threads(1)
     settings = override(configure(method, like or task), changes or {})
-    resume = (run / "config.json").is_file()
-    done = train(settings, task, seed=seed, out=run, resume=resume, eval_checkpoints=True, progress=False, method_id=method, **options).done
+    done = train(settings, task, seed=seed, out=run, resume=run.exists(), eval_checkpoints=True, progress=False, method_id=method, **options).done
     return {"task": task, "method": method, "seed": seed, "seconds": round(done["seconds"], 1), "done": done}
 
 
@@ -55,9 +57,7 @@ def record(found: Cell, path: Path, key: Sequence[str] = KEY) -> None:
     rows = [r for r in cells(path) if any(r[k] != found[k] for k in key)] + [found]
     rows.sort(key=lambda r: [str(r[k]) for k in key])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def arguments(doc: str | None, *, tasks: Sequence[str], methods: Sequence[str], runs: str, out: Path) -> argparse.ArgumentParser:
@@ -91,6 +91,10 @@ def _workers(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_core, initargs=(cores,))
 
 
+def _name(entry: tuple[Any, ...], key: Sequence[str]) -> str:
+    return " ".join(map(str, entry[: len(key)]))
+
+
 def measure(
     cell: Callable[..., Cell],
     grid: Iterable[tuple[Any, ...]],
@@ -107,8 +111,8 @@ def measure(
     table and the picture of all beside the results.
 
     The first entries of a grid's tuples are the key; what is recorded under it is not run again. With an empty grid tables are made anew.
-    A cell that fails is told and the others go on; the exit status then is 1. `budget` says how many steps an entry asks for, if that is known:
-    one that is recorded after fewer ends the script before anything runs, because it is not what is asked for.
+    A cell that fails, or whose process is killed, is told and the others go on; the exit status then is 1. `budget` says how many steps an entry asks
+    for, if that is known: one that is recorded after fewer ends the script before anything runs, because it is not what is asked for.
     """
 
     def write() -> None:
@@ -125,26 +129,36 @@ def measure(
             left.append(entry)
         elif asked is not None and known[name]["done"]["num_env_steps"] < asked:
             steps = known[name]["done"]["num_env_steps"]
-            raise SystemExit(f"{out} holds {' '.join(map(str, name))} after {steps:,} steps, and {asked:,} are asked for: use other --out and --runs")
-    if left:
+            raise SystemExit(f"{out} holds {_name(entry, key)} after {steps:,} steps, and {asked:,} are asked for: use other --out and --runs")
+    asked_for = len(left)
+    while left:
+        lost = []  # by a process that was killed, with whatever else its pool had to do
         with _workers(jobs) as pool:
             entries = {pool.submit(cell, *entry): entry for entry in left}
             try:
                 for future in as_completed(entries):
-                    if error := future.exception():
-                        failed.append(f"{' '.join(map(str, entries[future][: len(key)]))}: {type(error).__name__}: {error}")
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        lost.append(entries[future])
+                    elif error is not None:
+                        failed.append(f"{_name(entries[future], key)}: {type(error).__name__}: {error}")
                         print(f"failed, the others go on: {failed[-1]}", flush=True)
-                        continue
-                    record(future.result(), out, key)
-                    print(told(future.result()), flush=True)
-                    write()
+                    else:
+                        record(future.result(), out, key)
+                        print(told(future.result()), flush=True)
+                        write()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if len(lost) == len(left):
+            failed += [f"{_name(entry, key)}: its process was killed, as for want of memory" for entry in lost]
+            break
+        lost.sort(key=left.index)
+        left = lost[jobs:] + lost[:jobs]  # those that were running are suspect: they go last
     if cells(out):
         write()
     if failed:
-        raise SystemExit("\n".join([f"{len(failed)} of {len(left)} cells failed:", *failed]))
+        raise SystemExit("\n".join([f"{len(failed)} of {asked_for} cells failed:", *failed]))
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

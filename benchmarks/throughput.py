@@ -30,6 +30,8 @@ import peers
 import peers_offline
 import torch
 
+from markovia.envs.durable import write_whole
+
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHORT = 6  # part of a turn that a first try is
 Side = Callable[[str], float]  # device -> speed
@@ -221,14 +223,18 @@ def main() -> None:
         print(json.dumps({"peak_mb": apart.peak_mb()}))
         return
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"comparisons": {}}
-    results |= {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    here = {"device": args.device, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    if results["comparisons"] and any(results[k] != v for k, v in here.items()):
+        there = ", ".join(str(results[k]) for k in here)
+        parser.error(f"{args.out} holds measurements of {there}, this is {', '.join(here.values())}: use another --out")
+    results |= here
     for name in args.only or found:
         measured = measure(found[name], short[name], args.turns, args.device) | {"batches": args.batches, "updates": args.updates}
         measured["peak_mb"] = peak_memory(name, found[name], args)
         results["comparisons"][name] = measured
         print(f"{name}: " + ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in measured["median_ratio"].items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(args.out, (json.dumps(results, indent=1) + "\n").encode())
         args.out.with_suffix(".md").write_text(table(results))
 
 

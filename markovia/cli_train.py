@@ -50,7 +50,7 @@ def train_command(argv: list[str]) -> None:
     for name in ("env_kwargs", "agent_options", "data_options"):
         options[name] = json_object(options[name], f"--{name.replace('_', '-')}")
     options["references"] = dict(named_folder(word) for word in options.pop("reference"))
-    if options.pop("num_seeds") > 1:
+    if options.pop("num_seeds") != 1:
         from markovia.seeds import train_seeds
 
         for result in train_seeds(given.settings, method_id=method_id, num_seeds=given.run.num_seeds, **options):

@@ -20,6 +20,8 @@ def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple
     source     env_id, horizon, download: see `markovia.envs.offline.load`
     TQ counts as 0 and 1 the returns that the references count as 0 and 100. Raises what loading raises: DatasetError for faulty data.
     """
+    from gymnasium import spaces
+
     from markovia.envs.offline import action_coverage, load, returns_histogram, state_action_coverage, trajectory_quality
 
     with warnings.catch_warnings(record=True) as noted:
@@ -28,7 +30,8 @@ def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple
     about, returns, lengths, complete = data.about, data.returns(), data.lengths(), data.complete()
     scale, against = about.reference, reference or _replay_beside(dataset)
     counts, edges = returns_histogram(data, BARS)
-    coverage = action_coverage(data)
+    counted = isinstance(about.action_space, spaces.Box | spaces.Discrete | None)  # what coverage is defined for
+    coverage = action_coverage(data) if counted else None
     last = data.bounds()[1] - 1
     page = {
         "dataset": about.name,
@@ -50,8 +53,8 @@ def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple
         "score_source": None if scale is None else f"{scale.minimum:.5g} counts as 0 and {scale.maximum:.5g} as 100: {scale.source}",
         "saco": None if against is None else state_action_coverage(data, load(against)),
         "saco_reference": against,
-        "action_coverage": {"covered": coverage.covered.tolist(), "at_bound": coverage.at_bound.tolist()},
-        "action_share": None if coverage.share is None else coverage.share.tolist(),
+        "action_coverage": None if coverage is None else {"covered": coverage.covered.tolist(), "at_bound": coverage.at_bound.tolist()},
+        "action_share": None if coverage is None or coverage.share is None else coverage.share.tolist(),
         "notes": [str(w.message) for w in noted if issubclass(w.category, UserWarning)],
     }
     return page, data
@@ -110,7 +113,7 @@ def _lines(page: dict[str, Any]) -> list[tuple[str, str]]:
         out.append(("SACo", f"{page['saco']:.3f}  different state-actions, against {page['saco_reference']}"))
     if page["action_share"] is not None:
         out.append(("action share", ", ".join(f"{i}: {100 * s:.1f} %" for i, s in enumerate(page["action_share"][:20]))))
-    else:
+    elif page["action_coverage"] is not None:
         covered, bound = (np.mean(page["action_coverage"][k]) for k in ("covered", "at_bound"))
         out.append(("action coverage", f"{100 * covered:.0f} % of the cells per dimension, {100 * bound:.1f} % of the actions at a bound"))
     return out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markovia.envs.finite import NotFinite
 from markovia.not_finite import keep_batch
-from markovia.runs import RunResult, default_folder, train
+from markovia.runs import RunResult, default_folder, resolve, train
 
 if TYPE_CHECKING:
     from markovia.algos.systems import Method
@@ -20,12 +20,19 @@ def train_seeds(
 
     out      a folder for all, with a run folder seed<k> for each; by default those of `markovia.train`
     options  those of `markovia.train`; progress is shown of the first seed
-    Raises ValueError for fewer than one seed, and for methods that do not learn from a dataset.
+    Raises ValueError for fewer than one seed, for methods that do not learn from a dataset, and for a tracker.
     """
+    from markovia.algos.offline.method import Offline
+
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be >= 1, got {num_seeds}")
     if not options.get("dataset"):
         raise ValueError("several seeds in one process serve methods that learn from a dataset (--dataset); run the seeds one by one")
+    if options.get("track"):
+        raise ValueError("a tracker follows one run of a process; run the seeds one by one, or leave track out")
+    settings = resolve(method, env, options.get("method_id"))[1]
+    if not isinstance(settings, Offline):
+        raise ValueError(f"several seeds in one process serve the actor-critic update on a dataset, not {type(settings).__name__}; run one by one")
     loops: list[Any] = []
     ends: list[str] = []
     results: dict[int, RunResult] = {}
@@ -51,10 +58,6 @@ def train_seeds(
 
 def _run(loops: list[Any]) -> list[str]:
     """Iterate all runs in step to their ends; why each ended."""
-    from markovia.algos.off_policy.driver import OffPolicyDriver
-
-    if strange := [loop.driver for loop in loops if not isinstance(loop.driver, OffPolicyDriver)]:
-        raise ValueError(f"several seeds in one process serve the actor-critic update on a dataset, not {type(strange[0]).__name__}; run one by one")
     ends: dict[int, str] = {}
     rounds = {k: loop.rounds() for k, loop in enumerate(loops)}
 
@@ -67,11 +70,11 @@ def _run(loops: list[Any]) -> list[str]:
 
     for k in list(rounds):
         advance(k)  # to its first iteration
-    newest = max(loop.driver.num_updates for loop in loops)
-    for k in list(rounds):  # a run that was killed before the others had saved catches up alone
-        while k in rounds and loops[k].driver.num_updates < newest:
-            advance(k)
     while rounds:
+        newest = max(loops[k].driver.num_updates for k in rounds)
+        for k in list(rounds):  # a run that was killed before the others had saved catches up alone
+            while k in rounds and loops[k].driver.num_updates < newest:
+                advance(k)
         _step_together(loops, rounds, advance)
     return [ends[k] for k in range(len(loops))]
 

@@ -65,6 +65,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_seeds must be >= 1, got 0"):
         train_seeds(short(), POINT, num_seeds=0, dataset=DATASET)
-    with pytest.raises(ValueError, match="serve the actor-critic update on a dataset, not SequenceDriver"):
+    with pytest.raises(ValueError, match="serve the actor-critic update on a dataset, not ReturnConditioned"):
         small = override(configure("decision-transformer", POINT), {"num_env_steps": 2})
         train_seeds(small, POINT, num_seeds=2, out=tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match="a tracker follows one run"):
+        train_seeds(short(), POINT, num_seeds=2, out=tmp_path / "a", track="wandb", **OPTIONS)
+    assert not (tmp_path / "a").exists()
+    assert cli.run(["train", "td3-bc", "--env", POINT, "--dataset", DATASET, "--num-seeds", "0", "--out", str(tmp_path / "no")]) == 2

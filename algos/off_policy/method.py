@@ -119,11 +119,28 @@ class OffPolicy:
             raise ValueError("value=LowerValue() is fitted to the targets of smoothed actions: set target=SmoothedTarget()")
         if self.constraint is not None and not isinstance(self.actor, Ascent):
             raise ValueError(f"a constraint prices the cost of the action that climbs Q: it needs actor=Ascent(), got {type(self.actor).__name__}")
+        if isinstance(self.temperature, TunedTemperature) and not isinstance(self.actor, Ascent):
+            raise ValueError(
+                f"a tuned temperature follows the entropy of the action that climbs Q, which actor={type(self.actor).__name__}() has not: "
+                "set temperature=FixedTemperature(0.0)"
+            )
+        if not self.fixed_data:
+            self._check_replayed()
         if isinstance(self.policy, Deterministic) and (self.entropic or self.mirrors):
             raise ValueError(
                 "a deterministic policy has no density, so no entropy and no divergence: use temperature=FixedTemperature(0.0) and "
                 "actor.inverse_step=None, or policy=Squashed()"
             )
+
+    def _check_replayed(self) -> None:
+        """Raises ValueError for what reads columns that datasets have and a replay has not."""
+        reads = {
+            "target.penalty": isinstance(self.target, SmoothedTarget) and self.target.penalty != 0.0,
+            "target=LoggedTarget()": isinstance(self.target, LoggedTarget),
+            "regulariser.calibrated": isinstance(self.regulariser, Conservative) and self.regulariser.calibrated,
+        }
+        if found := [name for name, is_read in reads.items() if is_read]:
+            raise ValueError(f"{found[0]} reads next logged actions or returns, which a dataset has and a replay has not; leave it out")
 
     @property
     def num_optimizer_steps(self) -> int:

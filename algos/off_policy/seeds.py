@@ -103,6 +103,8 @@ class SeedGroup:
     def _make(self, batch: object, noise: Tensor, columns: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         """One seed's traced update, mapped over the seeds; compiled as a whole where that was asked for."""
         first = self.drivers[0]
+        for optimizer in first.update.optimizers.values():
+            optimizer.fused = False
         one, used = trace(first.update.pure, first.update.arguments(batch, noise, first.moves_actor))  # type: ignore[arg-type]
         plain(one)
         every = torch.vmap(one)

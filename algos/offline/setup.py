@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ def build_offline(method: Offline, request: Request) -> Setup:
     """Everything for a run on a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
     assert request.dataset is not None
     env_id, env_kwargs = request.task, request.env_kwargs
-    data = load(request.dataset)
+    data = load(request.dataset, horizon=method.data.horizon)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
@@ -45,14 +46,15 @@ def build_offline(method: Offline, request: Request) -> Setup:
         found = evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
         return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
 
-    note = describe(data, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
+    note = describe(data, env_id, len(source.replay.store.reward), scale)  # type: ignore[union-attr]
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
 
 
 def build_sequences(method: ReturnConditioned, request: Request) -> Setup:
     """Everything for imitation given returns, on a dataset."""
     assert request.dataset is not None
-    return build_from(load(request.dataset), request.task, method, request.env_kwargs, request.agent_options, request.device)
+    data = load(request.dataset, horizon=method.data.horizon)
+    return build_from(data, request.task, method, request.env_kwargs, request.agent_options, request.device)
 
 
 def build_from(
@@ -79,7 +81,7 @@ def build_from(
         found = evaluate_asked(agent, env_id, episodes, seed, env_kwargs)
         return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
 
-    note = f"{describe(data, source.replay.size, scale)}; asked for a return of {target:.4g}"
+    note = f"{describe(data, env_id, source.replay.size, scale)}; asked for a return of {target:.4g}"
     return Setup("control", agent, source, evaluate, note=note, files={TRANSFORM: json.dumps(source.transform.to_json()) + "\n"})
 
 
@@ -114,13 +116,20 @@ def make_agent(method: OffPolicy, observation_space: Any, action_space: Any, **o
 def reference_of(data: Transitions, env_id: str, horizon: int | None) -> Reference | None:
     """The returns that count as 0 and 100 in this task: the dataset's own where they belong to it, else D4RL's; None where nobody measured them."""
     own = data.about.reference
-    if own is not None and own.env_id.removeprefix("markovia:") == env_id.removeprefix("markovia:") and own.horizon in (None, horizon):
+    if own is not None and own.env_id.rpartition(":")[2] == env_id.rpartition(":")[2] and own.horizon in (None, horizon):
         return own
     return None if horizon is None else references().get((env_id, horizon))
 
 
-def describe(data: Transitions, used: int, scale: Reference | None) -> str:
-    """One line on what is learnt from."""
-    returns = data.returns()
+def describe(data: Transitions, env_id: str, used: int, scale: Reference | None) -> str:
+    """One line on what is learnt from; data of a task with another name say so, since their shapes may fit all the same."""
+    returns, name, spec = data.returns(), data.about.name, data.about.env_spec
+    if spec is not None and _task(spec.id) != _task(env_id):
+        name += f" (recorded in {spec.id}, not in {env_id})"
     score = "" if scale is None else f" (score {float(scale.score_pct(returns).mean()):.1f})"
-    return f"{data.about.name}: {len(data):,} steps of {data.num_episodes:,} episodes, mean return {returns.mean():.4g}{score}; {used:,} rows used"
+    return f"{name}: {len(data):,} steps of {data.num_episodes:,} episodes, mean return {returns.mean():.4g}{score}; {used:,} rows used"
+
+
+def _task(env_id: str) -> str:
+    """An environment's id without module and version."""
+    return re.sub(r"-v\d+$", "", env_id.rpartition(":")[2])

@@ -117,14 +117,18 @@ def fix_normalizer(normalizer: ObsNorm, fitted: ObsTransform, count: int) -> Non
 
 
 def check_fits(data: Transitions, agent: ControlAgent) -> None:
-    """Refuse data of another task than the agent's, with a ValueError that says what differs."""
-    space, name = agent.action_space, data.about.name
+    """Refuse data that the agent can't take, with a ValueError that says what differs."""
+    space, name, own = agent.action_space, data.about.name, data.about.action_space
     assert isinstance(space, spaces.Box)
     wanted, given = _shapes(agent.observation_space), {k: v.shape[1:] for k, v in columns(data.obs).items()}
     if wanted != given:
         raise ValueError(f"{name} has observations {given}, but the environment gives {wanted}; name the environment that the data were recorded in")
     if data.action.shape[1:] != space.shape:
         raise ValueError(f"{name} has actions of shape {data.action.shape[1:]}, but the environment takes {space.shape}; name its own environment")
+    # D4RL's files do not say their bounds; Minari's datasets do, with the environment.
+    told = data.about.env_spec is not None and isinstance(own, spaces.Box)
+    if told and not (np.allclose(own.low, space.low) and np.allclose(own.high, space.high)):
+        raise ValueError(f"{name} was recorded with actions in {own}, and the environment takes {space}: the same number is another action there")
     slack = TOLERANCE * (space.high - space.low)
     if (data.action < space.low - slack).any() or (data.action > space.high + slack).any():
         raise ValueError(f"{name} has actions from {data.action.min()} to {data.action.max()}, outside the environment's {space}; rescale them")

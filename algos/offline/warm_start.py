@@ -59,6 +59,8 @@ class WarmStart:
             raise ValueError("both phases need the same kind of temperature and no value network, since weights go over by name")
         if self.offline.evaluation is not None or self.offline.behaviour is not None or isinstance(self.online, Offline):
             raise ValueError("offline.evaluation and offline.behaviour have no place online; leave them out, and let online be OffPolicy settings")
+        if any(slot is not None for slot in (self.online.evaluation, self.online.behaviour, self.online.constraint)):
+            raise ValueError("online.evaluation, online.behaviour and online.constraint have no counterpart offline; leave them out")
         if self.offline.data.normalize_obs:
             raise ValueError("the replay holds observations as they come; set offline.data.normalize_obs=False")
         if self.online.learning_starts < self.online.batch_size:
@@ -144,9 +146,13 @@ class WarmStartDriver:
         return {**stats, "iteration": float(self.iteration), "num_env_steps": float(self.num_env_steps), "online": float(self.online is not None)}
 
     def go_online(self) -> None:
-        """Begin the second phase: networks, targets and temperature by name; nothing of the dataset but what `retain` asks for."""
+        """Begin the second phase: networks, targets and temperature by name; nothing of the dataset but what `retain` asks for.
+
+        Frozen policies that only this phase has (those of smoothed targets and of mirror descent) begin as the policy is now.
+        """
         self.online = OffPolicyDriver(self.method.online, self.agent, self.collector.online, self.seed, self.compile)
-        self.online.nets.load_state(self.offline.nets.state())
+        begun, learnt = self.online.nets.state(), self.offline.nets.state()
+        self.online.nets.load_state({name: learnt.get(name, tensor) for name, tensor in begun.items()})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from markovia.envs.names import nearest
 from markovia.envs.offline.hdf5 import links_outside, refused
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.transitions import About, Transitions, box_like
-from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.offline.validate import DatasetError, Fault, Report, check_writable, float64_image, not_finite, overlapping, wrong_length
 from markovia.envs.untrusted import magic_of_pickle
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -85,7 +85,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
             elif name in REQUIRED:
                 hint = nearest(name, present) or f"; the file has {', '.join(present) or 'no arrays'}"
                 faults.append(Fault(name, None, f"missing key{hint}"))
-    return {k: _one_axis(v) if k in ("rewards", "terminals", "timeouts") else v for k, v in found.items()}, faults
+    flat = {k for k, v in found.items() if k in ("rewards", "terminals", "timeouts") or (k == "actions" and np.issubdtype(v.dtype, np.integer))}
+    return {k: _one_axis(v) if k in flat else v for k, v in found.items()}, faults
 
 
 def _one_axis(values: np.ndarray) -> np.ndarray:
@@ -122,7 +123,7 @@ def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]
     if "timeouts" in columns and "terminals" in columns and len(columns["timeouts"]) == len(columns["terminals"]):
         faults += overlapping("timeouts", columns["terminals"].astype(bool), columns["timeouts"].astype(bool))
     if "timeouts" not in columns and horizon is None:
-        mend = "add the key, or pass horizon= (`markovia dataset --horizon`)"
+        mend = "add the key, or pass horizon= (`markovia dataset --horizon`, `markovia train --data.horizon`)"
         faults.append(Fault("timeouts", None, f"missing key, and the task's time limit is unknown; {mend}"))
     return faults
 
@@ -135,8 +136,12 @@ def guess_env_id(path: str | Path) -> str | None:
 
 def _known(path: Path, env_id: str | None, horizon: int | None) -> tuple[str | None, int | None, Reference | None]:
     """env id, time limit and reference, as far as they are given or known."""
-    env_id = guess_env_id(path) if env_id is None else env_id
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be >= 1, got {horizon}")
+    given, env_id = env_id, env_id or guess_env_id(path)
     fitting = {h: r for (e, h), r in references().items() if e == env_id}
+    if given is not None and not fitting:
+        warnings.warn(f"no reference returns are known for {given}{nearest(given, {e for e, _ in references()})}", stacklevel=3)
     if horizon is None and len(fitting) == 1:
         (horizon,) = fitting
     return env_id, horizon, fitting.get(horizon) if horizon is not None else None
@@ -192,23 +197,29 @@ def counted_timeouts(terminated: np.ndarray, horizon: int) -> np.ndarray:
 
 
 def _action_box(action: np.ndarray) -> Any:
-    """D4RL's tasks act in [-1, 1]; a file that goes beyond says itself how far."""
+    """D4RL's tasks act in [-1, 1]; a file that goes beyond says itself how far. Integers are choices."""
     from gymnasium import spaces
 
     if not np.issubdtype(action.dtype, np.floating):
-        return spaces.Discrete(int(action.max()) + 1)
+        return spaces.Discrete(int(action.max()) + 1) if action.ndim == 1 else spaces.MultiDiscrete(action.max(axis=0).astype(np.int64) + 1)
     bound = np.maximum(1.0, np.abs(action).max(axis=0)).astype(action.dtype)
     return spaces.Box(-bound, bound, dtype=action.dtype.type)
 
 
 def write_d4rl(data: Transitions, path: str | Path) -> Path:
-    """Write rows as a D4RL file, next_observations included. Raises DatasetError for dictionary observations, which the format has no place for."""
+    """Write rows as a D4RL file, next_observations included.
+
+    Flags are the format's only marks of an episode's end: one that was cut before the last row of all is written as truncated.
+    Raises DatasetError for dictionary observations, which the format has no place for, for faulty rows and unknown final observations.
+    """
     if isinstance(data.obs, dict):
         raise DatasetError(f"{data.about.name} has dictionary observations; flatten them first with flat_obs(keys)")
-    check_transitions(data).check()
-    path = Path(path)
+    check_writable(data)
+    path, inner = Path(path), data.bounds()[1][:-1] - 1
+    timeouts = data.truncated.copy()
+    timeouts[inner] |= ~data.terminated[inner]
     with _h5py().File(path, "w") as file:
         names = {"observations": data.obs, "actions": data.action, "rewards": data.reward, "next_observations": data.next_obs}
-        for name, values in {**names, "terminals": data.terminated, "timeouts": data.truncated}.items():
+        for name, values in {**names, "terminals": data.terminated, "timeouts": timeouts}.items():
             file.create_dataset(name, data=values)
     return path

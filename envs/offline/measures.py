@@ -36,11 +36,12 @@ def state_action_coverage(data: Transitions, reference: Transitions, bins: int =
     """SACo: how many different (s, a) a dataset holds against the replay data of an online run.
 
     SACo(D) = u(D) / u(D_ref),  u the number of different cells, over equally many rows of both            [Schweighofer 2022; arXiv 2111.04714]
-    Can exceed 1. The first min(N, N_ref) rows of each are counted; every dimension is cut into `bins` parts between the limits of both together.
+    Can exceed 1. Of the longer one min(N, N_ref) rows are counted, evenly from its first to its last; every dimension is cut into `bins` parts
+    between the limits of both together.
     e^H(occupancy) <= u, and in a deterministic MDP u is what a policy's occupancy can reach. Raises ValueError for rows of other shapes.
     """
     n = min(len(data), len(reference))
-    first, second = (state_actions(d.rows(np.arange(n))) for d in (data, reference))
+    first, second = (state_actions(d.rows(np.linspace(0, len(d) - 1, n).astype(np.int64))) for d in (data, reference))
     whole = whole_numbers(data)
     if first.shape[1] != second.shape[1]:
         widths = f"{data.about.name} has {first.shape[1]} numbers per (s, a), {reference.about.name} {second.shape[1]}"

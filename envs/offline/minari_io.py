@@ -19,7 +19,7 @@ from markovia.envs.names import nearest
 from markovia.envs.offline.minari_check import check_files
 from markovia.envs.offline.scores import Reference
 from markovia.envs.offline.transitions import About, Obs, Transitions, columns, map_obs
-from markovia.envs.offline.validate import DatasetError, Fault, Report, check_transitions, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.offline.validate import DatasetError, Fault, Report, check_writable, float64_image, not_finite, overlapping, wrong_length
 from markovia.envs.untrusted import read_json
 
 ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+")
@@ -203,11 +203,7 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
     about = data.about
     if about.observation_space is None or about.action_space is None:
         raise DatasetError(f"{about.name}: observation and action space are needed to write a dataset; set them in `about`")
-    check_transitions(data).check()
-    last = data.bounds()[1] - 1
-    lost = last[~data.next_known[last] & ~data.terminated[last]]
-    if len(lost):
-        raise DatasetError(f"{about.name}: next_obs, row {int(lost[0])}: the episode's final observation is not known; write data.view() instead")
+    check_writable(data)
     spaces: dict[str, gym.Space] = {"observation_space": about.observation_space, "action_space": about.action_space}
     with in_place(final) as temporary:
         temporary.mkdir()

@@ -33,7 +33,8 @@ class OfflineReplayEnv(gym.Env):
     The first observation of the chosen episode.
 
     ## Episode End
-    As logged; an episode that the file cut is truncated at its last row.
+    As logged; an episode that the file cut is truncated at its last row, one whose last successor the file does not hold a row before that. The
+    observation after a termination that was logged without one is that before it.
 
     ## Info
     `logged_episode` and `logged_step` (ints; "episode" alone belongs to Gymnasium's statistics), `logged_action` (the action logged at the
@@ -47,7 +48,7 @@ class OfflineReplayEnv(gym.Env):
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's protocol)
 
     def __init__(self, dataset: str = "fixture:pointmass2d/medium", data: Transitions | None = None) -> None:
-        self.data = load(dataset) if data is None else data
+        self.data = (load(dataset) if data is None else data).view()
         about = self.data.about
         if about.observation_space is None or about.action_space is None:
             raise ValueError(f"{about.name} does not say its observation and action space; set them in `about`")
@@ -89,5 +90,5 @@ class OfflineReplayEnv(gym.Env):
         truncated = row == last and not terminated
         distance = self._distance(action, self.data.action[row])
         self._row = None if row == last else row + 1
-        obs = self._observation(self.data.next_obs, row)
+        obs = self._observation(self.data.next_obs if self.data.next_known[row] else self.data.obs, row)
         return obs, float(self.data.reward[row]), terminated, truncated, {**self._info(row + 1), "action_distance": distance}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markovia.envs.offline.transitions import Transitions
 
-FIXTURE = "fixture:"
+FIXTURE, D4RL = "fixture:", (".hdf5", ".h5")
 TIERS = ("random", "medium", "medium-replay", "medium-expert", "expert")
 
 
@@ -28,16 +28,18 @@ def load(
 ) -> Transitions:
     """Rows of `fixture:<name>` (markovia.envs.exact.offline), of a D4RL file `*.hdf5` or `*.h5`, or of a Minari id.
 
-    env_id and horizon are for D4RL files whose name does not tell; obs_keys for dictionary observations; download fetches a Minari dataset that
-    is not on this machine.
+    env_id and horizon (time limit of a file without timeouts) are for D4RL files whose name does not tell; obs_keys for dictionary observations;
+    download fetches a Minari dataset that is not on this machine.
     Raises ValueError for a name that is none of these, DatasetError for faulty data.
     """
     name = str(dataset)
+    if horizon is not None and not name.endswith(D4RL):
+        raise ValueError(f"a horizon is told of D4RL files alone ({', '.join(D4RL)}); {name} has its own ends")
     if name.startswith(FIXTURE):
         from markovia.envs.exact.offline import fixture
 
         return fixture(name.removeprefix(FIXTURE))
-    if name.endswith((".hdf5", ".h5")):
+    if name.endswith(D4RL):
         from markovia.envs.offline.d4rl import load_d4rl
 
         return load_d4rl(name, env_id, horizon)

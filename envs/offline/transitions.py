@@ -3,7 +3,7 @@
 Names, everywhere in this folder:
     obs, next_obs   (N, ...) or one such array per key       terminated  (N,) bool: no reward can follow, targets do not bootstrap
     action          (N, ...)                                  truncated   (N,) bool: cut from outside, targets do bootstrap
-    reward          (N,) in the task's unit                   episode     (N,) int64: true episode, ascending
+    reward          (N,) floating point, in the task's unit                   episode     (N,) int64: true episode, ascending
 A step that is both terminated and truncated counts as terminated. An episode that ends with neither is cut: the file ended.
 """
 
@@ -77,6 +77,8 @@ class Transitions:
         for name, value in {**columns(self.obs), **columns(self.next_obs, "next_obs"), **self._flat()}.items():
             if len(value) != n:
                 raise ValueError(f"{self.about.name}: {name} has {len(value)} rows, but reward has {n}; every column needs one row per decision")
+        # Rewards are scaled and shifted: integers would wrap or lose what is behind the point.
+        object.__setattr__(self, "reward", np.asarray(self.reward, dtype=np.result_type(self.reward, np.float32)))
         same = np.append(self.episode[1:] == self.episode[:-1], False)
         if self.next_action is None:
             after = np.minimum(np.arange(n) + 1, n - 1)

@@ -104,6 +104,15 @@ def check_transitions(data: Transitions) -> Report:
     return Report(data.about.name, tuple(faults))
 
 
+def check_writable(data: Transitions) -> None:
+    """Raises DatasetError for rows that a file can't hold: faulty ones, and episodes whose last successor nobody knows."""
+    check_transitions(data).check()
+    last, name = data.bounds()[1] - 1, data.about.name
+    lost = last[~data.next_known[last] & ~data.terminated[last]]
+    if len(lost):
+        raise DatasetError(f"{name}: next_obs, row {int(lost[0])}: the episode's final observation is not known; write data.view() instead")
+
+
 def _not_following(data: Transitions) -> list[Fault]:
     """Rows whose next_obs is not the next row's obs of the same episode."""
     inside = (data.episode[1:] == data.episode[:-1]) & data.next_known[:-1]

@@ -35,14 +35,17 @@ from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.methods import OFF_POLICY
 from markovia.algos.off_policy.slots import (
     Ascent,
+    Conservative,
     Critics,
     Deterministic,
     FixedTemperature,
+    LoggedTarget,
     SmoothedTarget,
     SoftTarget,
     SoftValue,
     TunedTemperature,
     ValueTarget,
+    Weighted,
 )
 from markovia.algos.off_policy.update import Update
 from markovia.algos.presets import configure
@@ -273,6 +276,10 @@ def test_truncation_bootstraps_and_termination_does_not(method_id: str) -> None:
         (lambda: OffPolicy(target=ValueTarget()), r"set target=ValueTarget\(\) and value=SoftValue\(\)"),
         (lambda: OffPolicy(value=SoftValue()), "a value network serves ValueTarget alone"),
         (lambda: OffPolicy(policy=Deterministic()), "a deterministic policy has no density"),
+        (lambda: dataclasses.replace(tiny("td3"), target=SmoothedTarget(penalty=0.1)), "target.penalty reads next logged actions or returns"),
+        (lambda: OffPolicy(target=LoggedTarget()), r"target=LoggedTarget\(\) reads .* which a dataset has and a replay has not"),
+        (lambda: OffPolicy(regulariser=Conservative(calibrated=True)), "regulariser.calibrated reads next logged actions or returns"),
+        (lambda: OffPolicy(actor=Weighted()), r"actor=Weighted\(\) has not: set temperature=FixedTemperature\(0.0\)"),
         (lambda: Deterministic(noise=0.0), "explores nothing"),
         (lambda: Ascent(inverse_step=0.0), "None leaves the old policy out"),
         (lambda: Ascent(refresh_steps=0), "refresh_steps must be >= 1"),

@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from markovia.agents.interface import Agent
 from markovia.algos.off_policy.slots import Behaviour, Deterministic, QuantileCritics
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.methods import OFFLINE
-from markovia.algos.offline.setup import reference_of
+from markovia.algos.offline.setup import describe, reference_of
 from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, make_driver
@@ -186,10 +187,25 @@ def test_actions_are_scaled_to_the_box_and_best_episodes_kept() -> None:
     np.testing.assert_allclose(agent.from_unit(found.replay.store.action[:1].numpy()), [[-2.0, 4.0]])
 
 
+def test_data_of_another_task_with_fitting_shapes() -> None:
+    """The note tells another name; a Minari set that declares other bounds of its actions is refused, because the same number is another action."""
+    data = pointmass_data("random", episodes=2)
+    there = gym.spec("Walker2d-v5")
+    told = dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=there))
+    assert describe(told, "HalfCheetah-v5", 80, None).startswith("pointmass2d/random (recorded in Walker2d-v5, not in HalfCheetah-v5): 80 steps")
+    assert "recorded" not in describe(told, "gymnasium:Walker2d-v4", 80, None) and "recorded" not in describe(data, POINT, 80, None)
+    agent = ControlAgent.from_spaces(BOX, spaces.Box(-2.0, 2.0, (2,), np.float32), critic=False)
+    make_source(dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=None)), Logged(), agent, 0.99)
+    with pytest.raises(ValueError, match=r"was recorded with actions in .* the same number is another action there"):
+        make_source(data, Logged(), agent, 0.99)
+
+
 def test_references_belong_to_one_task_and_time_limit() -> None:
     data = pointmass_data("random")
     assert reference_of(data, POINT, 40) is data.about.reference
     assert reference_of(data, POINT, 50) is None and reference_of(data, "Pendulum-v1", 200) is None
     hopper = reference_of(data, "Hopper-v2", 1000)
     assert hopper is None or hopper.maximum == pytest.approx(3234.3)
+    maze = dataclasses.replace(data.about, reference=dataclasses.replace(data.about.reference, env_id="PointMaze_UMaze-v3", horizon=None))
+    assert reference_of(dataclasses.replace(data, about=maze), "gymnasium_robotics:PointMaze_UMaze-v3", 300) is maze.reference
     assert Bandit2D().data(4).about.env_id is None

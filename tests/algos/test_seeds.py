@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
+from markovia.algos import optimizer
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.seeds import SeedGroup
 from markovia.algos.off_policy.slots import Behaviour, QuantileCritics
@@ -51,6 +52,15 @@ def test_seeds_together_equal_separate_runs(method_id: str) -> None:
         assert before[1] == after[1]
         for name, tensor in before[0].items():
             torch.testing.assert_close(after[0][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_seeds_of_large_networks_leave_the_fused_optimiser_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's fused Adam, which long vectors take on the CPU, can't be mapped over seeds."""
+    monkeypatch.setattr(optimizer, "LONG", 8)
+    alone, together = drivers(short("td3-bc"), 2), drivers(short("td3-bc"), 2)
+    group = SeedGroup(together)
+    for a, b in zip([d.step() for d in alone], group.step(), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 def test_each_seed_keeps_its_own_checkpoint(tmp_path: Any) -> None:

@@ -22,6 +22,7 @@ from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.methods import WARM_START
 from markovia.algos.offline.warm_start import WarmStart
 from markovia.algos.presets import configure, override
+from markovia.algos.safe.replayed import ReplayConstraint
 from markovia.algos.setup import build, make_driver
 from markovia.runs import train
 
@@ -245,10 +246,25 @@ def test_phases_that_do_not_fit_are_refused() -> None:
     fixed = dataclasses.replace(short().online, temperature=FixedTemperature(0.1))
     with pytest.raises(ValueError, match="same kind of temperature"):
         dataclasses.replace(short(), online=fixed)
-    iql = dataclasses.replace(short().offline, regulariser=None, target=InSampleTarget(), value=Expectile(), actor=Weighted())
+    slots = {"target": InSampleTarget(), "value": Expectile(), "actor": Weighted(), "temperature": FixedTemperature(0.0)}
+    iql = dataclasses.replace(short().offline, regulariser=None, **slots)
     with pytest.raises(ValueError, match="no value network"):
         dataclasses.replace(short(), offline=iql)
     with pytest.raises(ValueError, match="must be the same networks"):
         dataclasses.replace(short(), online=dataclasses.replace(short().online, critic=Critics(num=3, hidden=(9,))))
+    with pytest.raises(ValueError, match="have no counterpart offline; leave them out"):
+        dataclasses.replace(short(), online=dataclasses.replace(short().online, constraint=ReplayConstraint()))
     with pytest.raises(ValueError, match="learns control from a dataset"):
         build(POINT, short())
+
+
+def test_frozen_policies_of_the_second_phase_begin_as_the_policy_is() -> None:
+    """Mirror descent online after learning offline without it: pi_k is the policy that the dataset taught."""
+    driver = driver_of(short(online={"actor": {"inverse_step": 1.0}}))
+    while driver.online is None or driver.online.num_updates == 0:
+        driver.step()
+        if driver.offline.finished and driver.online is None:
+            driver.go_online()
+            for old, new in zip(driver.online.nets.reference_policies["old"].parameters(), driver.agent.net["policy"].parameters(), strict=True):
+                assert torch.equal(old, new)
+    assert driver.online.num_updates > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,20 @@ def test_a_cell_that_fails_is_told_and_the_others_are_recorded(module: Any, tmp_
     with pytest.raises(SystemExit, match=r"holds t a 0 after 100 steps, and 1,000 are asked for: use other --out and --runs"):
         grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], budget=lambda *entry: 1000, **options)
     assert (tmp_path / "calls").read_text().split() == ["a0", "c0"]
+
+
+def dies_for_b(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
+    if method == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake(task, method, seed, out)
+
+
+def test_a_cell_whose_process_is_killed_takes_no_other_with_it(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out = module("grid"), tmp_path / "x.json"
+    options = {"jobs": 1, "out": out, "told": lambda found: found["method"], "table": lambda rows: ""}
+    with pytest.raises(SystemExit, match="1 of 4 cells failed:\nt b 0: its process was killed"):
+        grid.measure(dies_for_b, [("t", m, 0, tmp_path) for m in "abcd"], **options)
+    assert [r["method"] for r in grid.cells(out)] == ["a", "c", "d"] and (tmp_path / "calls").read_text().split() == ["a0", "c0", "d0"]
 
 
 def test_over_seeds_by_hand(module: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from gymnasium import spaces
 
 import markovia  # noqa: F401  (registers the ids)
+from markovia.dataset import describe
 from markovia.envs.exact.offline import pointmass_data
 from markovia.envs.offline import (
     About,
@@ -23,6 +24,7 @@ from markovia.envs.offline import (
     load,
     load_d4rl,
     load_minari,
+    reward_transform,
     write_d4rl,
     write_minari,
 )
@@ -301,6 +303,38 @@ def test_d4rl_without_timeouts_counts_steps(tmp_path):
 def test_d4rl_round_trip(tmp_path):
     data = pointmass_data("medium", episodes=3)
     same(load_d4rl(write_d4rl(data, tmp_path / "p.hdf5")), data)
+
+
+def test_d4rl_is_not_written_with_successors_that_nobody_knows(tmp_path):
+    path, _ = d4rl_file(tmp_path / "x.hdf5")
+    data = load_d4rl(path)
+    with pytest.raises(DatasetError, match=r"next_obs, row 7: the episode's final observation is not known; write data.view\(\)"):
+        write_d4rl(data, tmp_path / "y.hdf5")
+    again = load_d4rl(write_d4rl(data.view(), tmp_path / "y.hdf5"))
+    assert len(again) == len(data.view()) == 8 and again.next_known.all()
+    np.testing.assert_array_equal(again.episode, data.view().episode)
+    np.testing.assert_array_equal(np.flatnonzero(again.truncated), [6])  # a cut episode that others follow
+
+
+def test_integers_of_a_d4rl_file(tmp_path):
+    """Rewards become numbers that can be scaled; actions are choices, one or several."""
+    data = load_d4rl(d4rl_file(tmp_path / "x.hdf5", rewards=np.arange(10, dtype=np.uint8), actions=np.arange(10)[:, None] % 3)[0])
+    assert data.reward.dtype == np.float32 and data.about.action_space == spaces.Discrete(3) and data.action.shape == (10,)
+    np.testing.assert_array_equal(reward_transform("antmaze_minus1", data)(data.reward), np.arange(10) - 1.0)
+    wide = load_d4rl(d4rl_file(tmp_path / "y.hdf5", actions=np.stack([np.arange(10) % 2, np.arange(10) % 4], 1))[0])
+    assert wide.about.action_space == spaces.MultiDiscrete([2, 4])
+    assert describe(str(tmp_path / "x.hdf5"))[0]["action_share"] == pytest.approx([0.4, 0.3, 0.3])
+    assert describe(str(tmp_path / "y.hdf5"))[0]["action_coverage"] is None
+
+
+def test_horizon_and_id_of_a_d4rl_file(tmp_path):
+    path, _ = d4rl_file(tmp_path / "x.hdf5", drop=("timeouts",))
+    with pytest.raises(ValueError, match="horizon must be >= 1, got 0"):
+        load_d4rl(path, horizon=0)
+    with pytest.raises(ValueError, match="a horizon is told of D4RL files alone"):
+        load("fixture:pointmass2d/medium", horizon=4)
+    with pytest.warns(UserWarning, match="no reference returns are known for hoper-medium-v2; did you mean 'hopper-medium-v2'"):
+        load_d4rl(path, env_id="hoper-medium-v2", horizon=4)
 
 
 def test_faulty_d4rl_is_reported_by_field_and_row(tmp_path):

@@ -19,6 +19,7 @@ from markovia.envs.offline import (
     Transform,
     Transitions,
     action_coverage,
+    concatenate,
     reference,
     returns_histogram,
     reward_transform,
@@ -154,6 +155,8 @@ def test_state_action_coverage_by_hand():
     assert state_action_coverage(data, data) == 1.0
     shuffled = data.rows(np.array([2, 0, 3, 1]))
     assert state_action_coverage(shuffled, replay) == pytest.approx(0.75)
+    grown = concatenate([data, discrete([5, 6, 7, 8], [0, 0, 0, 0], [0] * 4, ends=[3])])  # 4 of its 8 rows: from both halves
+    assert state_action_coverage(grown, discrete([0] * 4, [0] * 4, [0] * 4, ends=[3])) == 4.0
     with pytest.raises(ValueError, match="numbers per"):
         state_action_coverage(data, pointmass_data("mix", episodes=1))
 
@@ -228,6 +231,19 @@ def test_replay_terminates_and_cuts_as_logged():
     env.reset(options={"episode": 1})
     _, reward, terminated, truncated, info = env.step(0)
     assert (reward, terminated, truncated, info["action_distance"]) == (3.0, False, True, 1.0)
+
+
+def test_replay_serves_no_observation_of_another_episode():
+    """Episodes of a flat file: cut at row 1, terminated at row 3; nobody logged what came after either."""
+    data = discrete([4, 5, 6, 7], [0] * 4, [1, 2, 3, 4], ends=[3])
+    ends = {"episode": np.array([0, 0, 1, 1]), "truncated": np.arange(4) == 1, "next_known": np.arange(4) % 2 == 0}
+    flat = dataclasses.replace(data, next_obs=np.array([5, 6, 7, 0]), **ends)
+    env = OfflineReplayEnv(data=flat)
+    env.reset(options={"episode": 0})
+    assert env.step(0)[:4] == (5, 1.0, False, True)
+    env.reset(options={"episode": 1})
+    assert env.step(0)[:4] == (7, 3.0, False, False)
+    assert env.step(0)[:4] == (7, 4.0, True, False)
 
 
 def test_replay_needs_spaces_and_known_names():
