@@ -42,6 +42,7 @@ class StepCollector:
     NEXT_STEP: the step after an end only resets; it is stored with valid = mask = False, and the final observation is the one of the ending step.
     `boot_value` holds V(final observation) where an episode was truncated and V(next observation) at the row's cut, with the normaliser and
     critic as they are at the end of the collection. `episodes` gets the raw return of every finished episode; whoever reads it empties it.
+    Environments may tell costs only where there are some: once one was told, steps without count 0 (for agents with cost columns those before too).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class StepCollector:
         self.next_step = mode is AutoresetMode.NEXT_STEP
         self.num_costs: int = getattr(agent, "num_costs", 0)
         self.cost_gamma = cost_gamma
+        self._costs_told = 0  # costs a step that the environments have told since the run began, 0 until there was one
         self.episodes: list[float] = []
         # The most recent ones; a loop that reads them empties them.
         self.episode_lengths: deque[int] = deque(maxlen=1000)
@@ -89,11 +91,13 @@ class StepCollector:
         self._return, self._length, self._cost = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros((n, 1))
 
     def state(self) -> dict[str, Tensor]:
-        """The reward scale. Environments are reset at a checkpoint, so nothing of theirs is kept."""
-        return {} if self.reward_scale is None else self.reward_scale.state()
+        """The reward scale, and how many costs were told. Environments are reset at a checkpoint, so nothing else of theirs is kept."""
+        return {"costs_told": torch.tensor(self._costs_told)} | ({} if self.reward_scale is None else self.reward_scale.state())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put `state()` back."""
+        # Checkpoints of before 'costs_told' was kept: a run with limits would not have come that far without a cost.
+        self._costs_told = int(state.get("costs_told", self.num_costs))
         if self.reward_scale is not None:
             self.reward_scale.load_state(state)
 
@@ -109,7 +113,8 @@ class StepCollector:
         reward = np.zeros((B, T))
         terminated, truncated = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
         valid = np.zeros((B, T), dtype=bool)
-        cost: np.ndarray | None = None  # until the environment tells one
+        width = self.num_costs or self._costs_told
+        cost = np.zeros((B, T, width)) if width else None
         finals: list[tuple[np.ndarray, int, Any]] = []  # environments, step, their raw final observations
         actor = agent.actor()  # type: ignore[attr-defined]
         ended = np.zeros((B, T), dtype=bool)
@@ -129,10 +134,10 @@ class StepCollector:
             done = term | trunc
             ended[:, t] = done
             valid[:, t], reward[:, t], terminated[:, t], truncated[:, t] = live, r, term, trunc
-            step_cost = cost_of(infos, done & (not self.next_step), B)
+            step_cost = self._told(infos, done)
             if step_cost is not None:
                 check_step("cost", step_cost, self._steps - 1, partial(dict, observation=self._raw, action=env_action, reward=r))
-                cost = np.zeros((B, T, self.num_costs or step_cost.shape[1])) if cost is None else cost
+                cost = np.zeros((B, T, step_cost.shape[1])) if cost is None else cost
                 if cost.shape[2] != step_cost.shape[1]:
                     raise ValueError(
                         f"info['cost'] has {step_cost.shape[1]} column(s), expected {cost.shape[2]}; "
@@ -150,6 +155,7 @@ class StepCollector:
         if len(who):
             finals.append((who, T - 1, _rows(self._raw, who)))
             truncated[who, -1] = True
+        cost = cost if self._costs_told else None
         rollout = self._record(agent, Stepped(store["obs"], store["action"], reward, terminated, truncated, valid, cost, finals))
         if self.shield is not None:
             device = rollout.valid.device
@@ -190,6 +196,12 @@ class StepCollector:
         check_step("observation", self._raw, self._steps, lambda: {"action": action, "reward": r})
         self._steps += 1
         return r, term, trunc, infos
+
+    def _told(self, infos: dict[str, Any], done: np.ndarray) -> np.ndarray | None:
+        """The costs (n, m) that a step tells, which is noted for the steps to come; None where it tells none."""
+        cost = cost_of(infos, done & (not self.next_step), self.venv.num_envs)
+        self._costs_told = self._costs_told if cost is None else cost.shape[1]
+        return cost
 
     def _episode(self, r: np.ndarray, live: np.ndarray, done: np.ndarray, cost: np.ndarray | None) -> None:
         """Add a step to the running episodes and report those that ended."""

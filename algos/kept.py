@@ -10,6 +10,7 @@ torch.compile's, bit by bit. Loading needs neither Dynamo nor Inductor, whose im
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -132,7 +133,8 @@ def find(told: str) -> Found | None:
             return None  # native code of somebody else
         used: list[int] = json.loads((kept / "used.json").read_text())
         library: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept / "update.so"), 1)
-        os.utime(kept)
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(kept)
     except (FileNotFoundError, AttributeError):  # not made yet, or a torch that can't load it
         return None
     except (OSError, RuntimeError, ValueError):

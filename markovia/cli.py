@@ -173,6 +173,7 @@ def video_command(argv: list[str]) -> None:
     from markovia.pictures import record_video
     from markovia.runs import load_run
     from markovia.samples import write_samples
+    from markovia.settings import from_json
 
     _at_least_one("--episodes", args.episodes)
     loaded = load_run(args.run)
@@ -181,7 +182,8 @@ def video_command(argv: list[str]) -> None:
         for path in write_samples(loaded.agent, loaded.task, folder, max(args.episodes, 32), args.seed, args.run):
             print(path)
         return
-    for path in record_video(loaded.agent, loaded.config["env"], loaded.config["env_kwargs"], folder, args.episodes, args.seed):
+    env_kwargs = from_json(dict[str, Any], loaded.config["env_kwargs"])
+    for path in record_video(loaded.agent, loaded.config["env"], env_kwargs, folder, args.episodes, args.seed):
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a run that someone else may have written: its shape, and numbers that would fill memory, are looked at before anything is built."""
+"""config.json of a run, perhaps written by someone else: its shape, and numbers that would fill memory, are looked at before anything is built."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from markovia.envs.machine import fits
+from markovia.envs.registry import kind_of
 from markovia.rundir import RunError
 
 MAX_NUMBER = 2**20  # of what an environment or an agent is given
 MAX_MATRIX = 2**28  # entries of one layer
 MAX_ENVS = 2**14
+MAX_SEED = 2**63 - 1
 ENV_BYTES = 1.2e6  # of one environment, as Humanoid-v5 was measured; the other tasks of MuJoCo take little less, games of a few numbers far less
 PARTS = ("agent_options", "env_kwargs", "settings")
 _SIZES = ("hidden", "width", "channels", "layers", "depth", "window", "heads", "modes")  # settings that shape networks
@@ -26,9 +28,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _OPTIONAL: dict[str, tuple[type, ...]] = {"data": (dict,), "dataset": (str,), "read": (dict,), "references": (dict,), "texts": (dict,)}
 
 
-def check_config(config: Any, path: Path) -> dict[str, Any]:
+def check_config(config: Any, path: Path | str) -> dict[str, Any]:
     """The configuration, if it has the entries of one, of their types, and no number beyond reason.
 
+    path  the file that holds it, or what else it is called in messages: a new run is checked too, so that one that begins can be resumed
     Raises RunError, and OverMemory where the layers that are listed are more than the machine holds.
     """
     from markovia.agents.checkpoint import MAX_LAYERS, most_layers
@@ -41,7 +44,7 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     for name, types in _OPTIONAL.items():
         if name in config and not isinstance(config[name], types):
             raise RunError(f"{path} has no usable {name!r} (found {str(config[name])[:60]!r}); restore it from a checkpoint's folder")
-    if not 0 <= config["seed"] < 2**63:
+    if not 0 <= config["seed"] <= MAX_SEED:
         raise RunError(f"{path} has the seed {config['seed']}, expected 0 to 2^63 - 1")
     for part in PARTS:
         if (layers := most_layers(config[part])) > MAX_LAYERS:
@@ -52,8 +55,8 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     fits(4 * _entries([config[part] for part in PARTS]), f"what {path} describes ({largest(config)})")
     envs = config["settings"].get("num_envs", 1)
     if isinstance(envs, int) and envs > MAX_ENVS:
-        raise RunError(f"{path} asks for {envs} environments, at most {MAX_ENVS} are made because a file says so")
-    if isinstance(envs, int):
+        raise RunError(f"{path} asks for {envs} environments, at most {MAX_ENVS} are made")
+    if isinstance(envs, int) and kind_of(config["env"] or "") == "control":  # rows of tables, texts and images are no simulations
         fits(envs * ENV_BYTES, f"settings.num_envs={envs} of {path}")
     return config
 
@@ -92,12 +95,13 @@ def _check_numbers(value: Any, name: str, most: int) -> None:
     """Raises RunError for an integer above `most`, and for neighbours in a list whose product is no layer's."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_numbers(inner, f"{name}.{key}"[:200], most)
+            # A seed stands for nothing of its size.
+            _check_numbers(inner, f"{name}.{key}"[:200], MAX_SEED if key == "seed" else most)
     elif isinstance(value, list):
         for inner in value:
             _check_numbers(inner, name, most)
         numbers = [v for v in value if isinstance(v, int)]
         if any(a * b > MAX_MATRIX for a, b in pairwise(numbers)):
-            raise RunError(f"{name} is {str(value)[:60]}: layers of that size are not made because a file says so")
+            raise RunError(f"{name} is {str(value)[:60]}: layers of that size are not made")
     elif isinstance(value, int) and abs(value) > most:
-        raise RunError(f"{name} is {str(value)[:40]}, more than {most}; a file that asks for so much is not followed")
+        raise RunError(f"{name} is {str(value)[:40]}, more than {most}, the most that a run may ask for")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from markovia.settings import from_json
+
 
 def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, Any]:
     """Episode costs and returns of a run's newest checkpoint, sampling actions as in training ("sampled") and greedily ("greedy"); of a run with a
@@ -22,7 +24,7 @@ def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, 
     from markovia.runs import load_run
 
     loaded = load_run(run)
-    env_id, env_kwargs = loaded.config["env"], loaded.config["env_kwargs"]
+    env_id, env_kwargs = loaded.config["env"], from_json(dict[str, Any], loaded.config["env_kwargs"])
     if loaded.task is not None:
         raise ValueError(f"{env_id} is generated and not stepped; its cost is what the collector was given, see the run's metrics ('cost')")
     limit = _limit(loaded.config, make_env(env_id, **env_kwargs))

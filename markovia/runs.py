@@ -151,6 +151,7 @@ def train(
     run = Path(out) if out is not None else default_folder(name, asked.dataset or env or Path(data or "data").name.partition(".")[0], seed)
     config = asked.config()
     with machine.over_memory(over_memory):
+        _check_asked(config)
         if asked.writes:
             _check_folder(run, config, resume)
     if track:
@@ -268,6 +269,14 @@ def _own_config(run: Path) -> dict[str, Any]:
                 f"put {written} in its place, or train into another --out"
             )
     return config
+
+
+def _check_asked(config: dict[str, Any]) -> None:
+    """Raises RunError for a new run that could not be read back, and OverMemory."""
+    try:
+        check_config(config, "this run")
+    except machine.OverMemory as error:
+        raise machine.OverMemory(f"{error}; --over-memory begins it all the same") from None
 
 
 def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 TYPE = "type"  # key that names a nested dataclass
+FLOAT = "float"  # key of a float that JSON has no number for
+_NAMES = ("inf", "-inf", "nan")
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON of a settings value: a dataclass becomes {"type": its name, field: ...}, an infinite float its name.
+    """Plain JSON of a settings value: a dataclass becomes {"type": its name, field: ...}, an infinite float {"float": "inf"}.
 
     What JSON can't hold (a callable, a module) becomes {"python": repr}, which `from_json` refuses to rebuild.
     """
@@ -27,7 +29,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return {FLOAT: str(float(value))}
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     # No other process shares an address: a run with a function among its settings could not be resumed.
@@ -39,6 +41,8 @@ def from_json(hint: Any, data: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(data, dict) and "python" in data:
         raise ValueError(f"this setting was a Python object ({data['python']}) and can't be rebuilt from JSON; use the agent that train() returned")
+    if _is_float(data):
+        return float(data[FLOAT])
     if origin in (typing.Union, types.UnionType):
         return _from_union(args, data)
     if dataclasses.is_dataclass(hint):
@@ -48,9 +52,15 @@ def from_json(hint: Any, data: Any) -> Any:
         return tuple(from_json(h, d) for h, d in zip(hints, data, strict=True))
     if origin is dict:
         return {k: from_json(args[1], v) for k, v in data.items()}
-    if hint is float and isinstance(data, str):
+    if hint is float and isinstance(data, str):  # how an infinite one was written at first
         return float(data)
-    return data
+    if isinstance(data, dict):
+        return {k: from_json(Any, v) for k, v in data.items()}
+    return [from_json(Any, v) for v in data] if isinstance(data, list) else data
+
+
+def _is_float(data: Any) -> bool:
+    return isinstance(data, dict) and data.keys() == {FLOAT} and data[FLOAT] in _NAMES
 
 
 def _from_union(options: tuple[Any, ...], data: Any) -> Any:
@@ -81,7 +91,16 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+    return [] if _as_first_written(old) == _as_first_written(new) else [f"{path}: {old} -> {new}"]
+
+
+def _as_first_written(data: Any) -> Any:
+    """JSON whose infinite floats are bare names, so that a run of then is the same run."""
+    if _is_float(data):
+        return data[FLOAT]
+    if isinstance(data, dict):
+        return {k: _as_first_written(v) for k, v in data.items()}
+    return [_as_first_written(x) for x in data] if isinstance(data, list) else data
 
 
 def file_entry(data: str | Path, judge: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 from markovia import cli
 from markovia.agents.checkpoint import CheckpointError
+from markovia.algos.presets import configure, override
 from markovia.costs import cost_of
 from markovia.runs import load_run, train
 
@@ -16,8 +18,6 @@ ONE_ITERATION = {"eval_episodes": 0, "progress": False, "compile": False, "callb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from markovia.algos.presets import configure, override
-
     settings = override(
         configure("ppo-lag", "markovia/SafeGrid-v0"),
         {"num_env_steps": 320, "num_envs": 4, "num_steps": 40, "constraint": {"cost_limit": [3.0]}},
@@ -40,8 +40,6 @@ def test_costs_are_told_for_sampled_and_greedy_actions(run, capsys):
 
 
 def test_behind_its_shield(tmp_path, capsys, monkeypatch):
-    from markovia.algos.presets import configure, override
-
     changes = {
         "num_env_steps": 1280, "num_envs": 2, "num_steps": 320, "solver": {"minibatch": 80, "epochs": 1},
         "constraint": {"shield": {"epsilon_first": 0.3, "alpha": 0.01, "hidden": [8], "iterations": 2, "step": 0.5}},
@@ -74,6 +72,35 @@ def test_a_run_without_a_shield_has_none(run):
 def test_the_tasks_own_limit_counts_where_the_method_has_none(tmp_path):
     out = train("ppo", "markovia/SafePendulum-v0", out=tmp_path / "plain", **ONE_ITERATION)
     assert cost_of(out.run, episodes=1)["limit"] == 25.0
+
+
+class Below(gym.Env):
+    """Ends above `high`, which is never where that is infinite; every step costs 1."""
+
+    observation_space, action_space = spaces.Box(-1.0, 1.0, (1,), np.float32), spaces.Discrete(2)
+
+    def __init__(self, high=0.0):
+        self.high = high
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), 1.0, self.high < 1.0, False, {"cost": 1.0}
+
+
+gym.register("test/Below-v0", Below, max_episode_steps=3)
+
+
+def test_infinite_arguments_of_the_task_reach_every_command(tmp_path, monkeypatch):
+    run = train("a2c", "test/Below-v0", out=tmp_path / "run", env_kwargs={"high": float("inf")}, **ONE_ITERATION).run
+    loaded = load_run(run)
+    assert loaded.evaluate(loaded.agent, 2, 0)["lengths"] == [3, 3]
+    assert cost_of(run, episodes=2)["greedy"]["costs"] == [3.0, 3.0]
+    drawn = []
+    monkeypatch.setattr("markovia.pictures.record_video", lambda agent, env, env_kwargs, *_: drawn.append(env_kwargs) or [])
+    assert cli.run(["video", str(run)]) == 0 and drawn == [{"high": float("inf")}]
 
 
 def test_a_task_without_a_cost_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from markovia.agents.checkpoint import load_tensors
 from markovia.algos.presets import configure, override
 from markovia.rundir import Metrics, RunError, checkpoints
 from markovia.runs import load_run, train
-from markovia.settings import from_json, to_json
+from markovia.settings import differences, from_json, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = "Pendulum-v1"
@@ -266,3 +267,14 @@ def test_settings_round_trip_through_json():
         assert from_json(type(row.value), data) == row.value
     with pytest.raises(ValueError, match="Python object"):
         from_json(float, to_json(lambda: 0))
+
+
+def test_infinite_floats_survive_whatever_the_hint():
+    kwargs = {"healthy_z_range": [0.7, float("inf")], "low": -float("inf"), "inner": {"name": "inf", "rows": [{"x": float("inf")}]}}
+    data = json.loads(json.dumps(to_json(kwargs), allow_nan=False))
+    assert from_json(dict[str, Any], data) == kwargs
+    assert from_json(float, to_json(float("-inf"))) == from_json(float, "-inf") == -float("inf")  # "-inf": as runs wrote it at first
+    assert str(from_json(float | None, to_json(float("nan")))) == "nan"
+    old = {"healthy_z_range": [0.7, "inf"], "low": "-inf", "inner": {"name": "inf", "rows": [{"x": "inf"}]}}
+    assert differences(old, data) == []  # so that such a run can be resumed
+    assert differences({"a": 1.0}, to_json({"a": float("inf")})) == ["a: 1.0 -> {'float': 'inf'}"]

@@ -14,6 +14,7 @@ from markovia.agents.return_conditioned import ReturnConditionedAgent
 from markovia.algos.setup import evaluate_stepped
 from markovia.algos.streams import stream_seed
 from markovia.collect import NUM_ENVS, play
+from markovia.envs.control import stepping
 from markovia.envs.control.stepping import first_episodes
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import MLPDenoiser
@@ -161,6 +162,56 @@ def test_stable_baselines_own_evaluation_agrees():
     venv.seed(stream_seed(5, "evaluation") % 2**31)
     theirs = evaluate_policy(agent, venv, n_eval_episodes=1, deterministic=True)[0]
     assert evaluate_stepped(agent, ID, 1, 5)["returns"][0] == pytest.approx(theirs, abs=2e-6)  # its monitor rounds to six places
+
+
+# -------------------------------------------------------------------------------------------------------------------------- limits
+class Endless(Counted):
+    """Ends no episode."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.length = -1
+        return obs, info
+
+
+class Still:
+    """A policy that does nothing."""
+
+    def __init__(self, size=1):
+        self.size = size
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.full((*np.shape(observation)[:-1], self.size), 0.5, np.float32), state
+
+
+ENDLESS = "test/Endless-v0"
+gym.register(ENDLESS, Endless)
+
+
+def test_episodes_that_nothing_ends_are_cut_and_count(monkeypatch, recwarn):
+    monkeypatch.setattr(stepping, "LONGEST", 20)
+    assert evaluate_stepped(Still(), ENDLESS, 3, 0) == {"returns": [10.0] * 3, "lengths": [20] * 3}
+    assert evaluate_stepped(Still(), ENDLESS, 3, 1)["lengths"] == [20] * 3
+    assert len(recwarn) == 2 and 'train with --env-kwargs \'{"max_episode_steps": 1000}\'' in str(recwarn[0].message)
+    assert len(list(first_episodes(gym.make(ENDLESS), Still()))) == 20
+    assert play(ENDLESS, Still(), 0, "medium", episodes=NUM_ENVS).lengths().tolist() == [20] * NUM_ENVS
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_limit_is_kept_however_long(monkeypatch):
+    monkeypatch.setattr(stepping, "LONGEST", 20)
+    for steps in (7, 20, 33):
+        assert evaluate_stepped(Still(), ENDLESS, 2, 0, {"max_episode_steps": steps})["lengths"] == [steps] * 2
+        assert len(list(first_episodes(gym.make(ENDLESS, max_episode_steps=steps), Still()))) == steps
+
+
+def test_a_batch_of_simulations_is_asked_for_its_own_limit(monkeypatch, recwarn):
+    pytest.importorskip("mujoco.batch")
+    monkeypatch.setattr(stepping, "LONGEST", 5)
+    assert evaluate_stepped(Still(6), "HalfCheetah-v5", 2, 0, {"max_episode_steps": 9})["lengths"] == [9, 9]
+    assert not recwarn.list
+    assert evaluate_stepped(Still(6), "HalfCheetah-v5", 2, 0, {"max_episode_steps": -1})["lengths"] == [5, 5]
+    assert "HalfCheetah-v5 has no time limit" in str(recwarn[0].message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- histories

@@ -39,7 +39,7 @@ def build_imitation(method: Imitation, request: Request) -> Setup:
     """Everything for cloning a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
     assert request.dataset is not None
     env_id, env_kwargs, device = request.task, request.env_kwargs, request.device
-    data = load(request.dataset)
+    data = load(request.dataset, horizon=method.data.horizon)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
@@ -56,7 +56,7 @@ def build_imitation(method: Imitation, request: Request) -> Setup:
         found = evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
         return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
 
-    return Setup("control", agent, source, evaluate, note=describe(data, len(source.data), scale))
+    return Setup("control", agent, source, evaluate, note=describe(data, env_id, len(source.data), scale))
 
 
 def load_start(folder: str | None) -> DiffusionPolicyAgent:

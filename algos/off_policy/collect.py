@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
-from markovia.algos.collect import StepCollector, cost_of, final_obs
+from markovia.algos.collect import StepCollector, final_obs
 from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.safe.constraint import checked_cost
 
@@ -20,7 +20,8 @@ class ReplayCollector(StepCollector):
     """One step of every environment at a time, written to `replay`: the final observation of an episode is kept apart from the next one's first.
 
     Steps that only reset (NEXT_STEP) are not written. Rewards enter as `reward` gives them, unscaled where it is None; episodes count them raw.
-    Costs are counted where the task tells them, and written as the column `cost` for methods with limits (`num_costs`).
+    Costs are counted where the task tells them, and written as the column `cost` for methods with limits (`num_costs`): there is none before the
+    first cost was told, so that an update without any is refused (`checked_cost`), and zeros for steps without a cost.
     """
 
     reward: Callable[[np.ndarray], np.ndarray] | None = None
@@ -48,11 +49,13 @@ class ReplayCollector(StepCollector):
         swapped = done.any() and not self.next_step
         final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv, self._steps - 1)) if swapped else following
         paid = r if self.reward is None else self.reward(r)
-        cost = cost_of(infos, done & (not self.next_step), len(r))
-        limited = checked_cost(None if cost is None else _like(cost, unit), self.num_costs) if self.num_costs else None
+        cost = self._told(infos, done)
+        width = self.num_costs or self._costs_told
+        if cost is None and width:
+            cost = np.zeros((len(r), width))
         rows = Batch(
             self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device),
-            {} if limited is None else {"cost": limited},
+            self._limited(cost, unit),
         )  # fmt: skip
         if not live.all():
             index = torch.from_numpy(np.flatnonzero(live)).to(unit.device)
@@ -64,6 +67,16 @@ class ReplayCollector(StepCollector):
         self._starting = done if self.next_step else np.zeros_like(done)
         return int(live.sum())
 
+    def _limited(self, cost: np.ndarray | None, unit: Tensor) -> dict[str, Tensor]:
+        """The step's column of costs for a method with limits, once a cost was told; steps that were written before get zeros."""
+        if not (self.num_costs and self._costs_told):
+            return {}
+        column = checked_cost(None if cost is None else _like(cost, unit), self.num_costs)
+        written = self.replay.store
+        if written is not None and "cost" not in written.extra:
+            written.extra["cost"] = column.new_zeros((self.replay.capacity, self.num_costs))
+        return {"cost": column}
+
     def _unit_action(self, agent: ControlAgent, generator: torch.Generator, uniform: bool) -> Tensor:
         if not uniform:
             return agent.unit_action(agent.sample(self._obs, generator))
@@ -71,12 +84,13 @@ class ReplayCollector(StepCollector):
         return 2.0 * torch.rand(shape, generator=generator, device=generator.device) - 1.0
 
     def state(self) -> dict[str, Tensor]:
-        """The replay. Environments are reset at a checkpoint, so nothing of theirs is kept."""
-        return self.replay.state()
+        """The replay, and what every collector keeps."""
+        return super().state() | self.replay.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put `state()` back."""
-        self.replay.load_state(state, self.agent.device)
+        super().load_state(state)
+        self.replay.load_state({k: v for k, v in state.items() if k != "costs_told"}, self.agent.device)
 
 
 def _like(x: np.ndarray, unit: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ def check_fits(data: Transitions, agent: ControlAgent) -> None:
     if data.action.shape[1:] != space.shape:
         raise ValueError(f"{name} has actions of shape {data.action.shape[1:]}, but the environment takes {space.shape}; name its own environment")
     # D4RL's files do not say their bounds; Minari's datasets do, with the environment.
-    told = data.about.env_spec is not None and isinstance(own, spaces.Box)
-    if told and not (np.allclose(own.low, space.low) and np.allclose(own.high, space.high)):
+    declared = own if data.about.env_spec is not None and isinstance(own, spaces.Box) else space
+    if not (np.allclose(declared.low, space.low) and np.allclose(declared.high, space.high)):
         raise ValueError(f"{name} was recorded with actions in {own}, and the environment takes {space}: the same number is another action there")
     slack = TOLERANCE * (space.high - space.low)
     if (data.action < space.low - slack).any() or (data.action > space.high + slack).any():

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 from markovia.agents.interface import Agent
@@ -28,6 +29,7 @@ from markovia.algos.on_policy.natural import natural_step
 from markovia.algos.on_policy.optimism import Judge
 from markovia.algos.on_policy.prepare import fill
 from markovia.algos.on_policy.references import EMA, Fixed, HardReset, Soup, mix, put
+from markovia.algos.on_policy.tokens import Unlikely
 from markovia.algos.on_policy.update import LossFn, Update
 from markovia.algos.optimizer import Optimizer, make_optimizer
 from markovia.algos.safe.guard import Guard
@@ -122,11 +124,29 @@ class OnPolicyDriver(Budget):
             for s in (m.solver, m.value.separate):
                 if isinstance(s, Descent) and s.unit != "row":
                     raise ValueError("a language agent is evaluated a response at a time: set solver.unit='row' (and value.separate.unit)")
-
+        self._check_softmax()
         if "greedy" in getattr(m.advantage, "needs", ()):
             if not hasattr(self.collector, "greedy"):
                 raise ValueError(f"{type(m.advantage).__name__} needs greedy responses to the prompts; {type(self.collector).__name__} makes none")
             self.collector.greedy = True
+
+    def _check_softmax(self) -> None:
+        """What reads the logits of one softmax needs an agent that has them."""
+        m, space = self.method, getattr(self.agent, "action_space", None)
+        if self.agent.kind == "language" or isinstance(space, spaces.Discrete):
+            return
+        wants = {
+            "anchor=EntropyAnchor(...)": m.anchor is not None,
+            "tokens=Unlikely(...)": isinstance(m.tokens, Unlikely),
+            "surrogate=KLDrift(needs_kl='tsallis')": m.surrogate.needs_kl == "tsallis",
+        }
+        found = [slot for slot, wanted in wants.items() if wanted]
+        if found:
+            actions = "" if space is None else f", its action space is {space}"
+            raise ValueError(
+                f"{found[0]} is written for categorical policies, but this {self.agent.kind} agent has none{actions}; "
+                "take a task with Discrete actions, or a method without it"
+            )
 
     def _check_references(self) -> None:
         m, refresh = self.method, self.method.refresh
@@ -228,7 +248,7 @@ class OnPolicyDriver(Budget):
                 continue
             self._descend(name, rollout, reward, stats)
             self.watch.look()
-        if isinstance(m.controller, Doubling):
+        if isinstance(m.controller, Doubling) and not pretraining:
             # Measured after the last step: during a pass it lags behind, and before the first one it is 0.
             with torch.no_grad():
                 out["kl_mean"] = float(masked_mean(old_new_kl(self.agent, rollout), rollout.mask))
@@ -237,7 +257,7 @@ class OnPolicyDriver(Budget):
     def _descend(self, name: str, rollout: Rollout, reward: Tensor, stats: Statistics) -> None:
         """Epochs of minibatch steps."""
         update, generator, chance = self.updates[name], self.generator(f"minibatch-{name}"), self.generator("auxiliary")
-        solver, price = update.solver, self.price if name == "main" else None
+        solver, price, stopped = update.solver, self.price if name == "main" else None, False
         old = [p.detach().clone() for p in self.agent.parameters("policy")] if price is not None else []
         for epoch in range(solver.epochs):
             if epoch and solver.recompute_advantage:
@@ -250,10 +270,13 @@ class OnPolicyDriver(Budget):
                 if price is not None:
                     self.coef = price.step(step_stats["kl_max"])
                 if solver.kl_stop_nats is not None and "approx_kl" in step_stats and float(step_stats["approx_kl"]) > 1.5 * solver.kl_stop_nats:
-                    return
+                    stopped = True
+                    break
             if price is not None and price.controller.fixup:
                 stats.add({"fixup_steps": torch.tensor(float(price.fix_up(self.agent, update, rollout, old)))})
                 self.coef = price.coef
+            if stopped:
+                return
 
     @torch.no_grad()
     def _refresh_values(self, rollout: Rollout, reward: Tensor) -> None:
@@ -275,10 +298,10 @@ class OnPolicyDriver(Budget):
 
     def _after_iteration(self, stats: dict[str, float], num_rows: int) -> None:
         controller = self.method.controller
-        if isinstance(controller, Doubling):
-            if stats.get("kl_mean", 0.0) > 1.5 * controller.kl_target_nats:
+        if isinstance(controller, Doubling) and "kl_mean" in stats:  # a policy that was not stepped says nothing about the step size
+            if stats["kl_mean"] > 1.5 * controller.kl_target_nats:
                 self.coef *= 2.0
-            elif stats.get("kl_mean", 0.0) < controller.kl_target_nats / 1.5:
+            elif stats["kl_mean"] < controller.kl_target_nats / 1.5:
                 self.coef /= 2.0
         divergence = self.method.divergence
         if divergence is not None and num_rows:

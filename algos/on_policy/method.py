@@ -166,6 +166,11 @@ class OnPolicy:
         self._check_sequences()
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")
+        if isinstance(self.controller, Doubling) and self.surrogate.needs_kl == "none":
+            raise ValueError(
+                f"Doubling adapts the weight of a KL penalty, but {type(self.surrogate).__name__} has none; "
+                "use surrogate=KLDrift(), or controller=Constant()"
+            )
         if self.constraint is not None:
             self._check_constraint(self.constraint)
 

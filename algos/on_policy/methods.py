@@ -82,7 +82,8 @@ ON_POLICY = table(
             "mdpo-on/tsallis", OnPolicy(
                 normalize_advantage="batch", surrogate=KLDrift(needs_kl="tsallis", q=1.5), controller=MirrorStep(),
                 solver=MDPO.solver, value=MDPO.value,
-            ), "mdpo-on", "2005.09814", "the Bregman divergence of Tsallis' entropy in place of KL", ALL,
+            ), "mdpo-on", "2005.09814", "the Bregman divergence of Tsallis' entropy in place of KL",
+            ("control", "tabular", "language"),
             (_HERE + "surrogates:tsallis_bregman",), "mdpo-on/tsallis",
         ),
         Row(

@@ -189,6 +189,48 @@ def test_costs_come_from_the_step_that_ends_the_episode_too(mode):
         StepCollector(venv(mode, with_cost=True), wrong, 7).collect(wrong)
 
 
+class Sparse(Counter):
+    """Tells a cost of 5 at count 3 only, so odd episodes are silent."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"cost": 5.0} if self.n == 3 else {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_and_episodes_without_a_told_cost_count_zero(mode):
+    agent = agent_for(num_costs=1)
+    collector = StepCollector(venv(mode, Sparse), agent, 7, scale_reward=False)
+    r = collector.collect(agent)
+    assert torch.equal(r.cost[..., 0], 5.0 * (r.reward == 3.0))
+    # The first episode that ends, at count 2, does so before anything was told.
+    told = sorted(zip(collector.episode_lengths, collector.episode_costs, strict=True))
+    assert {tuple(x) for _, x in told[: len(told) // 2]} == {(0.0,)} and told[0] == (2, [0.0]) and told[-1] == (3, [5.0])
+
+
+def test_that_costs_are_told_is_remembered_between_batches_and_over_a_checkpoint():
+    def collector(first, agent):
+        envs = SyncVectorEnv([lambda: Sparse(first_episode=first)], autoreset_mode=AutoresetMode.SAME_STEP)
+        return StepCollector(envs, agent, 2 + (first == 0))
+
+    agent = agent_for(num_costs=1)
+    fresh = collector(1, agent)
+    assert fresh.collect(agent).cost is None  # nobody knows yet whether this environment tells costs
+    known = collector(0, agent)
+    assert known.collect(agent).cost.sum() == 5.0
+    assert (known.collect(agent).cost == 0.0).all() and list(known.episode_costs) == [[5.0], [0.0]]
+    state = known.state()
+    for saved in (state, {k: v for k, v in state.items() if k == "moments"}):  # checkpoints did not always say it
+        resumed = collector(1, agent)
+        resumed.load_state(saved)
+        assert (resumed.collect(agent).cost == 0.0).all() and list(resumed.episode_costs) == [[0.0]]
+    plain = agent_for()
+    logged = collector(0, plain)
+    for _ in range(2):
+        logged.collect(plain)
+    assert list(logged.episode_costs) == [[5.0], [0.0]] and list(logged.episode_lengths) == [3, 2]
+
+
 def test_reward_scale_is_the_formula_and_survives_a_checkpoint():
     agent = agent_for()
     collector = StepCollector(venv(AutoresetMode.SAME_STEP, n=1), agent, 5, gamma=0.5)

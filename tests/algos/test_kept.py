@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,6 +155,19 @@ def test_a_damaged_folder_is_cleared(cache: Path, damage: str) -> None:
     (folder / "update.so").write_bytes(b"\x7fELF")
     (folder / "used.json").write_text("[0]" if damage == "half a library" else "[0")
     assert kept.find(told) is None and not folder.exists()
+
+
+def test_a_cache_that_may_only_be_read_is_not_damaged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache.parent / kept.name_of("told")
+    folder.mkdir(parents=True)
+    (folder / "used.json").write_text("[0]")
+
+    def refused(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", lambda *_: types.SimpleNamespace(run=len))
+    assert kept.find("told") == (len, [0]) and folder.exists()
 
 
 def test_code_of_another_user_is_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

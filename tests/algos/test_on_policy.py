@@ -32,9 +32,12 @@ from markovia.algos import presets
 from markovia.algos.advantages import GAE
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.driver import OnPolicyDriver
+from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.references import EMA
+from markovia.algos.on_policy.surrogates import KLDrift
+from markovia.algos.on_policy.tokens import Unlikely
 from markovia.algos.presets import FOLDER, configure, override
 from markovia.algos.setup import build
 from markovia.algos.systems import rows
@@ -218,14 +221,18 @@ def test_rows_that_are_not_whole_responses_are_refused() -> None:
         OnPolicyDriver(method, setup.agent, setup.collector).step()
 
 
-def test_tsallis_divergence_of_a_gaussian_is_refused() -> None:
-    space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-    agent = ControlAgent.from_spaces(space, space, hidden=(4,), normalize_obs=False)
-    method = dataclasses.replace(ON_POLICY["mdpo-on/tsallis"].value, num_envs=1)
-    zeros = torch.zeros(3, 2)
-    rollout = Rollout(
-        obs=torch.zeros(3, 2, 2), action=torch.zeros(3, 2, 2), logp_old=zeros, reward=zeros, valid=zeros == 0, mask=zeros == 0,
-        continuation=1 + zeros, truncated=zeros > 0, value=zeros[..., None], boot_value=zeros[..., None],
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"categorical policies, this one is Gaussian"):
-        OnPolicyDriver(method, agent, Given(rollout)).step()
+@pytest.mark.parametrize("space", [spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.MultiDiscrete([2, 3])])
+@pytest.mark.parametrize(
+    ("changes", "slot"),
+    [
+        ({"anchor": EntropyAnchor()}, "EntropyAnchor"),
+        ({"tokens": Unlikely(), "divergence": KL(1.0, "k3", "loss", reference="min-p")}, "Unlikely"),
+        ({"surrogate": KLDrift(needs_kl="tsallis", q=1.5)}, "tsallis"),
+    ],
+)
+def test_what_reads_logits_of_one_softmax_is_refused_for_other_policies(changes: dict[str, Any], slot: str, space: spaces.Space) -> None:
+    obs = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    other, categorical = (ControlAgent.from_spaces(obs, s, hidden=(4,), normalize_obs=False) for s in (space, spaces.Discrete(3)))
+    with pytest.raises(ValueError, match=rf"{slot}.*categorical policies.*action space is {type(space).__name__}"):
+        OnPolicyDriver(OnPolicy(**changes), other, Given(None))  # type: ignore[arg-type]
+    OnPolicyDriver(OnPolicy(**changes), categorical, Given(None))  # type: ignore[arg-type]

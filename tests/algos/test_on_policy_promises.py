@@ -18,7 +18,7 @@ from markovia.algos.advantages import GAE, BatchReturn, MovingBaseline
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.fixup import Price
 from markovia.algos.on_policy.loss import policy_loss
-from markovia.algos.on_policy.method import Constant, Descent, Doubling, DualAscent, NaturalGradient
+from markovia.algos.on_policy.method import Constant, Descent, Doubling, DualAscent, NaturalGradient, ValueLoss
 from markovia.algos.on_policy.methods import ON_POLICY
 from markovia.algos.on_policy.natural import fisher_product, flatten, natural_step
 from markovia.algos.on_policy.references import EMA
@@ -32,15 +32,18 @@ def old_new(agent: Any, rollout: Rollout, old: dict[str, torch.Tensor]) -> torch
         return torch.where(rollout.mask, kl(with_params(dist, old), dist), 0.0)
 
 
-@pytest.mark.parametrize("method_id", ["trpo", "fixpo", "fixpo without fix-up"])
+@pytest.mark.parametrize("method_id", ["trpo", "fixpo", "fixpo that stops early", "fixpo without fix-up"])
 def test_trust_regions_hold_after_every_iteration(method_id: str) -> None:
     """TRPO bounds the mean KL, FixPO the largest of the batch's states; without the fix-up phase some iterations break the bound."""
     limit = 0.02
     if method_id == "trpo":
         method, setup = tree("trpo", solver=NaturalGradient(kl_limit_nats=limit, damping=1e-3))
     else:
-        controller = DualAscent(kl_limit_nats=limit, fixup=method_id == "fixpo")
-        method, setup = tree("fixpo", solver=Descent(lr=0.1, epochs=3, minibatch=None), controller=controller)
+        controller = DualAscent(kl_limit_nats=limit, fixup=method_id != "fixpo without fix-up")
+        solver = Descent(lr=0.1, epochs=3, minibatch=None)
+        if method_id == "fixpo that stops early":  # after the second of the first epoch's steps
+            solver = dataclasses.replace(solver, lr=0.3, minibatch=8, kl_stop_nats=1e-6)
+        method, setup = tree("fixpo", solver=solver, controller=controller)
     watched = Watched(setup.collector)
     driver = OnPolicyDriver(method, setup.agent, watched)
     found = []
@@ -149,6 +152,25 @@ def test_adaptive_penalty_measures_the_policy_after_its_last_step() -> None:
     stats = driver.step()
     measured = masked_mean(old_new(setup.agent, watched.last, {"logits": before[watched.last.obs]}), watched.last.mask)
     assert stats["kl_mean"] == pytest.approx(float(measured)) and driver.coef == 2.0
+
+
+def test_adaptive_penalty_waits_until_the_policy_is_stepped() -> None:
+    value = ValueLoss(separate=Descent(epochs=1), pretrain=2)
+    method, setup = tree("ppo/kl", controller=Doubling(coef=3.0, kl_target_nats=10.0), value=value)
+    driver = OnPolicyDriver(method, setup.agent, setup.collector)
+    coefs = []
+    for _ in range(3):
+        driver.step()
+        coefs.append(driver.coef)
+    assert coefs == [3.0, 3.0, 1.5]
+    driver.collector = Given(record(method, setup).rows(torch.arange(0)))  # a filter that keeps no rows
+    driver.step()
+    assert driver.coef == 1.5
+
+
+def test_adaptive_penalty_needs_a_penalty() -> None:
+    with pytest.raises(ValueError, match=r"Clip has none; use surrogate=KLDrift\(\)"):
+        dataclasses.replace(ON_POLICY["ppo"].value, controller=Doubling())
 
 
 def test_reference_follows_by_an_exponential_average() -> None:

@@ -228,7 +228,7 @@ class Priced(gym.Wrapper):
         return obs, reward, terminated, truncated, info if self.told is None else {**info, "cost": self.told}
 
 
-def stepped(told: Any) -> None:
+def priced_run(told: Any = None) -> tuple[Priced, OffPolicyDriver]:
     from markovia.algos.off_policy.collect import ReplayCollector
     from markovia.algos.off_policy.replay import Replay
     from markovia.envs.safe.pendulum import SafePendulumEnv
@@ -236,9 +236,39 @@ def stepped(told: Any) -> None:
     method = short("cal")
     env = Priced(SafePendulumEnv())
     env.told = told
-    venv = gym.vector.SyncVectorEnv([lambda: env], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    venv = gym.vector.SyncVectorEnv([lambda: gym.wrappers.TimeLimit(env, 20)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     agent = build(ENV, method, 0).agent
-    OffPolicyDriver(method, agent, ReplayCollector(venv, agent, Replay(100), 0, num_costs=1)).step()
+    return env, OffPolicyDriver(method, agent, ReplayCollector(venv, agent, Replay(1000), 0, num_costs=1))
+
+
+def stepped(told: Any) -> None:
+    _, run = priced_run(told)
+    for _ in range(2):  # the first update is in the second iteration
+        run.step()
+
+
+def test_costs_that_are_told_now_and_then_are_zero_in_between(tmp_path):
+    env, run = priced_run()
+    generator = torch.Generator().manual_seed(0)
+
+    def step(told: float | None) -> None:
+        env.told = told
+        run.collector.step(run.agent, generator)
+
+    for told in (None, None, 2.0, None):
+        step(told)
+    save_tensors(tmp_path / "early.safetensors", *run.state())
+    for _ in range(36):  # to the end of the second episode
+        step(None)
+    found = run.collector.replay.store.extra["cost"][:40, 0]
+    assert found[2] == 2.0 and found.sum() == 2.0 and list(run.collector.episode_costs) == [[2.0], [0.0]]
+    _, resumed = priced_run()
+    resumed.load_state(*load_tensors(tmp_path / "early.safetensors"))
+    resumed.boundary()
+    for _ in range(2):  # silent, but once a cost was told it can be trained on
+        stats = resumed.step()
+    replay = resumed.collector.replay
+    assert resumed.num_updates > 0 and np.isfinite(stats["cost_q"]) and replay.store.extra["cost"][: replay.size].sum() == 2.0
 
 
 @pytest.mark.check("bad_input", *ROWS)

@@ -79,6 +79,18 @@ def test_a_price_on_cost_lowers_it():
     assert late_cost(FixedDual(5.0)) < 0.5 * late_cost(FixedDual(0.0))
 
 
+def test_a_policy_that_has_become_safe_trains_on(monkeypatch):
+    """An environment may write the cost only where there is one: silence after a told cost is a cost of 0, in a resumed run too."""
+    run, resumed = driver(small("ppo-lag")), driver(small("ppo-lag"))
+    run.step()
+    run.boundary()
+    state = run.state()
+    monkeypatch.setattr("markovia.algos.collect.cost_of", lambda *_: None)
+    resumed.load_state(*state)
+    for again in (run, resumed):
+        assert [again.step() for _ in range(2)][-1]["cost"] == 0.0
+
+
 def test_critic_error_sums_the_columns():
     zeros, yes = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
     part = Rollout(zeros, zeros, zeros, zeros, yes, yes, zeros, ~yes, value=torch.zeros(1, 1, 3))

@@ -159,6 +159,50 @@ def test_environments_of_a_foreign_run_are_counted(run: Path, tmp_path: Path, of
         load_run(edited(run, tmp_path / "more", settings=settings | {"num_envs": 10**6}))
 
 
+def test_rows_of_tables_are_no_simulations(tmp_path: Path, of: Any) -> None:
+    of(10**8)
+    method = override(configure("ppo", "markovia/Tabular-v0"), {"num_env_steps": 200, "num_envs": 200, "num_steps": 1})
+    train(method, "markovia/Tabular-v0", out=tmp_path / "run", **SMALL)
+    load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "told"),
+    [
+        ({}, {"seed": 2**64}, r"this run has the seed 18446744073709551616, expected 0 to 2\^63 - 1"),
+        ({"num_envs": 20_000}, {}, r"this run asks for 20000 environments, at most 16384"),
+        ({}, {"env_kwargs": {"max_episode_steps": 2_000_000}}, r"this run, env_kwargs\.max_episode_steps is 2000000, more than 1048576"),
+    ],
+    ids=["seed", "num_envs", "env_kwargs"],
+)
+def test_a_run_that_could_not_be_read_back_is_not_begun(
+    settings: dict[str, Any], options: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("markovia.asked.Asked.build", lambda asked: pytest.fail("it was built"))
+    method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 8, "num_envs": 2, "num_steps": 4, **settings})
+    with pytest.raises(RunError, match=told):
+        train(method, "CartPole-v1", out=tmp_path / "run", over_memory=True, **SMALL, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_environments_of_a_new_run_are_counted_unless_the_user_insists(tmp_path: Path, of: Any) -> None:
+    of(3 * 10**6)
+    method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 8, "num_envs": 4, "num_steps": 2})
+    options = {"agent_options": {"hidden": [8]}, "out": tmp_path / "run", **SMALL}
+    with pytest.raises(OverMemory, match=r"settings\.num_envs=4 of this run needs 0\.0048 GB.*--over-memory begins it all the same"):
+        train(method, "CartPole-v1", **options)
+    assert train(method, "CartPole-v1", over_memory=True, **options).done["ended"] == "budget"
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_seeds_may_be_large(seed: int, tmp_path: Path) -> None:
+    method = override(configure("ppo", "markovia/Tabular-v0"), {"num_env_steps": 8, "num_envs": 2, "num_steps": 4})
+    options: dict[str, Any] = {**SMALL, "env_kwargs": {"seed": 20240131}, "seed": seed, "out": tmp_path / "run", "eval_episodes": 1}
+    done = train(method, "markovia/Tabular-v0", **options).done
+    assert load_run(tmp_path / "run").config["env_kwargs"]["seed"] == 20240131
+    assert train(method, "markovia/Tabular-v0", resume=True, **options).done["evaluation"] == done["evaluation"]
+
+
 def test_nothing_is_allocated_for_what_is_refused(run: Path, tmp_path: Path) -> None:
     """Without a made-up machine: a thousand layers of a gigabyte each, twice, are in no machine."""
     before = _resident()
@@ -262,10 +306,10 @@ def test_the_memory_of_a_shield_is_counted() -> None:
 
 
 def test_networks_that_are_asked_for_are_refused_and_made_where_the_user_insists(tmp_path: Path, of: Any) -> None:
-    of(10**5)  # a machine of 100 KB
+    of(3 * 10**6)  # a machine of 3 MB
     method = override(configure("ppo", "CartPole-v1"), {"num_env_steps": 8, "num_envs": 2, "num_steps": 4})
-    options = {"agent_options": {"hidden": [120, 120]}, "out": tmp_path / "run", **SMALL}
-    with pytest.raises(ValueError, match=r"needs 0\.0001\d* GB.*agent_options\.hidden=\[120, 120\].*--over-memory"):
+    options = {"agent_options": {"hidden": [800, 800]}, "out": tmp_path / "run", **SMALL}
+    with pytest.raises(ValueError, match=r"needs 0\.00\d* GB.*the largest sizes are agent_options\.hidden=\[800, 800\].*--over-memory"):
         train(method, "CartPole-v1", **options)
     assert not (tmp_path / "run").exists()
     with pytest.warns(UserWarning, match="this run needs"):
