@@ -195,11 +195,11 @@ def sequence_setup(kind: str, agent: Agent, collector: Any, task: Any) -> Setup:
 def evaluate_stepped(
     agent: Policy, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None, deterministic: bool = True
 ) -> dict[str, Any]:
-    """Raw returns, lengths and, where the task has them, costs of `episodes` greedy episodes, each of its own environment and seed (no bias towards
-    short ones); with deterministic=False of sampled actions."""
+    """Raw returns, lengths and, where the task tells some or the agent learnt to value them, costs of `episodes` greedy episodes, each of its own
+    environment and seed (no bias towards short ones); with deterministic=False of sampled actions."""
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
-    costs: np.ndarray | None = None
+    costs = np.zeros(episodes) if getattr(agent, "num_costs", 0) else None
     for step in first_episodes(venv, agent, stream_seed(seed, "evaluation") % 2**31, deterministic):
         returns += step.reward * step.running
         step_cost = cost_of(step.infos, step.terminated | step.truncated, episodes)

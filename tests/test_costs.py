@@ -39,6 +39,12 @@ def test_costs_are_told_for_sampled_and_greedy_actions(run, capsys):
     assert "costs" in json.loads((run / "done.json").read_text())["evaluation"]
 
 
+def test_an_evaluation_in_which_no_cost_is_told_cost_nothing(run, monkeypatch):
+    """An environment may write the cost only where there is one."""
+    monkeypatch.setattr("markovia.algos.setup.cost_of", lambda *_: None)
+    assert cost_of(run, episodes=3)["greedy"]["costs"] == [0.0] * 3
+
+
 def test_behind_its_shield(tmp_path, capsys, monkeypatch):
     changes = {
         "num_env_steps": 1280, "num_envs": 2, "num_steps": 320, "solver": {"minibatch": 80, "epochs": 1},
