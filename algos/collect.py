@@ -82,7 +82,13 @@ class StepCollector:
     def reset(self, seed: int) -> None:
         """Start every environment anew from `seed`; unfinished episodes are dropped, the reward scale stays."""
         n = self.venv.num_envs
-        self._raw, _ = self.venv.reset(seed=seed)
+        try:
+            self._raw, _ = self.venv.reset(seed=seed)
+        except (OverflowError, ValueError):
+            if seed < 2**31:
+                raise
+            # Environments that seed numpy's RandomState, as dm_control's through Shimmy, take 32 bits.
+            self._raw, _ = self.venv.reset(seed=seed % 2**31)
         self._steps = 0
         check_step("observation", self._raw, 0, dict)
         self._starting = np.zeros(n, dtype=bool)  # environments whose next step only resets (NEXT_STEP)

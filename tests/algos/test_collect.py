@@ -189,6 +189,17 @@ def test_costs_come_from_the_step_that_ends_the_episode_too(mode):
         StepCollector(venv(mode, with_cost=True), wrong, 7).collect(wrong)
 
 
+class OldGenerator(Counter):
+    def reset(self, *, seed=None, options=None):
+        self.rng = np.random.RandomState(seed)
+        return super().reset()
+
+
+def test_environments_that_take_seeds_of_32_bits():
+    collector = StepCollector(venv(AutoresetMode.SAME_STEP, OldGenerator), agent_for(), 7, seed=2**62 + 5)
+    assert [env.unwrapped.rng.randint(2**31) for env in collector.venv.envs] == [np.random.RandomState(5 + i).randint(2**31) for i in range(2)]
+
+
 class Sparse(Counter):
     """Tells a cost of 5 at count 3 only, so odd episodes are silent."""
 
