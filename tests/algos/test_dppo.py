@@ -204,7 +204,7 @@ def test_one_denoising_step_is_plain_ppo():
         loss, _ = policy_loss(method, who, part(inner), omega, coef, False)
         losses.append(float(loss.detach()))
         grads.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(mean.parameters()))]))
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and torch.allclose(grads[1], grads[0], atol=1e-6) and grads[0].abs().max() > 0
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and torch.allclose(grads[1], grads[0], atol=1e-5) and grads[0].abs().max() > 0
 
 
 def doubled() -> tuple[OnPolicyDriver, TwoLayer]:

@@ -13,7 +13,7 @@ from markovia.agents.distributions import Categorical, FixedStdGaussian, Gaussia
 from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
 from markovia.algos.advantages import GAE, gae, leave_one_out, normalise
-from markovia.algos.on_policy.divergence import KL, k1, k2, k3
+from markovia.algos.on_policy.divergence import KL, absolute, k1, k2, k3
 from markovia.algos.on_policy.loss import clip_fraction, policy_loss, value_error, weights
 from markovia.algos.on_policy.method import Descent, DualAscent, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import conjugate_gradient
@@ -396,3 +396,11 @@ def test_explained_variance_by_hand():
     assert explained_variance(target, value, mask) == pytest.approx(0.5)
     assert explained_variance(target, target, mask) == 1.0
     assert math.isnan(explained_variance(torch.ones(1, 3), value, mask))
+
+
+@pytest.mark.check("gradient", "kl-cov")
+def test_absolute_difference_ignores_rounding() -> None:
+    d = torch.tensor([-2.0, -1e-7, 0.0, 1e-7, 0.5], requires_grad=True)
+    out = absolute(d)
+    out.sum().backward()
+    assert out.tolist() == [2.0, 0.0, 0.0, 0.0, 0.5] and d.grad is not None and d.grad.tolist() == [-1.0, 0.0, 0.0, 0.0, 1.0]
