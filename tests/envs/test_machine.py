@@ -33,8 +33,9 @@ def made(tmp_path):
 
 
 FAULTS = """
-import mmap, resource, sys
+import ctypes, mmap, resource, sys
 from markovia.envs import machine
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault for 512 pages
 kept = machine.keep_freed_memory() if sys.argv[1] == "keep" else None
 b"x" * 2**23  # what malloc learns from its first large block is behind us
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
