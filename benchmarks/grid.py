@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -74,21 +75,32 @@ def arguments(doc: str | None, *, tasks: Sequence[str], methods: Sequence[str], 
     return parser
 
 
-def _take_core(cores: Any) -> None:
-    """Keep this worker to one core: simulations that start a thread for every core would wait for those of the other workers."""
-    os.sched_setaffinity(0, {cores.get()})
+def _begin_work(cores: Any) -> None:
+    """Keep this worker to one core, if there are any to share out: simulations that start a thread for every core would wait for those of the others.
+
+    It ends with the script: a worker that outlives it would go on with its cell, beside the grid that was started again.
+    """
+    if cores is not None:
+        os.sched_setaffinity(0, {cores.get()})
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _workers(jobs: int) -> ProcessPoolExecutor:
     """`jobs` fresh processes, each on a core of its own where the system can say so and there are as many."""
     context = multiprocessing.get_context("spawn")
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if not 1 < jobs <= len(allowed):
-        return ProcessPoolExecutor(jobs, mp_context=context)
-    cores = context.Queue()
-    for core in allowed[:jobs]:
-        cores.put(core)
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_core, initargs=(cores,))
+    cores = context.Queue() if 1 < jobs <= len(allowed) else None
+    if cores is not None:
+        for core in allowed[:jobs]:
+            cores.put(core)
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_work, initargs=(cores,))
 
 
 def _name(entry: tuple[Any, ...], key: Sequence[str]) -> str:

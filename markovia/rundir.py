@@ -10,14 +10,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from markovia.envs import untrusted
 from markovia.envs.durable import TEMPORARY, in_place, write_whole
+
+if sys.platform != "win32":
+    import fcntl
 
 CONFIG = "config.json"
 DRIVER = "driver.safetensors"  # the whole training state; agent/ beside it is for those who only want the policy
@@ -26,6 +33,37 @@ KEEP = 2  # checkpoints: the newest and, in case that one is damaged later, the 
 
 class RunError(RuntimeError):
     """A run folder that can't be used or written; the message says how to mend it."""
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Make the folder and keep it for one run: two at once would mix their lines and sweep each other's checkpoints.
+
+    The system lets go of it when the process ends, however it ends. File systems and systems without such locks check nothing.
+    Raises RunError when it can't be made, and when another run holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"could not make the run folder {run}: {e.strerror or e}; choose another --out") from e
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is writing to {run} at this moment; wait until it has ended, or choose another --out") from None
+        except OSError:  # a network file system may refuse to lock a folder
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to processes that were forked meanwhile
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
 from markovia.report import sinks, tracker
-from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, load_checkpoint, read_json, sweep, write_json, write_text
+from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, held, load_checkpoint, read_json, sweep, write_json, write_text
 from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments
 from markovia.summary import summary
 
@@ -167,16 +167,17 @@ def train(
         if needed and told:
             print(needed)
         driver = asked.driver(setup)
-    metrics = _begin(run, config, setup, driver, asked.writes, told)
-    num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
-    # A reset before the time limit would cut every episode: none would end, and no return would be seen.
-    places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
-    loop = Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
-    loop.workers = workers
-    loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if asked.writes else []
-    why = _learn(loop, together)
-    evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
-    done = _conclude(loop, why, evaluation, eval_checkpoints) if asked.writes else {}
+    with held(run) if asked.writes else contextlib.nullcontext():
+        metrics = _begin(run, config, setup, driver, asked.writes, told)
+        num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
+        # A reset before the time limit would cut every episode: none would end, and no return would be seen.
+        places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
+        loop = Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
+        loop.workers = workers
+        loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if asked.writes else []
+        why = _learn(loop, together)
+        evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
+        done = _conclude(loop, why, evaluation, eval_checkpoints) if asked.writes else {}
     return RunResult(run, setup.agent, done)
 
 
@@ -297,11 +298,7 @@ def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
 
 
 def _open_folder(run: Path, config: dict[str, Any]) -> None:
-    """Make the folder and sweep it. config.json is its first file, so that what a full disk leaves here is taken for an empty folder."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise RunError(f"could not make the run folder {run}: {e.strerror or e}; choose another --out") from e
+    """Sweep the folder. config.json is its first file, so that what a full disk leaves here is taken for an empty folder."""
     try:
         sweep(run)
         (run / "done.json").unlink(missing_ok=True)

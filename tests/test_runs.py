@@ -18,7 +18,7 @@ import torch
 
 from markovia.agents.checkpoint import load_tensors
 from markovia.algos.presets import configure, override
-from markovia.rundir import Metrics, RunError, checkpoints
+from markovia.rundir import Metrics, RunError, checkpoints, held
 from markovia.runs import load_run, train
 from markovia.settings import differences, from_json, to_json
 
@@ -165,6 +165,41 @@ def test_a_folder_is_not_overwritten(tmp_path):
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(RunError, match="not the folder of a markovia run"):
         train(small(env), env, out=tmp_path / "other", resume=True, **QUIET)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no locks of folders")
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    env, run = CONTROL, tmp_path / "run"
+    refused = []
+
+    def second(info):
+        if info.iteration == 9:  # past the first checkpoint, so that there is something to sweep and to cut
+            before = sorted(run.rglob("*"))
+            with pytest.raises(RunError, match="another run is writing"):
+                train(small(env), env, out=run, resume=True, **QUIET)
+            refused.append(before == sorted(run.rglob("*")))
+
+    train(small(env), env, out=run, callbacks=[second], **QUIET)
+    assert refused == [True]
+    train(small(env), env, out=tmp_path / "alone", **QUIET)
+    assert_same(run, tmp_path / "alone")
+    train(small(env), env, out=run, resume=True, **QUIET)  # it has been let go
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no locks of folders")
+def test_a_process_forked_by_a_run_does_not_keep_its_folder(tmp_path):
+    child = None
+    try:
+        with held(tmp_path):
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+        with held(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_edited_or_foreign_configuration_is_refused(tmp_path):

@@ -6,7 +6,10 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,44 @@ def test_a_cell_whose_process_is_killed_takes_no_other_with_it(module: Any, tmp_
     with pytest.raises(SystemExit, match="1 of 4 cells failed:\nt b 0: its process was killed"):
         grid.measure(dies_for_b, [("t", m, 0, tmp_path) for m in "abcd"], **options)
     assert [r["method"] for r in grid.cells(out)] == ["a", "c", "d"] and (tmp_path / "calls").read_text().split() == ["a0", "c0", "d0"]
+
+
+LASTING = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import grid
+
+def lasting(task, method, seed, out):
+    (out / f"worker{os.getpid()}").touch()
+    while True:
+        time.sleep(0.1)
+
+if __name__ == "__main__":
+    out = Path(sys.argv[2])
+    grid.measure(lasting, [("t", "a", 0, out), ("t", "b", 0, out)], jobs=1, out=out / "x.json", told=str, table=str)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_grid_leaves_no_worker_behind(tmp_path: Path) -> None:
+    script = tmp_path / "lasting.py"
+    script.write_text(LASTING)
+    running = subprocess.Popen([sys.executable, str(script), str(FOLDER), str(tmp_path)])
+
+    def until(what: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60.0
+        while not what():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    try:
+        until(lambda: bool(list(tmp_path.glob("worker*"))))
+    finally:
+        running.kill()
+        running.wait()
+    (worker,) = (int(p.name.removeprefix("worker")) for p in tmp_path.glob("worker*"))
+    until(lambda: not Path(f"/proc/{worker}").exists() or "(zombie)" in Path(f"/proc/{worker}/status").read_text())
 
 
 def test_over_seeds_by_hand(module: Any) -> None:
