@@ -13,6 +13,8 @@ import numpy as np
 
 from markovia.rundir import Metrics, RunError, read_json
 
+LONGEST = 1000  # frames of a video of an episode that no time limit ends
+
 
 def curve(run: Path, key: str, against: str = "num_env_steps") -> tuple[np.ndarray, np.ndarray]:
     """(num_env_steps, or what it is plotted `against`; value) of one statistic of a run. Raises RunError when the run never wrote both together."""
@@ -142,6 +144,7 @@ def _png(figure: Any) -> bytes:
 def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path, episodes: int, seed: int) -> list[Path]:
     """Greedy episodes through Gymnasium's recorder, one MP4 file each; those of an earlier call are replaced.
 
+    Where no time limit ends an episode, it is cut after LONGEST frames, because the recorder holds them in memory.
     Raises RunError for environments that draw nothing, and with what to install or set when drawing fails.
     """
     import gymnasium as gym
@@ -162,7 +165,7 @@ def record_video(agent: Any, env: str, env_kwargs: dict[str, Any], folder: Path,
             warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
             recorder = gym.wrappers.RecordVideo(scene, str(folder), episode_trigger=lambda _: True, disable_logger=True)
         for episode in range(episodes):
-            for _ in first_episodes(recorder, agent, seed + episode, deterministic=True):
+            for _ in first_episodes(recorder, agent, seed + episode, deterministic=True, longest=LONGEST):
                 pass
         recorder.close()
     except gym.error.DependencyNotInstalled as e:

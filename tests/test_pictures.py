@@ -2,8 +2,10 @@
 
 import sys
 import warnings
+from typing import ClassVar
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,36 @@ def test_episodes_are_recorded_and_replaced(agent, tmp_path):
             made = record_video(agent, CARTPOLE, {"max_episode_steps": 12}, folder, 2, seed)
         assert [p.name for p in made] == ["rl-video-episode-0.mp4", "rl-video-episode-1.mp4"] and sorted(folder.iterdir()) == made
         assert all(p.read_bytes()[4:8] == b"ftyp" for p in made)  # how an MP4 file begins
+
+
+class Endless(gym.Env):
+    """An episode that nothing ends, in small pictures."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(4, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+def test_an_endless_episode_is_cut(agent, tmp_path, monkeypatch):
+    pytest.importorskip("moviepy")
+    monkeypatch.setattr("markovia.pictures.LONGEST", 10)
+    monkeypatch.setitem(gym.registry, "Endless-v0", gym.envs.registration.EnvSpec("Endless-v0", entry_point=Endless))
+    with pytest.warns(UserWarning, match="Endless-v0 has no time limit.*10 steps"):
+        made = record_video(agent, "Endless-v0", {}, tmp_path / "video", 2, 0)
+    assert all(p.is_file() for p in made) and len(made) == 2
 
 
 @pytest.mark.parametrize("package", ["moviepy", "pygame"])

@@ -33,13 +33,16 @@ class Step(NamedTuple):
     infos: dict[str, Any]
 
 
-def first_episodes(env: gym.Env | VectorEnv, policy: Policy, seed: int | Sequence[int] | None = None, deterministic: bool = False) -> Iterator[Step]:
+def first_episodes(
+    env: gym.Env | VectorEnv, policy: Policy, seed: int | Sequence[int] | None = None, deterministic: bool = False, longest: int | None = None
+) -> Iterator[Step]:
     """Steps of `env`, one environment or a vector of them, from a reset with `seed` until each has ended an episode.
 
     What the policy carries (the rest of a chunk of actions, a history) goes from one `predict` to the next, and `episode_start` says where an
     observation begins an episode: the first, the one of a step that ended one (SAME_STEP), or the one of the step after it (NEXT_STEP).
-    Without a time limit an episode may never end: it is cut after LONGEST steps, with a warning.
+    Without a time limit an episode may never end: it is cut after `longest` steps (None: LONGEST), with a warning.
     """
+    longest = LONGEST if longest is None else longest
     n, next_step = getattr(env, "num_envs", 1), env.metadata.get("autoreset_mode") is AutoresetMode.NEXT_STEP
     tell = getattr(policy, "rewarded", None)
     obs, _ = env.reset(seed=seed)  # type: ignore[arg-type]
@@ -47,10 +50,10 @@ def first_episodes(env: gym.Env | VectorEnv, policy: Policy, seed: int | Sequenc
     for num_steps in itertools.count():
         if not running.any():
             return
-        if num_steps == LONGEST and not _limited(env):
+        if num_steps == longest and not _limited(env):
             name = env.spec.id if env.spec else env
             warnings.warn(
-                f"{name} has no time limit, and an episode that had not ended after {LONGEST} steps was cut there; train with "
+                f"{name} has no time limit, and an episode that had not ended after {longest} steps was cut there; train with "
                 """--env-kwargs '{"max_episode_steps": 1000}', or register the environment with max_episode_steps""",
                 stacklevel=2,
             )
