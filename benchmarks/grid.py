@@ -92,7 +92,7 @@ def _begin_work(cores: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _workers(jobs: int) -> ProcessPoolExecutor:
+def workers(jobs: int) -> ProcessPoolExecutor:
     """`jobs` fresh processes, each on a core of its own where the system can say so and there are as many."""
     context = multiprocessing.get_context("spawn")
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
@@ -145,7 +145,7 @@ def measure(
     asked_for = len(left)
     while left:
         lost = []  # by a process that was killed, with whatever else its pool had to do
-        with _workers(jobs) as pool:
+        with workers(jobs) as pool:
             entries = {pool.submit(cell, *entry): entry for entry in left}
             try:
                 for future in as_completed(entries):

@@ -13,7 +13,9 @@ greedy episodes after training (last) and at each checkpoint (the best of them i
 How long it takes on one of two busy cores of an EPYC of 2024, in minutes: recording Hopper or HalfCheetah 60 (500k steps of SAC and 100 evaluations),
 Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024 and its networks are deeper). So after the first recording the 12
 deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
-100, where nothing is recorded yet; medium-replay is training up to the medium policy, about 100k steps of it in whole episodes drawn evenly.
+100, where nothing is recorded yet; medium-replay is training up to the medium policy, be it 55k steps, and where it took longer about 100k of them
+in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units (AVX-512), both cores busy: recording by 300k steps 68, 100k updates of bc and
+filtered-bc 3, td3-bc 12, iql 14, awac 31. `--tiers medium-replay` leaves the other tiers' cells out.
 
 `--tasks` with nothing after it records nothing and runs the fixtures alone, a minute a cell.
 
@@ -26,15 +28,13 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import re
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, cells, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script
+from grid import Cell, arguments, cells, folder, measure, over_seeds, train_cell, workers  # type: ignore[import-not-found]  # run as a script
 
 RESULTS = Path(__file__).parent / "results" / "offline.json"
 PUBLISHED = Path(__file__).parent / "published_offline.json"
@@ -210,8 +210,9 @@ def table(rows: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[str, Any]) -> list[str]:
-    """Ids of the task's sets; those that are not on this machine are recorded into Minari's folder, after training where their recipe trains."""
+def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[str, Any], asked: Sequence[str] = TIERS) -> list[str]:
+    """Ids of the task's sets that are asked for; where any tier is not on this machine, it is recorded into Minari's folder, after training where the
+    recipe trains."""
     import torch
 
     from markovia.collect import collect
@@ -226,7 +227,7 @@ def make_sets(task: str, seed: int, namespace: str, runs: Path, changes: dict[st
         work = runs / "collect" / f"{task}-seed{seed}"
         begun = (work / "collect.json").is_file()
         collect(recipe(task, **changes), seed=seed, out=work, resume=begun, tiers=tiers, namespace=namespace, progress=False)
-    return [ids[tier] for tier in TIERS]
+    return [ids[tier] for tier in asked]
 
 
 def plan(
@@ -245,8 +246,8 @@ def plan(
 
 def recorded(tasks: list[str], args: argparse.Namespace) -> dict[str, str]:
     """Ids of the tasks' sets and their tasks; what is missing is recorded, side by side."""
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [(task, pool.submit(make_sets, task, 0, args.namespace, args.runs, args.recipe)) for task in tasks]
+    with workers(args.jobs) as pool:
+        jobs = [(task, pool.submit(make_sets, task, 0, args.namespace, args.runs, args.recipe, args.tiers)) for task in tasks]
         return {dataset: task for task, job in jobs for dataset in job.result()}
 
 
@@ -255,6 +256,7 @@ def main() -> None:
 
     parser = arguments(__doc__, tasks=TASKS, methods=[*MAIN, *OTHERS], runs="runs/offline", out=RESULTS)
     parser.add_argument("--d4rl", nargs="+", metavar="FILE", help="D4RL files; nothing else is run then")
+    parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS), help=f"of the recorded sets (default {' '.join(TIERS)})")
     parser.add_argument("--no-fixtures", dest="fixtures", action="store_false", help="leave the fixtures out")
     parser.add_argument("--no-collect", dest="collect", action="store_false", help="stop where a set is missing, in place of recording it")
     parser.add_argument("--recipe", type=json.loads, default={}, help="JSON object of changes to the recipes, e.g. '{\"num_steps\": 1000}'")
@@ -280,7 +282,7 @@ def main() -> None:
         sets: dict[str, str] = {}
         for k in range(0, len(args.tasks), args.jobs):
             now = args.tasks[k : k + args.jobs]
-            sets |= recorded(now, args) if args.collect else {tier_id(t, tier, args.namespace): t for t in now for tier in TIERS}
+            sets |= recorded(now, args) if args.collect else {tier_id(t, tier, args.namespace): t for t in now for tier in args.tiers}
             run(plan(sets, args.seeds, main_methods, [], args.steps, {}))
         run(plan(sets, args.seeds, main_methods, others, args.steps, fixtures))
 
