@@ -5,7 +5,7 @@ that was killed goes on. Tasks are recorded --jobs at a time, and the MAIN metho
 come the fixtures, and OTHERS on the first set. The first cells of all are MAIN on the medium-replay set of the first task, which decide whether
 offline methods beat cloning. Each cell is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded
 sets; what is in the results already is not run again. Recordings of two machines differ, because training does: results of another recording of a
-set are refused, and a grid of one's own set wants --out and --runs of its own.
+set are refused, and a grid of one's own set wants --out and --runs of its own. offline_second.json is such a grid, of a second recording of Hopper.
 
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
@@ -15,7 +15,7 @@ Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024
 deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
 100, where nothing is recorded yet; medium-replay is training up to the medium policy, be it 55k steps, and where it took longer about 100k of them
 in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units (AVX-512), both cores busy: recording by 300k steps 68, 100k updates of bc and
-filtered-bc 3, td3-bc 12, iql 14, awac 31. `--tiers medium-replay` leaves the other tiers' cells out.
+filtered-bc 3, td3-bc 12, iql 17, awac 32. `--tiers medium-replay` leaves the other tiers' cells out.
 
 `--tasks` with nothing after it records nothing and runs the fixtures alone, a minute a cell.
 
