@@ -14,10 +14,10 @@ How long it takes on one of two busy cores of an EPYC of 2024, in minutes: recor
 Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024 and its networks are deeper). So after the first recording the 12
 deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
 100, where nothing is recorded yet; medium-replay is training up to the medium policy, be it 55k steps, and where it took longer about 100k of them
-in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units (AVX-512), both cores busy: recording by 300k steps 68, 100k updates of bc and
+in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units, both cores busy: recording by 300k steps 68, 100k updates of bc and
 filtered-bc 3, td3-bc 12, iql 17, awac 32. `--tiers medium-replay` leaves the other tiers' cells out.
 
-`--tasks` with nothing after it records nothing and runs the fixtures alone, a minute a cell.
+`--tasks` with nothing after it records nothing and runs the fixtures alone, 5 to 80 s a cell, decision-transformer 400.
 
 `--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
 """
