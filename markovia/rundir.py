@@ -44,12 +44,12 @@ def held(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        descriptor = None if sys.platform == "win32" else os.open(run, os.O_RDONLY)
     except OSError as e:
-        raise RunError(f"could not make the run folder {run}: {e.strerror or e}; choose another --out") from e
-    if sys.platform == "win32":
+        raise RunError(f"could not make the run folder {run}, or not read it: {e.strerror or e}; choose another --out") from e
+    if descriptor is None:
         yield
         return
-    descriptor = os.open(run, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

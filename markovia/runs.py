@@ -288,6 +288,8 @@ def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise RunError(f"{run} already holds a run; go on with it (--resume), or choose another folder (--out)")
+    with held(run):  # told before minutes go into building what may not be written; it is held for good when the run begins
+        pass
     if not (run / CONFIG).exists():
         if any(not p.name.startswith(".tmp-") for p in run.iterdir()):
             raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
