@@ -285,7 +285,7 @@ def collect_command(argv: list[str]) -> None:
     parser.add_argument("--medium-return", type=float, help="the first evaluation that reaches it is the medium policy")
     parser.add_argument("--num-steps", type=int, help="transitions per tier")
     parser.add_argument("--eval-every", type=int, help="environment steps between two evaluations")
-    parser.add_argument("--tiers", nargs="+", metavar="TIER", help="which tiers (default all)")
+    parser.add_argument("--tiers", nargs="+", metavar="TIER", help="which tiers (default all that can be recorded this way)")
     parser.add_argument("--expert-run", type=Path, metavar="RUN", help="run whose newest checkpoint is the best policy; nothing is trained")
     parser.add_argument("--medium-run", type=Path, metavar="RUN", help="run whose newest checkpoint is the medium policy")
     parser.add_argument("--namespace", default="markovia", help="first part of the dataset ids (default markovia)")
@@ -294,17 +294,17 @@ def collect_command(argv: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with that folder")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress")
     args = parser.parse_args(argv)
-    from markovia.collect import TIERS, collect, out_of_order
-    from markovia.recipes import Recipe, recipe
+    from markovia.collect import collect, out_of_order
+    from markovia.recipes import Recipe, check_idle, recipe
 
     changes = {k: getattr(args, k) for k in ("method", "num_env_steps", "medium_return", "num_steps", "eval_every")}
     if args.expert_run is not None:
-        given = {k: v for k, v in changes.items() if v is not None and k == "num_steps"}
-        chosen = Recipe(args.env, None, **given)
+        check_idle("with --expert-run", changes, "leave it out")
+        chosen = Recipe(args.env, None) if args.num_steps is None else Recipe(args.env, None, num_steps=args.num_steps)
     else:
         chosen = recipe(args.env, **changes)
     options = {k: getattr(args, k) for k in ("seed", "out", "resume", "namespace", "medium_run", "expert_run", "progress")}
-    tiers = collect(chosen, tiers=args.tiers or TIERS, **options)
+    tiers = collect(chosen, tiers=args.tiers, **options)
     width = max(len(t.dataset_id) for t in tiers)
     for t in tiers:
         size = f"{t.num_steps:>9,} steps  {t.num_episodes:>7,} episodes"

@@ -21,8 +21,8 @@ import numpy as np
 from markovia.envs.durable import write_whole
 from markovia.provenance import versions
 from markovia.recipes import Recipe
-from markovia.rundir import RunError, read_json, write_json
-from markovia.settings import differences
+from markovia.rundir import RunError, checkpoints, read_json, write_json
+from markovia.settings import content_hash, differences
 
 TIERS = ("random", "medium-replay", "medium", "medium-expert", "expert")  # by rising return
 EPISODES_PER_EVALUATION = 10
@@ -54,7 +54,7 @@ def collect(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    tiers: Sequence[str] = TIERS,
+    tiers: Sequence[str] | None = None,
     namespace: str = "markovia",
     medium_run: str | Path | None = None,
     expert_run: str | Path | None = None,
@@ -62,6 +62,7 @@ def collect(
 ) -> list[Tier]:
     """Carry out a recipe; a tier that is there already is left as it is, so an interrupted collection goes on with resume=True.
 
+    tiers                   which to record; None: all that can be recorded this way
     medium_run, expert_run  folders of runs whose newest checkpoint is the medium and the best policy; nothing is trained then, and there is no
                             medium-replay. With expert_run alone only random and expert can be recorded.
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or training did not reach the medium return.
@@ -81,13 +82,16 @@ def collect(
         "medium_run": str(medium_run) if medium_run else None,
         "expert_run": str(expert_run) if expert_run else None,
     }
-    _open(folder, asked, resume)
     work = _Collection(recipe, seed, folder, namespace, asked, progress)
     if expert_run is not None:
-        work.use_runs(medium_run, expert_run)
-    elif recipe.method is None:
+        asked["policies"] = work.use_runs(medium_run, expert_run)
+    _check_folder(folder, asked, resume)
+    work.check_ids(chosen)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "collect.json", asked)
+    if expert_run is None and recipe.method is None:
         work.use_controller()
-    else:
+    elif expert_run is None:
         work.train()
     return [work.tier(name) for name in chosen]
 
@@ -99,8 +103,9 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _check_tiers(tiers: Sequence[str], medium_run: Any, expert_run: Any, recipe: Recipe) -> list[str]:
-    unknown = [t for t in tiers if t not in TIERS]
+def _check_tiers(tiers: Sequence[str] | None, medium_run: Any, expert_run: Any, recipe: Recipe) -> list[str]:
+    """The tiers to record, by rising return. Raises ValueError for one that is asked for by name and can't be recorded this way."""
+    unknown = [t for t in tiers or () if t not in TIERS]
     if unknown:
         raise ValueError(f"unknown tier {unknown[0]!r}; choose from {', '.join(TIERS)}")
     if medium_run is not None and expert_run is None:
@@ -110,26 +115,24 @@ def _check_tiers(tiers: Sequence[str], medium_run: Any, expert_run: Any, recipe:
         without = {"medium-replay"}
     if expert_run is not None and medium_run is None:
         without |= {"medium", "medium-expert"}
-    left = [t for t in TIERS if t in tiers and t not in without]
-    if not left:
-        raise ValueError(f"{', '.join(tiers)} can't be recorded this way: {'give a medium run' if 'medium' in without else 'nothing is trained'}")
-    return left
+    impossible = [t for t in TIERS if t in (tiers or ()) and t in without]
+    if impossible:
+        why = "nothing is trained, so there is no replay" if impossible == ["medium-replay"] else "give a medium run (--medium-run)"
+        raise ValueError(f"{', '.join(impossible)} can't be recorded this way: {why}")
+    return [t for t in TIERS if t in (tiers or TIERS) and t not in without]
 
 
-def _open(folder: Path, asked: dict[str, Any], resume: bool) -> None:
-    """A new collection wants an empty folder, a resumed one the same request. Raises RunError otherwise."""
+def _check_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
+    """A new collection wants an empty folder, a resumed one the same request; the namespace may change. Raises RunError otherwise."""
     file = folder / "collect.json"
     if file.exists():
-        changed = differences(read_json(file), asked)
+        changed = differences({**read_json(file), "namespace": None}, {**asked, "namespace": None})
         if changed:
             raise RunError(f"{folder} was started with another request ({'; '.join(changed[:3])}); use another folder, or delete this one")
         if not resume:
             raise RunError(f"{folder} already holds this collection; go on with it (--resume), or choose another folder (--out)")
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no collection; use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, asked)
 
 
 class _Uniform:
@@ -242,18 +245,26 @@ class _Collection:
 
     # -- policies ---------------------------------------------------------------------------------------------------------------------
 
-    def use_runs(self, medium_run: str | Path | None, expert_run: str | Path) -> None:
-        """The newest checkpoints of two runs. Raises RunError when one was trained on another environment."""
+    def use_runs(self, medium_run: str | Path | None, expert_run: str | Path) -> dict[str, str]:
+        """Take the newest checkpoints of two runs; their hashes. Raises RunError when one was trained on another environment."""
         from markovia.runs import load_run
 
+        hashes = {}
         for name, run in (("medium", medium_run), ("expert", expert_run)):
             if run is None:
                 continue
             loaded = load_run(run)
             if loaded.config["env"] != self.recipe.env:
                 raise RunError(f"{run} was trained on {loaded.config['env']}, not on {self.recipe.env}")
+            if loaded.config["env_kwargs"]:
+                raise RunError(
+                    f"{run} was trained on {self.recipe.env} with {loaded.config['env_kwargs']}, but datasets are recorded without arguments; "
+                    "register the environment with them under an id of its own and train on that"
+                )
             self.policies[name] = loaded.agent
             self.milestones[name] = {"method": loaded.config["method"], "run": str(run)}
+            hashes[name] = content_hash(checkpoints(Path(run))[-1] / "agent")
+        return hashes
 
     def use_controller(self) -> None:
         """A scripted expert, and the same with noise 0.5 as the medium policy."""
@@ -330,12 +341,21 @@ class _Collection:
         mean = float(data.returns().mean())
         return Tier(name, dataset_id, data.num_episodes, len(data), mean, float(reference.score_pct(mean)))
 
+    def check_ids(self, tiers: Sequence[str]) -> None:
+        """What `tier` would find after hours of training. Raises ValueError for ids that Minari can't store, RunError for those of other sets."""
+        from markovia.envs.offline.minari_io import check_id, dataset_root, open_minari
+        from markovia.envs.offline.sources import tier_id
+
+        for dataset_id in (check_id(tier_id(self.recipe.env, name, self.namespace)) for name in tiers):
+            if (dataset_root() / dataset_id).exists():
+                self._own(dataset_id, read_json(Path(open_minari(dataset_id).storage.data_path) / "metadata.json"))
+
     def _own(self, dataset_id: str, metadata: dict[str, Any]) -> None:
         theirs = metadata.get("markovia", {}).get("asked")
         if theirs != self.asked:
             raise RunError(
-                f"the dataset {dataset_id} exists and was not made by this request; choose another --namespace, or delete it "
-                f"(minari delete {dataset_id})"
+                f"the dataset {dataset_id} exists and was not made by this request; choose another --namespace (with --resume where "
+                f"--out was begun), or delete it (minari delete {dataset_id})"
             )
 
     def _rows(self, name: str) -> Any:

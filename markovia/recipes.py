@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,14 +57,30 @@ RECIPES: dict[str, Recipe] = {
 def recipe(env: str, **changes: Any) -> Recipe:
     """The environment's recipe with changes (None leaves an entry as it is).
 
-    Raises ValueError for an environment without one, unless method, num_env_steps and medium_return are given.
+    Raises ValueError for an environment without one that trains, unless method, num_env_steps and medium_return are given, and for changes of a
+    training where a scripted controller plays.
     """
     given = {k: v for k, v in changes.items() if v is not None}
-    known = env.rpartition(":")[2]
-    if known in RECIPES:
-        return replace(RECIPES[known], **given)
-    missing = [k for k in ("method", "num_env_steps", "medium_return") if k not in given]
-    if missing:
-        flags = ", ".join(f"--{k.replace('_', '-')}" for k in missing)
-        raise ValueError(f"there is no recipe for {env}; give {flags} too. Recipes: {', '.join(RECIPES)}")
-    return Recipe(env, **given)
+    own = RECIPES.get(env.rpartition(":")[2])
+    if own is not None and own.method is None and "method" not in given:
+        check_idle(f"{own.env} is recorded from a scripted controller", given, "leave it out, or train with --method")
+    elif own is None or own.method is None:
+        missing = [k for k in ("method", "num_env_steps", "medium_return") if k not in given]
+        if missing:
+            what = f"there is no recipe for {env}" if own is None else f"the recipe for {env} has a scripted controller, and none to train"
+            raise ValueError(f"{what}; give {_flags(missing)} too. Recipes: {', '.join(RECIPES)}")
+    if own is None:
+        return Recipe(env, **given)
+    settings = own.settings if given.get("method", own.method) == own.method else {}  # they are of that method
+    return replace(own, **{"env": env if ":" in env else own.env, "settings": settings, **given})
+
+
+def check_idle(why: str, given: dict[str, Any], mend: str) -> None:
+    """Raises ValueError for entries that change a training, where nothing is trained."""
+    idle = [k for k in ("method", "num_env_steps", "medium_return", "eval_every") if given.get(k) is not None]
+    if idle:
+        raise ValueError(f"{why}, nothing is trained, so {_flags(idle)} would do nothing; {mend}")
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,13 +119,24 @@ def test_recorded_from_runs(root):
     assert load("markovia/cartpole/random-v0").about.action_space.n == 2
     assert [t.name for t in collect(from_runs, out=root / "b", expert_run=run, namespace="b", progress=False)] == ["random", "expert"]
     with pytest.raises(ValueError, match="give a medium run"):
-        collect(from_runs, out=root / "d", expert_run=run, tiers=["medium"])
+        collect(from_runs, out=root / "d", expert_run=run, tiers=["expert", "medium"])
+    with pytest.raises(ValueError, match="medium-replay can't be recorded this way: nothing is trained"):
+        collect(from_runs, out=root / "d", expert_run=run, medium_run=run, tiers=["medium-replay", "expert"])
     with pytest.raises(ValueError, match="expert run beside it"):
         collect(from_runs, out=root / "d", medium_run=run)
     with pytest.raises(RunError, match="was trained on CartPole-v1, not on Pendulum-v1"):
         collect(Recipe("Pendulum-v1", None), out=root / "e", expert_run=run)
     with pytest.raises(RunError, match="not made by this request"):
         collect(from_runs, seed=1, out=root / "f", expert_run=run, medium_run=run, progress=False)
+    assert not any((root / name).exists() for name in "def")  # all this is told before a folder is begun
+    short = train(settings, "CartPole-v1", env_kwargs={"max_episode_steps": 3}, out=root / "short", eval_episodes=0, progress=False, method_id="ppo")
+    with pytest.raises(RunError, match=r"was trained on CartPole-v1 with \{'max_episode_steps': 3\}"):
+        collect(from_runs, out=root / "e", expert_run=short.run)
+    # Another run in the same folder: its policy would stand beside the tiers and references of the first.
+    shutil.rmtree(run)
+    train(settings, "CartPole-v1", seed=1, out=run, eval_episodes=0, progress=False, num_checkpoints=1, method_id="ppo")
+    with pytest.raises(RunError, match=r"another request .*policies\.expert"):
+        collect(from_runs, out=root / "b", expert_run=run, namespace="b", resume=True, progress=False)
 
 
 def test_what_is_refused(root):
@@ -144,11 +156,43 @@ def test_what_is_refused(root):
         collect(dataclasses.replace(SMALL, num_steps=300), out=root / "c", resume=True)
     never = dataclasses.replace(SMALL, medium_return=0.0)
     with pytest.raises(RunError, match="never reached the medium return 0"):
-        collect(never, out=root / "n", progress=False)
+        collect(never, out=root / "n", namespace="n", progress=False)
     (root / "full").mkdir()
     (root / "full" / "a").write_text("")
     with pytest.raises(RunError, match="not empty"):
         collect(SMALL, out=root / "full")
+
+
+def test_ids_are_checked_before_training(root, monkeypatch):
+    from markovia import collect as module
+
+    make(root / "c", tiers=["random"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Collection, "train", lambda self: pytest.fail("trained"))
+        with pytest.raises(RunError, match="random-v0 exists and was not made by this request; choose another --namespace"):
+            make(root / "d", tiers=["medium", "random"], seed=1)
+        with pytest.raises(ValueError, match="'my data/pendulum/random-v0' is no Minari id"):
+            make(root / "e", namespace="my data")
+        assert not (root / "d" / "collect.json").exists() and not (root / "e" / "collect.json").exists()
+    # What is trained already can be recorded under another namespace, beside the sets of the first.
+    (here,) = make(root / "c", tiers=["random"], namespace="other", resume=True)
+    first, second = (load(f"{name}/pendulum/random-v0").about.metadata for name in ("markovia", "other"))
+    assert here.dataset_id == "other/pendulum/random-v0" and first["content_sha256"] == second["content_sha256"]
+    assert [m["markovia"]["asked"]["namespace"] for m in (first, second)] == ["markovia", "other"]
+    assert first["markovia"]["asked"].keys() == {"recipe", "seed", "namespace", "medium_run", "expert_run"}  # as sets recorded long ago have it
+    assert make(root / "c", tiers=["random"], resume=True)[0].dataset_id == "markovia/pendulum/random-v0"
+
+
+def test_a_recipe_keeps_the_module_and_nothing_of_another_method():
+    maze = "gymnasium_robotics:PointMaze_UMaze-v3"
+    assert recipe("mine:Hopper-v5").env == "mine:Hopper-v5" and recipe("Hopper-v5") == RECIPES["Hopper-v5"]
+    assert recipe("PointMaze_UMaze-v3") == recipe(maze) == RECIPES["PointMaze_UMaze-v3"]
+    assert recipe("Pendulum-v1", method="ppo").settings == {} != recipe("Pendulum-v1", method="sac").settings
+    with pytest.raises(ValueError, match="scripted controller, and none to train; give --medium-return too"):
+        recipe(maze, method="sac", num_env_steps=20_000)
+    assert recipe("PointMaze_UMaze-v3", method="sac", num_env_steps=20_000, medium_return=5.0).env == maze
+    with pytest.raises(ValueError, match="nothing is trained, so --num-env-steps, --eval-every would do nothing; leave it out, or"):
+        recipe(maze, num_env_steps=20_000, eval_every=100, num_steps=10)
 
 
 def test_order_of_the_tiers():
@@ -204,6 +248,8 @@ def test_page_of_a_faulty_file_is_its_report(root, capsys):
 def test_collect_command(root, capsys):
     assert cli(["collect", "CartPole-v1"]) == 2
     assert "there is no recipe" in capsys.readouterr().err
+    assert cli(["collect", "CartPole-v1", "--expert-run", "r", "--method", "sac", "--medium-return", "5", "--num-env-steps", "3"]) == 2
+    assert "with --expert-run, nothing is trained, so --method, --num-env-steps, --medium-return would do nothing" in capsys.readouterr().err
     flags = ["--method", "ppo", "--num-env-steps", "512", "--eval-every", "256", "--medium-return", "5", "--num-steps", "50", "--no-progress"]
     code = cli(["collect", "CartPole-v1", "--out", "c", "--tiers", "random", "medium-replay", *flags])
     captured = capsys.readouterr()
