@@ -31,8 +31,8 @@ class ArrayActor:
         self._agent, self._norm = agent, norm
         self._layers = [(x.weight.detach().numpy().T, x.bias.detach().numpy()) for x in layers]
         self._activations = [_ACTIVATIONS[a] for a in activations]
-        log_std: Any = agent.net["policy"].log_std
-        self._std = np.exp(np.float32(agent.config()["log_std_init"]) if log_std is None else log_std.detach().numpy())
+        fixed = agent.net["policy"].log_std is None
+        self._std = np.exp(np.float32(agent.config()["log_std_init"]) if fixed else agent.shared_log_std().detach().numpy())
 
     def observe(self, observation: Any, update: bool | np.ndarray = False) -> np.ndarray:
         """Batched raw observations (n, k) as the network sees them; `update` as in `ControlAgent.observe`."""

@@ -22,6 +22,7 @@ from markovia.agents.records import Obs, Rollout, map_obs
 from markovia.agents.spaces import space_from_json, space_to_json
 
 LOG_STD_RANGE = (-20.0, 2.0)  # of standard deviations that a network gives
+SHARED_LOG_STD_RANGE = (-5.0, 2.0)  # around a bounded mean: an entry that is logged at its bound alone would otherwise lead the density to infinity
 
 
 def check_action_space(space: gym.Space, squash: bool = False, std: str = "shared", tanh_mean: bool = False) -> None:
@@ -255,8 +256,13 @@ class ControlAgent(StepAgent):
         elif self.std == "fixed":
             mean, log_std = params, torch.full_like(params, self._config["log_std_init"])
         else:
-            mean, log_std = params, self.net["policy"].log_std.expand_as(params)  # type: ignore[union-attr,operator]
+            mean, log_std = params, self.shared_log_std().expand_as(params)
         return (torch.tanh(mean) if self.tanh_mean else mean), log_std
+
+    def shared_log_std(self) -> Tensor:
+        """log std of each entry of the action, the same for all observations, (d,); with std="shared"."""
+        log_std: Tensor = self.net["policy"].log_std  # type: ignore[assignment,union-attr]
+        return log_std.clamp(*SHARED_LOG_STD_RANGE) if self.tanh_mean else log_std
 
     def policy(self, obs: Obs) -> Distribution:
         """The action distribution for observations (n, ...) as the networks see them, with gradient."""

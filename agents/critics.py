@@ -74,11 +74,15 @@ class QEnsemble(nn.Module):
         return self.head(x).squeeze(-1)
 
 
+VALUE_LEVELS = 32  # even levels over which a quantile network's value is the mean
+
+
 class QuantileEnsemble(nn.Module):
     """N implicit quantile networks Z_j(s, a; tau) [Dabney 2018, arXiv 1806.06923]: obs (b, ...), actions (b, d) in [-1, 1].
 
-    The features of (s, a) after all hidden layers but the last are multiplied by features of cos(pi i tau), i = 0 .. embedding - 1.
-    Raises ValueError for what `QEnsemble` refuses, and for fewer than two hidden layers, quantiles or cosines than one.
+    The features of (s, a) after all hidden layers but the last are multiplied by features of cos(pi i tau), i = 1 .. embedding. Each hidden layer is
+    normalised before its activation, and a sigmoid keeps the features of tau in (0, 1), as in the code of closed-form policy improvement.
+    Raises ValueError for what `QEnsemble` refuses, and for fewer than two hidden layers or one cosine.
     """
 
     def __init__(
@@ -86,35 +90,32 @@ class QuantileEnsemble(nn.Module):
         observation_space: spaces.Space,
         action_size: int,
         num: int = 2,
-        quantiles: int = 8,
         embedding: int = 64,
         hidden: Sequence[int] = (256, 256, 256),
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        if num < 1 or quantiles < 1 or embedding < 1 or len(hidden) < 2:
-            raise ValueError(
-                f"quantile critics need at least 1 member, 1 quantile, 1 cosine and 2 hidden layers, got {num}, {quantiles}, {embedding}, {hidden}"
-            )
+        if num < 1 or embedding < 1 or len(hidden) < 2:
+            raise ValueError(f"quantile critics need at least 1 member, 1 cosine and 2 hidden layers, got {num}, {embedding}, {hidden}")
         check_layers(hidden, activation)
-        self.num, self.quantiles, self.embedding = num, quantiles, embedding
+        self.num, self.embedding = num, embedding
         self.encoder = ObsEncoder(observation_space)
         sizes = [self.encoder.width + action_size, *hidden]
-        self.hidden = nn.ModuleList(StackedLinear(num, a, b) for a, b in itertools.pairwise(sizes[:-1]))
-        self.levels = StackedLinear(num, embedding, sizes[-2])
-        self.merge = StackedLinear(num, sizes[-2], sizes[-1])
+        self.hidden = nn.ModuleList(StackedLinear(num, a, b, layer_norm=True) for a, b in itertools.pairwise(sizes[:-1]))
+        self.levels = StackedLinear(num, embedding, sizes[-2], layer_norm=True)
+        self.merge = StackedLinear(num, sizes[-2], sizes[-1], layer_norm=True)
         self.activation = ACTIVATIONS[activation]()
         self.head = StackedLinear(num, sizes[-1], 1, gain=1.0)
 
     def forward(self, obs: Obs, action: Tensor, members: int | None = None, tau: Tensor | None = None) -> Tensor:
-        """Quantiles (N, k, b) at levels tau (k, b) or (k, 1) in (0, 1); without tau their mean over `quantiles` even levels, the value (N, b)."""
+        """Quantiles (N, k, b) at levels tau (k, b) or (k, 1) in (0, 1); without tau their mean over even levels, the value (N, b)."""
         n = members or self.num
         x = torch.cat([self.encoder(obs), action], -1).expand(n, -1, -1)
         for layer in self.hidden:
             x = self.activation(layer(x))
-        at = (torch.arange(self.quantiles, device=x.device, dtype=x.dtype)[:, None] + 0.5) / self.quantiles if tau is None else tau
-        cosines = torch.cos(math.pi * torch.arange(self.embedding, device=x.device, dtype=at.dtype) * at[..., None])
-        level = self.activation(self.levels(cosines.flatten(0, 1).expand(n, -1, -1))).unflatten(1, tuple(at.shape))
+        at = (torch.arange(VALUE_LEVELS, device=x.device, dtype=x.dtype)[:, None] + 0.5) / VALUE_LEVELS if tau is None else tau
+        cosines = torch.cos(math.pi * torch.arange(1, self.embedding + 1, device=x.device, dtype=at.dtype) * at[..., None])
+        level = torch.sigmoid(self.levels(cosines.flatten(0, 1).expand(n, -1, -1))).unflatten(1, tuple(at.shape))
         z = self.activation(self.merge((x[:, None] * level).flatten(1, 2)))
         z = self.head(z).squeeze(-1).unflatten(1, (at.shape[0], x.shape[1]))
         return z.mean(1) if tau is None else z

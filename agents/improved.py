@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from markovia.agents.control import LOG_STD_RANGE, ControlAgent
+from markovia.agents.control import ControlAgent
 from markovia.agents.critics import QuantileEnsemble
 from markovia.agents.distributions import LOG_2PI
 from markovia.agents.networks import PolicyNet, Trunk
 from markovia.agents.records import Obs, map_obs
 
 ActionValue = Callable[[Tensor], Tensor]  # actions (b, k, d) in [-1, 1] -> values (b, k)
+LOG_STD_RANGE = (-5.0, 2.0)  # of modes, as in the published code
 
 
 def ellipsoid_step(center: Tensor, cov: Tensor, grad: Tensor, radius: Tensor | float) -> Tensor:
@@ -50,15 +51,17 @@ def mode_budgets(log_weight: Tensor, cov: Tensor, *, log_tau: float) -> Tensor:
 def jensen_ellipsoid(log_weight: Tensor, mean: Tensor, cov: Tensor, *, log_tau: float) -> tuple[Tensor, Tensor, Tensor]:
     """The set sum_i lambda_i 0.5 (mu - mu_i)' Sigma_i^-1 (mu - mu_i) <= log tau as one ellipsoid: center, covariance, squared radius.
 
-    S = (sum_i lambda_i Sigma_i^-1)^-1,  c = S sum_i lambda_i Sigma_i^-1 mu_i,  r^2 = 2 log tau - sum_i lambda_i mu_i' Sigma_i^-1 mu_i + c' S^-1 c;
-    empty where r^2 < 0. It bounds the log of the mixture by Jensen's inequality.                                        [arXiv 2211.15956]
+    S = (sum_i lambda_i Sigma_i^-1)^-1,  c = S sum_i lambda_i Sigma_i^-1 mu_i,  r^2 = 2 log tau - sum_i lambda_i (mu_i - c)' Sigma_i^-1 (mu_i - c);
+    empty where r^2 < 0. It bounds the log of the mixture by Jensen's inequality. The paper's r^2 has mu_i and c apart, a difference of large numbers
+    where modes are narrow.                                                                                              [arXiv 2211.15956]
     """
     weighted = log_weight.exp()[..., None, None] * torch.linalg.inv(cov)
     pulled = (weighted @ mean[..., None])[..., 0]
     precision = weighted.sum(-3)
     whole = torch.linalg.inv(precision)
     center = (whole @ pulled.sum(-2)[..., None])[..., 0]
-    spread = (mean * pulled).sum((-1, -2)) - (center * (precision @ center[..., None])[..., 0]).sum(-1)
+    apart = mean - center[..., None, :]
+    spread = (apart * (weighted @ apart[..., None])[..., 0]).sum((-1, -2))
     return center, whole, 2.0 * log_tau - spread
 
 

@@ -202,13 +202,13 @@ class ActorCritic(nn.Module):
         return penalised_value(value, action, batch.extra["next_action"], penalty=t.penalty) if t.penalty else value
 
     @torch.no_grad()
-    def logged_value(self, t: LoggedTarget, batch: Batch, levels: Tensor | None) -> Tensor:
-        """agg_j Qbar_j(s', a') of the next logged action, (b,); of quantile critics their quantiles, (k, b), at levels drawn by normal noise."""
+    def logged_value(self, batch: Batch, levels: Tensor | None) -> Tensor:
+        """Qbar_j(s', a') of the next logged action, (N, b); of quantile critics their quantiles, (N, k, b), at levels drawn by normal noise."""
         action = batch.extra["next_action"]
         if not isinstance(self.method.critic, QuantileCritics):
-            return self.one_q(self.target, batch.next_obs, action, t.aggregate)
+            return self.q(self.target, batch.next_obs, action)
         assert levels is not None
-        return aggregate(self.quantiles(self.target, batch.next_obs, action, quantile_levels(levels[: self.method.critic.quantiles])), t.aggregate)
+        return self.quantiles(self.target, batch.next_obs, action, quantile_levels(levels[: self.method.critic.quantiles]))
 
     def quantiles(self, critic: nn.Module | None, obs: Obs, action: Tensor, tau: Tensor) -> Tensor:
         """Quantiles of an ensemble, (N, k, b), at levels tau (k, b)."""
@@ -219,7 +219,10 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def goal(self, batch: Batch, noise: Tensor, lam: Tensor | float, levels: Tensor | None = None) -> Tensor:
-        """y (b,) of the slot `target`; (k, b) where critics give quantiles. `levels` (k, b, d) draws their levels, or a subset of the critics."""
+        """y of the slot `target`, (b,); each critic's own of a `LoggedTarget`, (N, b), or (N, k, b) where critics give quantiles.
+
+        `levels` (k, b, d) draws the levels of quantiles, or a subset of the critics.
+        """
         t, obs = self.method.target, batch.next_obs
         assert t is not None
         if isinstance(t, ValueTarget | InSampleTarget):
@@ -227,7 +230,7 @@ class ActorCritic(nn.Module):
         elif isinstance(t, SmoothedTarget):
             value = self.smoothed_value(self.target, t, batch, noise)
         elif isinstance(t, LoggedTarget):
-            value = self.logged_value(t, batch, levels)
+            value = self.logged_value(batch, levels)
         else:
             value = self.sampled_value(self.target, obs, noise, lam, t, levels)
         return bootstrap(batch.reward, batch.continuation, value, gamma=self.method.gamma)

@@ -48,16 +48,17 @@ def smoothed_action(mean: Tensor, noise: Tensor, *, std: float, clip: float) -> 
 
 
 def td_error(q: Tensor, y: Tensor) -> Tensor:
-    """sum_j (Q_j(s, a) - y)^2 over the ensemble, (b,), squared reward units; SAC halves it.            [arXiv 1812.05905, eq. 5]"""
+    """sum_j (Q_j(s, a) - y_j)^2 over the ensemble, (b,), squared reward units; y (b,) or (N, b). SAC halves it.      [arXiv 1812.05905, eq. 5]"""
     return (q - y).square().sum(0)
 
 
 def quantile_error(z: Tensor, y: Tensor, tau: Tensor) -> Tensor:
     """sum_i mean_j |tau_i - 1[y_j < z_i]| h(y_j - z_i), (b,), summed over the ensemble too; h is Huber's loss with threshold 1.
 
-    z (N, k, b) predicted quantiles at levels tau (k, b), y (l, b) quantiles of the target, no gradient.            [Dabney 2018, arXiv 1806.06923]
+    z (N, k, b) predicted quantiles at levels tau (k, b), y (l, b) quantiles of the target, or (N, l, b) of each member's own, no gradient.
+                                                                                                          [Dabney 2018, arXiv 1806.06923]
     """
-    gap = y[None, None] - z[:, :, None]
+    gap = y[..., None, :, :] - z[:, :, None]
     huber = torch.where(gap.abs() <= 1.0, 0.5 * gap.square(), gap.abs() - 0.5)
     return ((tau[None, :, None] - (gap < 0.0).to(gap.dtype)).abs() * huber).mean(2).sum((0, 1))
 

@@ -103,9 +103,7 @@ class InSampleTarget:
 
 @dataclass(frozen=True)
 class LoggedTarget:
-    """V(s') = agg_j Qbar_j(s', a') of the next logged action: the value of the policy that wrote the data (SARSA)."""
-
-    aggregate: Aggregate = "min"
+    """V_j(s') = Qbar_j(s', a') of the next logged action, each critic by its own target: the value of the policy that wrote the data (SARSA)."""
 
 
 Target = SoftTarget | SmoothedTarget | ValueTarget | InSampleTarget | LoggedTarget
@@ -168,7 +166,7 @@ class QuantileCritics:
     """An ensemble of implicit quantile networks and its loss, the quantile Huber loss summed over the members."""
 
     num: int = 2
-    quantiles: int = 8  # levels drawn per transition, and for the target; even levels when the value is asked for
+    quantiles: int = 8  # levels drawn per transition, and for the target
     embedding: int = 64  # cosines of a level
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic; a level enters before the last
     activation: str = "relu"

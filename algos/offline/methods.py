@@ -28,6 +28,7 @@ from markovia.algos.off_policy.slots import (
     SoftTarget,
     Squashed,
     Supported,
+    TunedTemperature,
     Weighted,
 )
 from markovia.algos.offline.method import Logged, Offline
@@ -61,7 +62,11 @@ REBRAC = Offline(
 )
 MCEP = replace(TD3_BC, evaluation=Held(alpha=10.0))
 SPOT = replace(TD3_BC, num_env_steps=1_100_000, actor=Supported(), behaviour=Behaviour())
-A2PR = replace(TD3_BC, value=LowerValue(), actor=Guided(), behaviour=JointBehaviour())
+_DEEPER = (256, 256, 256, 256)
+A2PR = replace(
+    TD3_BC, policy=Deterministic(hidden=_DEEP), critic=Critics(hidden=_DEEPER, coef=1.0), value=LowerValue(hidden=_DEEPER),
+    actor=Guided(), behaviour=JointBehaviour(),
+)  # fmt: skip
 AWAC = Offline(
     policy=Bounded(hidden=_DEEP),
     target=SoftTarget(entropy=False),
@@ -82,9 +87,12 @@ CQL = Offline(
     critic=Critics(hidden=_DEEP, coef=1.0),
     regulariser=Conservative(alpha=10.0),
     actor=Ascent(lr=3e-5),
+    temperature=TunedTemperature(lr=3e-5),
 )
-CAL_QL = replace(CQL, regulariser=Conservative(calibrated=True), data=Logged(returns_to_go="repeat_last"))
-SAC_N = Offline(policy=Squashed(hidden=_DEEP), critic=Critics(num=10, hidden=_DEEP, coef=1.0), data=Logged(normalize_obs=False))
+CAL_QL = replace(CQL, regulariser=Conservative(calibrated=True), data=Logged(returns_to_go="zero"))
+SAC_N = Offline(
+    num_env_steps=3_000_000, policy=Squashed(hidden=_DEEP), critic=Critics(num=10, hidden=_DEEP, coef=1.0), data=Logged(normalize_obs=False)
+)
 EDAC = replace(SAC_N, regulariser=Diverse())
 CFPI = Offline(
     num_env_steps=500_000,
@@ -94,7 +102,7 @@ CFPI = Offline(
     actor=Clone(lr=1e-4),
     evaluation=ClosedForm(),
     temperature=FixedTemperature(0.0),
-    data=Logged(normalize_obs=False, next_action=True),
+    data=Logged(next_action=True),
 )
 _CONTROL = ("control",)
 _IMPROVED = "markovia.agents.improved:"

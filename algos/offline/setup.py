@@ -109,7 +109,7 @@ def make_agent(method: OffPolicy, observation_space: Any, action_space: Any, **o
     if not isinstance(method.evaluation, ClosedForm):
         return ControlAgent.from_spaces(observation_space, action_space, critic=False, **options)
     assert isinstance(method.policy, Mixture) and isinstance(method.critic, QuantileCritics)
-    q = {k: v for k, v in asdict(method.critic).items() if k != "lr"}
+    q = {k: v for k, v in asdict(method.critic).items() if k not in ("lr", "quantiles")}
     return ImprovedAgent.improved(observation_space, action_space, {"modes": method.policy.num, **asdict(method.evaluation)}, q, **options)
 
 

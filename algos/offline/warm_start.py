@@ -25,12 +25,12 @@ _LEARNING: dict[str, dict[str, Any]] = {"critic": {"lr": 1.0, "coef": 1.0}}  # w
 _POLICY = Squashed()
 _CRITICS = Critics(num=10, layer_norm=True, coef=1.0)
 _TARGET = SoftTarget(entropy=False, subset=2)
-_ACTOR = Ascent(aggregate="mean", lr=1e-4)
+_ACTOR = Ascent(lr=1e-4)
 _TEMPERATURE = TunedTemperature(lr=1e-4)
 
 
 def _offline() -> Offline:
-    data = Logged(normalize_obs=False, returns_to_go="repeat_last")
+    data = Logged(normalize_obs=False, returns_to_go="zero")
     regulariser = Conservative(calibrated=True)
     return Offline(policy=_POLICY, target=_TARGET, critic=_CRITICS, regulariser=regulariser, actor=_ACTOR, temperature=_TEMPERATURE, data=data)
 

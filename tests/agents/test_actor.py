@@ -27,6 +27,16 @@ def agent_on(action_space: Any = ACTIONS, **options: Any) -> ControlAgent:
     return agent
 
 
+def test_a_bounded_mean_keeps_a_density() -> None:
+    """An entry that is logged at its bound alone would lead the standard deviation to 0; the arrays follow the tensors."""
+    agent = agent_on(tanh_mean=True, log_std_init=-60.0)
+    assert agent.policy(torch.zeros(1, 5)).log_std.eq(-5.0).all()  # type: ignore[attr-defined]
+    actor = agent.actor()
+    assert isinstance(actor, ArrayActor)
+    np.testing.assert_allclose(actor._std, np.exp(-5.0), rtol=1e-6)
+    assert agent_on(log_std_init=-60.0).policy(torch.zeros(1, 5)).log_std.lt(-50.0).all()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("options", [{}, {"hidden": ()}, {"activation": "relu", "normalize_obs": False}, {"squash": True}, {"tanh_mean": True}])
 def test_actions_are_the_mean_plus_scaled_noise(options: dict[str, Any]) -> None:
     agent = agent_on(**options)

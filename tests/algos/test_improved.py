@@ -75,6 +75,19 @@ def test_jensen_set_is_the_ellipsoid(seed: int) -> None:
     assert float(grad @ found) == pytest.approx(-best.fun, abs=1e-5)
 
 
+def test_narrow_modes_keep_their_ellipsoid_in_float32() -> None:
+    """Modes that lie close together and far from 0, as those of actions logged at their bound: the set is as small as in float64."""
+    g = torch.Generator().manual_seed(0)
+    mean = 6.1 + 0.001 * torch.randn((200, 4, 2), generator=g, dtype=F64)
+    cov = torch.diag_embed(torch.full((200, 4, 2), math.exp(-10.0), dtype=F64))
+    log_weight = torch.log_softmax(torch.randn((200, 4), generator=g, dtype=F64), -1)
+    exact = jensen_ellipsoid(log_weight, mean, cov, log_tau=0.5)[2]
+    found = jensen_ellipsoid(log_weight.float(), mean.float(), cov.float(), log_tau=0.5)[2]
+    assert float(exact.max()) <= 1.0
+    torch.testing.assert_close(found.double(), exact, atol=2e-2, rtol=0)
+    assert make().distribution(torch.full((1, 10), -50.0)).log_std.eq(-5.0).all()  # no mode narrower than published code allows
+
+
 def test_no_budget_gives_the_best_mode() -> None:
     log_weight, mean, cov, grad = (x[None] for x in problem(1))
     q = lambda a: (a * grad[:, None]).sum(-1)  # noqa: E731
@@ -115,7 +128,7 @@ def test_samples_follow_the_mixture() -> None:
 def make() -> ImprovedAgent:
     torch.manual_seed(0)
     improvement = {"modes": 2, "log_tau": 0.5, "pessimism": 1.0, "min_weight": 0.05}
-    q = {"num": 2, "quantiles": 4, "embedding": 8, "hidden": [16, 16], "activation": "relu"}
+    q = {"num": 2, "embedding": 8, "hidden": [16, 16], "activation": "relu"}
     return ImprovedAgent.improved(OBS, BOX, improvement, q, hidden=(16,), activation="relu", normalize_obs=True)
 
 
@@ -138,5 +151,5 @@ def test_greedy_actions_are_better_than_the_modes_and_survive_saving(tmp_path: A
 
 
 def test_quantile_critics_refuse_what_can_not_be() -> None:
-    with pytest.raises(ValueError, match="at least 1 member, 1 quantile, 1 cosine and 2 hidden layers"):
+    with pytest.raises(ValueError, match="at least 1 member, 1 cosine and 2 hidden layers"):
         QuantileEnsemble(OBS, 2, hidden=(8,))

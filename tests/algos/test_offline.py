@@ -69,7 +69,7 @@ from markovia.envs.offline.transitions import About, Transitions
 
 @pytest.mark.parametrize("method_id", OFFLINE)
 def test_budget_of_the_row(method_id: str) -> None:
-    value, updates = OFFLINE[method_id].value, {"spot": 1_100_000, "cfpi": 500_000, "cfpi/sg": 500_000}
+    value, updates = OFFLINE[method_id].value, {"spot": 1_100_000, "cfpi": 500_000, "cfpi/sg": 500_000, "edac": 3_000_000, "edac/sac-n": 3_000_000}
     assert value.fixed_data and value.num_optimizer_steps == updates.get(method_id, 1_000_000)
     assert configure(method_id, POINT).num_env_steps == (4000 if method_id == "spot" else 3000)  # a thousand for its model alone
 

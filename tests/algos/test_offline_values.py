@@ -58,6 +58,9 @@ def test_equations_by_hand() -> None:
     # level 1/4: y = 2 lies 3 above z = -1, Huber 3 - 1/2; y = -1.5 lies 1/2 below, Huber 1/8: (1/4 * 2.5 + 3/4 / 8) / 2
     found = losses.quantile_error(one(-1)[None, None], one(2, -1.5)[:, None], one(0.25)[:, None])
     assert found.item() == pytest.approx((0.25 * 2.5 + 0.75 / 8) / 2)
+    # a second member with a target of its own, 1 above its z: both levels of it cost (1/4 * 1/2)
+    both = losses.quantile_error(one(-1, 0)[:, None, None], torch.stack([one(2, -1.5), one(1, 1)])[..., None], one(0.25)[:, None])
+    assert both.item() == pytest.approx(found.item() + 0.25 * 0.5)
     # the decoded action is worth 2 >= 1, then 0 < 3; above V in both rows; a tie goes to the decoded one, and V = 5 is above both
     chosen, gate = regularised.better_action(one(1, 2, 3)[:, None], one(7, 8, 9)[:, None], one(1, 3, 2), one(2, 0, 2), one(2, 1, 5))
     assert chosen[:, 0].tolist() == [7.0, 2.0, 9.0] and gate.tolist() == [1.0, 1.0, 0.0]
@@ -95,7 +98,7 @@ def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.
     """y by the formula of the row's paper."""
     if method_id.startswith("cfpi"):
         tau = torch.distributions.Normal(0.0, 1.0).cdf(noise[3:5, :, 0])
-        z = torch.minimum(*quantiles_by_hand(nets.target, batch.next_obs, batch.extra["next_action"], tau))
+        z = torch.stack(quantiles_by_hand(nets.target, batch.next_obs, batch.extra["next_action"], tau))
         return batch.reward + 0.99 * batch.continuation * z
     if method_id == "iql":
         value = net_by_hand(nets.value, batch.next_obs)[:, 0]

@@ -76,18 +76,23 @@ def one(*x: float) -> torch.Tensor:
     return torch.tensor(x, dtype=F64)
 
 
+def dense_by_hand(layer: Any, j: int, x: torch.Tensor) -> torch.Tensor:
+    """One member's layer; layer norm as written in the paper where it has one."""
+    y = x @ layer.weight[j] + layer.bias[j, 0]
+    if layer.scale is None:
+        return y
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return y * layer.scale[j, 0] + layer.shift[j, 0]
+
+
 def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
-    """Each member by itself; layer norm as written in the paper where the critics have it."""
+    """Each member by itself."""
     out = []
     for j in range(critic.num):
         x = torch.cat([obs, action], 1)
         for layer in critic.hidden:
-            x = x @ layer.weight[j] + layer.bias[j, 0]
-            if layer.scale is not None:
-                x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-                x = x * layer.scale[j, 0] + layer.shift[j, 0]
-            x = x.tanh()
-        out.append((x @ critic.head.weight[j] + critic.head.bias[j, 0])[:, 0])
+            x = dense_by_hand(layer, j, x).tanh()
+        out.append(dense_by_hand(critic.head, j, x)[:, 0])
     return out
 
 
@@ -95,22 +100,22 @@ def quantiles_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor, tau:
     """Each member and level by itself, (k, b)."""
     out = []
     for j in range(critic.num):
-        dense = lambda x, layer, j=j: x @ layer.weight[j] + layer.bias[j, 0]  # noqa: E731
-        x = dense(torch.cat([obs, action], 1), critic.hidden[0]).tanh()
+        x = dense_by_hand(critic.hidden[0], j, torch.cat([obs, action], 1)).tanh()
         rows = []
         for level in tau:
-            cosines = torch.stack([torch.cos(math.pi * i * level) for i in range(critic.embedding)], 1)
-            rows.append(dense(dense(x * dense(cosines, critic.levels).tanh(), critic.merge).tanh(), critic.head)[:, 0])
+            cosines = torch.stack([torch.cos(math.pi * i * level) for i in range(1, critic.embedding + 1)], 1)
+            gate = 1 / (1 + (-dense_by_hand(critic.levels, j, cosines)).exp())
+            rows.append(dense_by_hand(critic.head, j, dense_by_hand(critic.merge, j, x * gate).tanh())[:, 0])
         out.append(torch.stack(rows))
     return out
 
 
 def quantile_loss_by_hand(nets: ActorCritic, batch: Batch, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Huber's loss of every pair of a predicted and a target quantile, weighted by tau or 1 - tau."""
+    """Huber's loss of every pair of a predicted and a target quantile of the same member, weighted by tau or 1 - tau."""
     tau, total = torch.distributions.Normal(0.0, 1.0).cdf(noise[5:7, :, 0]), torch.zeros((), dtype=F64)
-    for z in quantiles_by_hand(nets.critic, batch.obs, batch.action, tau):
+    for z, own in zip(quantiles_by_hand(nets.critic, batch.obs, batch.action, tau), y, strict=True):
         for i in range(2):
-            for target in y:
+            for target in own:
                 weight = torch.where(target < z[i], 1 - tau[i], tau[i])
                 total = total + (weight * torch.nn.functional.huber_loss(z[i], target, reduction="none")).mean() / 2
     return total
