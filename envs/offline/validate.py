@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from markovia.envs.offline.transitions import Transitions, columns
+
+if TYPE_CHECKING:
+    import gymnasium as gym
 
 
 class DatasetError(ValueError):
@@ -47,9 +51,14 @@ class Report:
             raise DatasetError(str(self))
 
 
+def any_in_row(mask: np.ndarray) -> np.ndarray:
+    """(N,) bool of (N, ...), which may have no rows or no entries in them."""
+    return mask.any(axis=tuple(range(1, mask.ndim)))
+
+
 def first_true(mask: np.ndarray) -> int | None:
     """Index of the first True along axis 0, any other axis counted together; None where there is none."""
-    rows = mask.reshape(len(mask), -1).any(axis=1) if mask.ndim > 1 else mask
+    rows = any_in_row(mask)
     return int(rows.argmax()) if rows.any() else None
 
 
@@ -64,8 +73,7 @@ def not_finite(name: str, values: np.ndarray) -> list[Fault]:
     if row is None:
         return []
     first = values[row][bad[row]] if values.ndim > 1 else values[row : row + 1]
-    count = int(bad.reshape(len(bad), -1).any(axis=1).sum())
-    return [Fault(name, row, f"{first.flat[0]} ({count} such row(s)); drop these episodes, or record them again")]
+    return [Fault(name, row, f"{first.flat[0]} ({int(any_in_row(bad).sum())} such row(s)); drop these episodes, or record them again")]
 
 
 def wrong_length(name: str, found: int, expected: int, of: str) -> list[Fault]:
@@ -100,7 +108,7 @@ def check_transitions(data: Transitions) -> Report:
     if first_true(np.diff(data.episode) < 0) is not None:
         faults.append(Fault("episode", first_true(np.diff(data.episode) < 0), "episode ids must not fall"))
     faults += _not_following(data)
-    faults += _outside(data)
+    faults += outside_spaces(data)
     return Report(data.about.name, tuple(faults))
 
 
@@ -118,25 +126,50 @@ def _not_following(data: Transitions) -> list[Fault]:
     inside = (data.episode[1:] == data.episode[:-1]) & data.next_known[:-1]
     out = []
     for (name, obs), following in zip(columns(data.obs).items(), columns(data.next_obs).values(), strict=True):
-        apart = (obs[1:] != following[:-1]).reshape(len(obs) - 1, -1).any(axis=1) & inside
+        apart = any_in_row(obs[1:] != following[:-1]) & inside
         row = first_true(apart)
         if row is not None:
             out.append(Fault(f"next_{name}", row, f"differs from {name} of row {row + 1} in the same episode ({int(apart.sum())} row(s))"))
     return out
 
 
-def _outside(data: Transitions) -> list[Fault]:
-    """Actions outside their space; a note, since logged policies overshoot by rounding."""
+def outside_spaces(data: Transitions) -> list[Fault]:
+    """Observations and actions of another shape than their space's, choices that it does not have, and actions outside a Box.
+
+    The last is a note, since logged policies overshoot by rounding; observations may leave their Box, as many environments' own do.
+    """
     from gymnasium import spaces
 
-    space, action = data.about.action_space, data.action
-    if isinstance(space, spaces.Box):
-        if action.shape[1:] != space.shape:
-            return [Fault("action", 0, f"shape {action.shape[1:]}, expected {space.shape} (the action space)")]
-        low, high = space.low - 1e-4, space.high + 1e-4
-        row = first_true((action < low) | (action > high))
-    elif isinstance(space, spaces.Discrete):
-        row = first_true((action < space.start) | (action >= space.start + space.n))
+    about, faults = data.about, []
+    told = about.observation_space
+    named = {f"obs/{k}": s for k, s in told.spaces.items()} if isinstance(told, spaces.Dict) else {"obs": told}
+    found = columns(data.obs)
+    if told is not None and named.keys() != found.keys():
+        return [Fault("obs", None, f"holds {', '.join(found)}, expected {', '.join(named)} (the observation space)")]
+    for name, values in {**found, **columns(data.next_obs, "next_obs")}.items():
+        faults += _outside(name, values, named.get(name.removeprefix("next_")), "the observation space")
+    faults += _outside("action", data.action, about.action_space, "the action space")
+    if not faults and isinstance(about.action_space, spaces.Box):
+        row = first_true((data.action < about.action_space.low - 1e-4) | (data.action > about.action_space.high + 1e-4))
+        faults += [] if row is None else [Fault("action", row, f"{data.action[row]} lies outside {about.action_space}", False)]
+    return faults
+
+
+def _outside(name: str, values: np.ndarray, space: gym.Space | None, of: str) -> list[Fault]:
+    """Rows of another shape than the space's and, where it counts choices, those that are none."""
+    from gymnasium import spaces
+
+    if space is None or space.shape is None:
+        return []
+    if values.shape[1:] != space.shape:
+        return [Fault(name, 0, f"has the shape {values.shape[1:]}, expected {space.shape} ({of})")]
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        low, high = space.start, space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
+    elif isinstance(space, spaces.MultiBinary):
+        low, high = 0, 1
     else:
         return []
-    return [] if row is None else [Fault("action", row, f"{action[row]} lies outside {space}", isinstance(space, spaces.Discrete))]
+    if not np.issubdtype(values.dtype, np.integer):
+        return [Fault(name, None, f"holds {values.dtype}, expected integers ({of}, {space})")]
+    row = first_true((values < low) | (values > high))
+    return [] if row is None else [Fault(name, row, f"{values[row]} lies outside {space}")]

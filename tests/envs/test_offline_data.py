@@ -113,7 +113,9 @@ def test_concatenation_renumbers_and_keeps_last_rows_apart():
 def test_dictionary_observations():
     data = logged()
     two = {"b": data.obs, "a": np.repeat(data.obs, 2, axis=1)}
-    data = dataclasses.replace(data, obs=two, next_obs={k: v + 1 for k, v in two.items()})
+    space = spaces.Dict([("b", BOX), ("a", spaces.Box(-np.inf, np.inf, (2,), np.float64))])
+    about = dataclasses.replace(data.about, observation_space=space)
+    data = dataclasses.replace(data, obs=two, next_obs={k: v + 1 for k, v in two.items()}, about=about)
     assert check_transitions(data).faults == ()
     flat = data.flat_obs(["a", "b"])
     np.testing.assert_array_equal(flat.obs[3], [3, 3, 3])
@@ -414,6 +416,54 @@ def test_rows_in_memory_are_checked():
     assert "note   action, row 5: [105.] lies outside" in str(check_transitions(dataclasses.replace(data, about=narrow)))
     with pytest.raises(DatasetError, match="next_obs, row 3"):
         check_transitions(moved).check()
+
+
+BOX7, PAIR = spaces.Box(-np.inf, np.inf, (7,)), spaces.Dict({"a": BOX, "b": spaces.Discrete(3)})
+
+
+@pytest.mark.parametrize(
+    ("part", "space", "values", "message"),
+    [
+        ("obs", BOX7, np.zeros((7, 3)), "fault  obs, row 0: has the shape (3,), expected (7,) (the observation space)"),
+        ("obs", spaces.Discrete(3), np.array([0, 1, 2, 3, 0, 0, 0]), "fault  obs, row 3: 3 lies outside Discrete(3)"),
+        ("obs", PAIR, np.zeros((7, 1)), "fault  obs: holds obs, expected obs/a, obs/b (the observation space)"),
+        ("obs", PAIR, {"a": np.zeros((7, 1)), "b": np.full(7, 3)}, "fault  obs/b, row 0: 3 lies outside Discrete(3)"),
+        ("action", BOX7, np.zeros((7, 3)), "fault  action, row 0: has the shape (3,), expected (7,) (the action space)"),
+        ("action", spaces.Discrete(2), np.arange(7), "fault  action, row 2: 2 lies outside Discrete(2)"),
+        ("action", spaces.Discrete(2, start=-3), -np.arange(7), "fault  action, row 0: 0 lies outside Discrete(2, start=-3)"),
+        ("action", spaces.Discrete(3), np.full(7, 0.5), "fault  action: holds float64, expected integers (the action space, Discrete(3))"),
+        ("action", spaces.Discrete(3), np.zeros((7, 4), int), "fault  action, row 0: has the shape (4,), expected () (the action space)"),
+        ("action", spaces.MultiDiscrete([3, 3]), np.full((7, 2), 9), "fault  action, row 0: [9 9] lies outside MultiDiscrete([3 3])"),
+        ("action", spaces.MultiBinary(2), np.full((7, 2), 2), "fault  action, row 0: [2 2] lies outside MultiBinary(2)"),
+    ],
+)
+def test_rows_that_are_not_of_their_space(part, space, values, message):
+    name = "observation_space" if part == "obs" else "action_space"
+    changed = {"obs": values, "next_obs": values} if part == "obs" else {"action": values}
+    data = dataclasses.replace(logged("TTTTTTT"), **changed, about=About("toy", **{name: space}))
+    assert message in str(check_transitions(data)).splitlines()[1]
+
+
+def test_rows_that_are_of_their_space():
+    data = logged()
+    for space, action in (
+        (spaces.Discrete(7), np.arange(7)),
+        (spaces.Discrete(7, start=-6), -np.arange(7, dtype=np.int32)),
+        (spaces.MultiDiscrete([7, 8]), np.stack([np.arange(7), np.arange(1, 8)], 1)),
+        (spaces.MultiBinary(1), np.arange(7, dtype=np.int8)[:, None] % 2),
+        (None, data.action),
+    ):
+        assert check_transitions(dataclasses.replace(data, action=action, about=About("toy", None, None, BOX, space))).faults == ()
+
+
+def test_one_transition_is_a_dataset(tmp_path, minari_root):
+    one = logged("T")
+    assert check_transitions(one).faults == ()
+    same(load_d4rl(write_d4rl(one, tmp_path / "one.hdf5")), one)
+    write_minari(one, "one-v0")
+    same(load("one-v0"), one)
+    bad = dataclasses.replace(one, obs=one.obs * np.nan)
+    assert "obs, row 0: nan (1 such row(s))" in str(check_transitions(bad))
 
 
 def test_missing_library_is_taught(monkeypatch, tmp_path):
