@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,33 @@ from gymnasium.envs.registration import EnvSpec
 
 from markovia.envs.durable import in_place
 from markovia.envs.names import nearest
-from markovia.envs.offline.minari_check import check_files
+from markovia.envs.offline.minari_check import MAIN, METADATA, check_files, parse
 from markovia.envs.offline.scores import Reference
-from markovia.envs.offline.transitions import About, Obs, Transitions, columns, map_obs
-from markovia.envs.offline.validate import DatasetError, Fault, Report, check_writable, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.offline.transitions import About, Obs, Transitions, columns, map_obs, pick
+from markovia.envs.offline.validate import (
+    DatasetError,
+    Fault,
+    Report,
+    check_writable,
+    first_true,
+    float64_image,
+    not_finite,
+    overlapping,
+    wrong_length,
+)
 from markovia.envs.untrusted import read_json
 
 ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+")
+FLAGS = ("terminations", "truncations")
+OWN = (  # metadata that belong to the rows
+    *("dataset_id", "minari_version", "content_sha256", "total_episodes", "total_steps", "dataset_size"),
+    *("data_format", "jpeg_encoding", "observation_space", "action_space", "env_spec"),
+)
+KINDS: dict[str, Any] = {  # of Minari's other metadata
+    **dict.fromkeys(("algorithm_name", "description", "code_permalink", "eval_env_spec"), str),
+    **dict.fromkeys(("author", "author_email"), list | tuple | set),
+    **dict.fromkeys(("ref_min_score", "ref_max_score"), int | float),
+}
 
 
 def _minari() -> Any:
@@ -41,8 +62,13 @@ def dataset_root() -> Path:
 
 
 def is_id(name: str) -> bool:
-    """Whether Minari can store a dataset under this name."""
-    return ID.fullmatch(name) is not None
+    """Whether Minari can store a dataset under this name, and list it: one name that it can't list breaks its whole list."""
+    return ID.fullmatch(name) is not None and _lists(name)
+
+
+def _lists(name: str) -> bool:
+    namespace = name.rpartition("/")[0]
+    return len(namespace) != 1 and "data" not in namespace.split("/")  # a folder that holds one named data is a dataset to Minari
 
 
 def check_id(dataset_id: str) -> str:
@@ -50,6 +76,8 @@ def check_id(dataset_id: str) -> str:
     if is_id(dataset_id):
         return dataset_id
     mend = f"add the version, e.g. {dataset_id}-v0" if is_id(f"{dataset_id}-v0") else "use letters, digits, - and _ in each part"
+    if not _lists(dataset_id):
+        mend = "Minari lists no dataset in a namespace of one letter or in one with the part data; choose another"
     raise ValueError(f"{dataset_id!r} is no Minari id (namespace/name-v0); {mend}")
 
 
@@ -90,61 +118,119 @@ def _obs_columns(values: Any, name: str = "observations") -> dict[str, np.ndarra
     out = columns(values, name)
     nested = [k for k, v in out.items() if not isinstance(v, np.ndarray)]
     if nested:
-        raise DatasetError(f"{nested[0]} is a {type(out[nested[0]]).__name__}; only arrays, or one dictionary of arrays, can be read")
+        kind = type(out[nested[0]]).__name__
+        raise DatasetError(f"{nested[0]} is a {kind}; only arrays, or one dictionary of arrays, can be read; choose others with obs_keys")
     return out
 
 
-def _check_episode(k: int, ep: Any) -> list[Fault]:
-    """What is wrong with one episode; rows are counted within it."""
-    T, prefix = len(ep.rewards), f"episode {k}: "
-    obs = _obs_columns(ep.observations)
-    faults = [f for name, v in obs.items() for f in wrong_length(name, len(v), T + 1, "one more than rewards: the final one too")]
-    for name in ("actions", "terminations", "truncations"):
+def _plain(ep: Any, keys: Sequence[str] | None) -> Any:
+    """The episode with the observations of `keys` alone (None: all), and with rewards and flags of shape (T, 1) as (T,)."""
+    flat = {name: getattr(ep, name) for name in ("rewards", *FLAGS)}
+    flat = {name: v[:, 0] if v.shape[1:] == (1,) else v for name, v in flat.items()}
+    return replace(ep, observations=ep.observations if keys is None else {k: ep.observations[k] for k in keys}, **flat)
+
+
+def _shapes(ep: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of a row of every column that is an array of the environment."""
+    return {name: v.shape[1:] for name, v in {**_obs_columns(ep.observations), "actions": ep.actions}.items()}
+
+
+def _check_episode(k: int, ep: Any, first: Any) -> list[Fault]:
+    """What is wrong with one episode, and how it differs from the first one; rows are counted within it."""
+    if not isinstance(ep.actions, np.ndarray):
+        raise DatasetError(f"actions are a {type(ep.actions).__name__}; only datasets whose actions are one array can be read")
+    T, obs, shapes, expected = len(ep.rewards), _obs_columns(ep.observations), _shapes(ep), _shapes(first)
+    faults = [
+        Fault(name, None, f"has rows of shape {shape}, expected {expected[name]} as in episode 0")
+        for name, shape in shapes.items()
+        if shape != expected.get(name, shape)
+    ]
+    if shapes.keys() != expected.keys():
+        faults.append(Fault("observations", None, f"has the columns {[*shapes][:-1]}, expected {[*expected][:-1]} as in episode 0"))
+    for name, values in obs.items():
+        faults += wrong_length(name, len(values), T + 1, "one more than rewards: the final one too")
+    for name in ("actions", *FLAGS):
         faults += wrong_length(name, len(getattr(ep, name)), T, "rewards")
     for name, values in {**obs, "actions": ep.actions, "rewards": ep.rewards}.items():
         faults += not_finite(name, values) + float64_image(name, values.shape, values.dtype)
-    if len(ep.terminations) == len(ep.truncations):
-        faults += overlapping("truncations", ep.terminations.astype(bool), ep.truncations.astype(bool))
-        early = np.flatnonzero((ep.terminations | ep.truncations)[:-1])
-        faults += [Fault("terminations / truncations", int(early[0]), "an end flag before the last step")] if len(early) else []
-    return [Fault(prefix + f.field, f.row, f.problem, f.fatal) for f in faults]
+    faults += _check_flat(ep)
+    return [Fault(f"episode {k}: {f.field}", f.row, f.problem, f.fatal) for f in faults]
+
+
+def _check_flat(ep: Any) -> list[Fault]:
+    """What is wrong with rewards and flags: more than one number per step, flags that are neither 0 nor 1, or not at the episode's end."""
+    flat = {name: getattr(ep, name) for name in ("rewards", *FLAGS)}
+    faults = [Fault(name, None, f"has the shape {v.shape}, expected one number per step") for name, v in flat.items() if v.ndim != 1]
+    for name in FLAGS:
+        row = first_true((flat[name] != 0) & (flat[name] != 1)) if flat[name].ndim == 1 else None
+        faults += [] if row is None else [Fault(name, row, f"{flat[name][row]}, expected 0 or 1")]
+    if faults or len(ep.terminations) != len(ep.truncations):
+        return faults
+    terminated, truncated = (flat[name].astype(bool) for name in FLAGS)
+    early = first_true((terminated | truncated)[:-1])
+    faults = overlapping("truncations", terminated, truncated)
+    return faults + ([] if early is None else [Fault("terminations / truncations", early, "an end flag before the last step")])
 
 
 def check_minari(dataset: Any) -> Report:
     """Everything that is wrong with a dataset (an id, or a MinariDataset), without raising; rows are counted within their episode."""
     try:
         return _read(open_minari(dataset) if isinstance(dataset, str) else dataset)[1]
-    except DatasetError as error:
+    except ValueError as error:  # DatasetError, or an id that is none or not here
         return Report(str(dataset), (Fault("files", None, str(error)),))
 
 
-def _read(dataset: Any) -> tuple[list[Any], Report]:
+def _read(dataset: Any, keys: Sequence[str] | None = None) -> tuple[list[Any], Report]:
     """All episodes, as far as the file gives them, and what is wrong with them."""
     episodes: list[Any] = []
     faults: list[Fault] = []
     try:
-        for ep in dataset.iterate_episodes():
-            faults += _check_episode(len(episodes), ep)
+        for stored in dataset.iterate_episodes():
+            ep = _plain(stored, keys)
+            faults += _check_episode(len(episodes), ep, episodes[0] if episodes else ep)
             episodes.append(ep)
+        faults = _not_counted(dataset, episodes) + faults
     except DatasetError:
         raise
     except Exception as error:  # a file that does not fit its own metadata breaks Minari, h5py and Pillow in many ways
         why = f"can't be read ({error!r}); the file is damaged or lacks a key, record or fetch it again"
-        faults.append(Fault(f"main_data.hdf5, episode {len(episodes)}", None, why))
+        faults.append(Fault(f"{MAIN}, episode {len(episodes)}", None, why))
     return episodes, Report(dataset.id, tuple(faults))
+
+
+def _not_counted(dataset: Any, episodes: list[Any]) -> list[Fault]:
+    """Notes on metadata that count other episodes or steps than the file holds: a killed collection writes its episodes first, its metadata last."""
+    told, main, faults = dataset.storage.metadata, Path(dataset.storage.data_path) / MAIN, []
+    if main.is_file() and main.stat().st_size:
+        import h5py
+
+        with h5py.File(main, "r") as file:
+            held = sum(name.startswith("episode_") for name in file)
+        if held > told["total_episodes"]:
+            problem = f"holds {held} episodes, but {METADATA} counts {told['total_episodes']}: the others are not read"
+            faults.append(Fault(MAIN, None, f"{problem}; set total_episodes and total_steps where they are whole", False))
+    steps = sum(len(ep.rewards) for ep in episodes)
+    if len(episodes) == told["total_episodes"] and steps != told["total_steps"]:
+        faults.append(Fault(METADATA, None, f"counts {told['total_steps']} steps, but its episodes have {steps}; they are read as they are", False))
+    return faults
 
 
 def load_minari(dataset: Any, obs_keys: Iterable[str] | None = None, download: bool = False) -> Transitions:
     """Rows of a Minari dataset (an id, or a MinariDataset, filtered ones included); every true final observation is in next_obs.
 
     obs_keys joins entries of dictionary observations into one array, in this order; without it they stay a dictionary.
-    What infos an episode holds is left out. Raises DatasetError with the whole report, ValueError for an unknown id.
+    What infos an episode holds is left out. Raises DatasetError with the whole report, ValueError for an unknown id or key.
     """
     dataset = open_minari(dataset, download) if isinstance(dataset, str) else dataset
-    episodes, report = _read(dataset)
+    keys = None if obs_keys is None else list(obs_keys)
+    if keys is not None:
+        if not isinstance(dataset.observation_space, gym.spaces.Dict):
+            raise ValueError(one_array(dataset.id))
+        pick(dataset.observation_space.spaces, keys, dataset.id)
+    episodes, report = _read(dataset, keys)
     report.check()
     for fault in report.faults[:3]:
-        warnings.warn(f"{dataset.id}: {fault.field}, row {fault.row}: {fault.problem}", stacklevel=2)
+        warnings.warn(f"{dataset.id}: {str(fault).removeprefix('note ').lstrip()}", stacklevel=2)
     if not episodes:
         raise DatasetError(f"{dataset.id} has no episodes")
     join = lambda name: np.concatenate([np.asarray(getattr(ep, name)) for ep in episodes])  # noqa: E731
@@ -159,7 +245,12 @@ def load_minari(dataset: Any, obs_keys: Iterable[str] | None = None, download: b
         episode=np.repeat(np.arange(len(episodes)), lengths),
         about=_about(dataset),
     )
-    return data if obs_keys is None else data.flat_obs(list(obs_keys))
+    return data if keys is None else data.flat_obs(keys)
+
+
+def one_array(name: str) -> str:
+    """What is told where keys are asked of a source without any."""
+    return f"{name} has one array of observations, so obs_keys have nothing to choose from; leave them out"
 
 
 def _join_obs(parts: list[Obs]) -> Obs:
@@ -183,7 +274,10 @@ def _about(dataset: Any) -> About:
     if low is not None and high is not None and low < high:
         reference = Reference(env_id or dataset.id, horizon, float(low), float(high), f"the dataset {dataset.id}")
     plain = {k: v for k, v in raw.items() if k not in ("observation_space", "action_space", "env_spec", "eval_env_spec")}
-    return About(dataset.id, env_id, horizon, dataset.observation_space, dataset.action_space, spec, reference, plain)
+    space = dataset.observation_space
+    if isinstance(space, gym.spaces.Dict) and "observation_space" in raw:  # Minari sorts its keys, the file has them in the environment's order
+        space = gym.spaces.Dict([(k, space[k]) for k in parse(raw["observation_space"], METADATA)["subspaces"]])
+    return About(dataset.id, env_id, horizon, space, dataset.action_space, spec, reference, plain, declared=True)
 
 
 def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any] | None = None) -> Any:
@@ -191,7 +285,8 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
 
     Environment, spaces and reference scores come from `data.about`; `metadata` (plain JSON; Minari's names are algorithm_name, description,
     code_permalink, author, author_email as a list, requirements) is stored beside them. Images are stored without loss.
-    Raises ValueError for an id that exists or can't be one, DatasetError for faulty rows, unknown spaces or a missing final observation.
+    Raises ValueError for an id that exists or can't be one and for metadata that belong to the rows or are not of Minari's types, DatasetError for
+    faulty rows, unknown spaces or a missing final observation.
     """
     minari = _minari()
     from minari.dataset.minari_storage import MinariStorage
@@ -204,29 +299,40 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
     if about.observation_space is None or about.action_space is None:
         raise DatasetError(f"{about.name}: observation and action space are needed to write a dataset; set them in `about`")
     check_writable(data)
+    slash = [k for k in data.obs if "/" in k] if isinstance(data.obs, dict) else []
+    if slash:
+        raise DatasetError(f"{about.name}: the observation key {slash[0]!r} has a slash, which HDF5 takes for a folder; rename it")
+    stored = _metadata(data, dataset_id, minari.__version__, metadata or {})
     spaces: dict[str, gym.Space] = {"observation_space": about.observation_space, "action_space": about.action_space}
     with in_place(final) as temporary:
         temporary.mkdir()
         storage = MinariStorage.new(temporary / "data", env_spec=about.env_spec, jpeg_encoding=False, **spaces)
-        storage.update_metadata(_metadata(data, dataset_id, minari.__version__, metadata or {}))
+        storage.update_metadata(stored)
         storage.update_episodes(_buffers(data))
     return open_folder(final / "data")
 
 
 def _metadata(data: Transitions, dataset_id: str, version: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """Ours and the caller's. Raises ValueError for names that are ours and for types that Minari does not take."""
+    taken = [k for k in OWN if k in extra]
+    if taken:
+        raise ValueError(f"the metadata {taken[0]!r} is written by Minari or from the rows; leave it out or take another name")
+    wrong = [k for k, kind in KINDS.items() if k in extra and not isinstance(extra[k], kind)]
+    if wrong:
+        kind = "str" if KINDS[wrong[0]] is str else KINDS[wrong[0]]
+        raise ValueError(f"the metadata {wrong[0]!r} must be of type {kind}, got {extra[wrong[0]]!r}")
     own: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": version, "content_sha256": content_sha256(data)}
     if data.about.reference is not None:
         own |= {"ref_min_score": data.about.reference.minimum, "ref_max_score": data.about.reference.maximum}
-    # Minari hands authors about as sets.
-    sets = {k: set(v) for k, v in extra.items() if k in ("author", "author_email") and not isinstance(v, str)}
-    return {**own, **extra, **sets}
+    return {**own, **extra, **{k: set(extra[k]) for k in ("author", "author_email") if k in extra}}  # Minari hands authors about as sets
 
 
 def content_sha256(data: Transitions) -> str:
     """Hash of all rows as little-endian float32, episode borders included: equal data have equal hashes, whatever file they come from."""
     digest = hashlib.sha256()
     flags = {"terminated": data.terminated, "truncated": data.truncated, "lengths": data.lengths()}
-    for name, values in {**columns(data.obs), **columns(data.next_obs, "next_obs"), "action": data.action, "reward": data.reward, **flags}.items():
+    obs = [*sorted(columns(data.obs).items()), *sorted(columns(data.next_obs, "next_obs").items())]  # whatever order a space gives its keys
+    for name, values in {**dict(obs), "action": data.action, "reward": data.reward, **flags}.items():
         digest.update(f"{name}{values.shape}".encode())
         digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
     return digest.hexdigest()

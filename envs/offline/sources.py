@@ -30,11 +30,19 @@ def load(
 
     env_id and horizon (time limit of a file without timeouts) are for D4RL files whose name does not tell; obs_keys for dictionary observations;
     download fetches a Minari dataset that is not on this machine.
-    Raises ValueError for a name that is none of these, DatasetError for faulty data.
+    Raises ValueError for a name that is none of these and for what its kind does not take, DatasetError for faulty data.
     """
+    from markovia.envs.offline.minari_io import dataset_root, is_id, load_minari, one_array
+
     name = str(dataset)
-    if horizon is not None and not name.endswith(D4RL):
-        raise ValueError(f"a horizon is told of D4RL files alone ({', '.join(D4RL)}); {name} has its own ends")
+    for what, told, own in (("a horizon", horizon, "has its own ends"), ("an env_id", env_id, "says its own")):
+        if told is not None and not name.endswith(D4RL):
+            raise ValueError(f"{what} is told of D4RL files alone ({', '.join(D4RL)}); {name} {own}")
+    if name.startswith(FIXTURE) or name.endswith(D4RL):
+        if download:
+            raise ValueError(f"{name} is no Minari id, so it can't be downloaded; leave download out")
+        if obs_keys is not None:
+            raise ValueError(one_array(name))
     if name.startswith(FIXTURE):
         from markovia.envs.exact.offline import fixture
 
@@ -43,8 +51,6 @@ def load(
         from markovia.envs.offline.d4rl import load_d4rl
 
         return load_d4rl(name, env_id, horizon)
-    from markovia.envs.offline.minari_io import dataset_root, is_id, load_minari
-
     if not is_id(name) and Path(name).exists():
         folder = Path(name).is_dir()
         where = f"; a Minari dataset is named by its id below {dataset_root()} (MINARI_DATASETS_PATH moves that)" if folder else ""

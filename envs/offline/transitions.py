@@ -9,7 +9,7 @@ A step that is both terminated and truncated counts as terminated. An episode th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,14 @@ def columns(obs: Obs, name: str = "obs") -> dict[str, np.ndarray]:
     return {f"{name}/{k}": v for k, v in obs.items()} if isinstance(obs, dict) else {name: obs}
 
 
+def pick(parts: Mapping[str, Any], keys: Sequence[str], name: str) -> dict[str, Any]:
+    """The entries of `keys`, in their order. Raises ValueError for an unknown key, with the known ones."""
+    unknown = [k for k in keys if k not in parts]
+    if unknown or not keys:
+        raise ValueError(f"{name} has no observation key {unknown[:1]}; it has {', '.join(parts)}")
+    return {k: parts[k] for k in keys}
+
+
 @dataclass(frozen=True)
 class About:
     """Where rows come from and what they belong to; unknown parts are None."""
@@ -46,6 +54,7 @@ class About:
     env_spec: EnvSpec | None = None
     reference: Reference | None = None  # returns that count as 0 and 100
     metadata: dict[str, Any] = field(default_factory=dict)  # plain JSON of the file
+    declared: bool = False  # the source says its action space; without it (D4RL) the space is guessed from the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +64,8 @@ class Transitions:
     next_action      (N, ...) the action logged one step later in the same episode; the row's own action where there is none
     has_next_action  (N,) bool: next_action is a logged one
     next_known       (N,) bool: next_obs is the true successor (a flat file does not hold it where an episode was truncated)
-    Raises ValueError, naming the column, when lengths differ or there is no row.
+    Dictionary observations come in the order of the keys of `about.observation_space`, where that is a Dict of the same keys.
+    Raises ValueError, naming the column, when lengths or the keys of obs and next_obs differ, or there is no row.
     """
 
     obs: Obs
@@ -77,6 +87,10 @@ class Transitions:
         for name, value in {**columns(self.obs), **columns(self.next_obs, "next_obs"), **self._flat()}.items():
             if len(value) != n:
                 raise ValueError(f"{self.about.name}: {name} has {len(value)} rows, but reward has {n}; every column needs one row per decision")
+        self._order_keys()
+        for name in ("terminated", "truncated", "has_next_action", "next_known"):  # integers would choose rows where a mask is meant
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
         # Rewards are scaled and shifted: integers would wrap or lose what is behind the point.
         object.__setattr__(self, "reward", np.asarray(self.reward, dtype=np.result_type(self.reward, np.float32)))
         same = np.append(self.episode[1:] == self.episode[:-1], False)
@@ -87,6 +101,16 @@ class Transitions:
         if self.next_known is None:
             object.__setattr__(self, "next_known", np.ones(n, dtype=bool))
         object.__setattr__(self, "truncated", self.truncated & ~self.terminated)
+
+    def _order_keys(self) -> None:
+        """Both dictionaries in the order of the observation space, so that the rows' flat form is that of the environment."""
+        if columns(self.obs).keys() != columns(self.next_obs).keys():
+            raise ValueError(f"{self.about.name}: obs has the columns {list(columns(self.obs))}, but next_obs {list(columns(self.next_obs))}")
+        if isinstance(self.obs, dict):
+            parts = getattr(self.about.observation_space, "spaces", None)
+            order = list(parts if isinstance(parts, dict) and parts.keys() == self.obs.keys() else self.obs)
+            for name in ("obs", "next_obs"):
+                object.__setattr__(self, name, pick(getattr(self, name), order, self.about.name))
 
     def _flat(self) -> dict[str, np.ndarray]:
         """Every column but the observations."""
@@ -164,7 +188,7 @@ class Transitions:
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}; 0.1 keeps the best tenth of the episodes")
-        count = int(np.ceil(fraction * self.num_episodes))
+        count = max(1, int(np.ceil(fraction * self.num_episodes - 1e-9)))  # 0.07 * 100 is a little more than 7
         return self.episodes(np.argsort(-self.returns(gamma), kind="stable")[:count])
 
     def view(self, compat: Literal["minari", "d4rl"] = "minari", next_action: bool = False) -> Transitions:
@@ -191,10 +215,7 @@ class Transitions:
         if not isinstance(self.obs, dict):
             return self
         chosen = list(self.obs) if keys is None else list(keys)
-        unknown = [k for k in chosen if k not in self.obs]
-        if unknown or not chosen:
-            raise ValueError(f"{self.about.name} has no observation key {unknown[:1]}; it has {', '.join(self.obs)}")
-        join = lambda obs: np.concatenate([obs[k].reshape(len(self), -1) for k in chosen], axis=1)  # noqa: E731
+        join = lambda obs: np.concatenate([v.reshape(len(self), -1) for v in pick(obs, chosen, self.about.name).values()], axis=1)  # noqa: E731
         obs = join(self.obs)
         return replace(self, obs=obs, next_obs=join(self.next_obs), about=replace(self.about, observation_space=box_like(obs)))
 
