@@ -12,11 +12,12 @@ from gymnasium import spaces
 from torch import Tensor
 
 from markovia.agents.control import ControlAgent
+from markovia.agents.networks import is_image
 from markovia.agents.normalizer import ObsNorm
 from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.offline.method import Logged
 from markovia.envs.offline.transforms import ObsTransform, Transform, reward_transform
-from markovia.envs.offline.transitions import Transitions, columns
+from markovia.envs.offline.transitions import Transitions, box_like, columns
 
 TOLERANCE = 1e-4  # of the Box's width, by which a logged action may leave it through rounding
 
@@ -120,21 +121,27 @@ def check_fits(data: Transitions, agent: ControlAgent) -> None:
     """Refuse data that the agent can't take, with a ValueError that says what differs."""
     space, name, own = agent.action_space, data.about.name, data.about.action_space
     assert isinstance(space, spaces.Box)
-    wanted, given = _shapes(agent.observation_space), {k: v.shape[1:] for k, v in columns(data.obs).items()}
+    parts, obs = _parts(agent.observation_space), columns(data.obs)
+    wanted, given = {k: tuple(s.shape or ()) for k, s in parts.items()}, {k: v.shape[1:] for k, v in obs.items()}
     if wanted != given:
         raise ValueError(f"{name} has observations {given}, but the environment gives {wanted}; name the environment that the data were recorded in")
+    scaled = [k for k, s in parts.items() if is_image(s) != is_image(box_like(obs[k]))]
+    if scaled:
+        told = f"{name} has {scaled[0]} of {obs[scaled[0]].dtype}, but the environment gives {parts[scaled[0]].dtype}"
+        raise ValueError(f"{told}: the same number is another brightness there; convert the images, bytes run from 0 to 255")
     if data.action.shape[1:] != space.shape:
         raise ValueError(f"{name} has actions of shape {data.action.shape[1:]}, but the environment takes {space.shape}; name its own environment")
-    # D4RL's files do not say their bounds; Minari's datasets do, with the environment.
-    declared = own if data.about.env_spec is not None and isinstance(own, spaces.Box) else space
-    if not (np.allclose(declared.low, space.low) and np.allclose(declared.high, space.high)):
+    if own is not None and not isinstance(own, spaces.Box):
+        raise ValueError(f"{name} was recorded with actions in {own}, and the environment takes {space}; name its own environment")
+    # D4RL's files do not say their bounds; Minari's datasets do, and so do rows that come with their environment.
+    declared = own if own is not None and (data.about.declared or data.about.env_spec is not None) else space
+    if declared.shape != space.shape or not (np.allclose(declared.low, space.low) and np.allclose(declared.high, space.high)):
         raise ValueError(f"{name} was recorded with actions in {own}, and the environment takes {space}: the same number is another action there")
     slack = TOLERANCE * (space.high - space.low)
     if (data.action < space.low - slack).any() or (data.action > space.high + slack).any():
         raise ValueError(f"{name} has actions from {data.action.min()} to {data.action.max()}, outside the environment's {space}; rescale them")
 
 
-def _shapes(space: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of an observation space's columns, named as `columns` does."""
-    parts = {f"obs/{k}": s for k, s in space.spaces.items()} if isinstance(space, spaces.Dict) else {"obs": space}
-    return {k: tuple(s.shape or ()) for k, s in parts.items()}
+def _parts(space: Any) -> dict[str, Any]:
+    """An observation space's parts, named as `columns` does."""
+    return {f"obs/{k}": s for k, s in space.spaces.items()} if isinstance(space, spaces.Dict) else {"obs": space}

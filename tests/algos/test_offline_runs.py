@@ -200,6 +200,35 @@ def test_data_of_another_task_with_fitting_shapes() -> None:
         make_source(data, Logged(), agent, 0.99)
 
 
+@pytest.mark.parametrize("own", [spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Box(-2.0, 2.0, (1,), np.float32), spaces.MultiDiscrete([2, 2])])
+def test_a_declared_action_space_is_compared_without_its_environment(own: Any) -> None:
+    data, box = other(action=np.zeros((80, 2), np.int64)), spaces.Box(-2.0, 2.0, (2,), np.float32)
+    agent = ControlAgent.from_spaces(BOX, box, critic=False)
+    make_source(data, Logged(), agent, 0.99)
+    with pytest.raises(ValueError, match=r"other was recorded with actions in (Box|MultiDiscrete).*, and the environment takes Box"):
+        make_source(dataclasses.replace(data, about=About("other", action_space=own, declared=True)), Logged(), agent, 0.99)
+    declared = dataclasses.replace(data, about=About("other", action_space=box, declared=True))
+    assert make_source(declared, Logged(), agent, 0.99).replay.size == 80
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize(("there", "here"), [(np.float32, np.uint8), (np.uint8, np.float32)])
+def test_images_of_another_scale_are_refused(there: Any, here: Any, keys: bool) -> None:
+    """The network divides bytes by 255 and takes other numbers as they are."""
+
+    def images(dtype: Any) -> Any:
+        rows = np.zeros((80, 8, 8, 3), dtype)
+        return {"eye": rows, "x": np.zeros((80, 1), np.float64)} if keys else rows
+
+    image = spaces.Box(0, 255 if here == np.uint8 else 1, (8, 8, 3), here)
+    space = spaces.Dict({"eye": image, "x": spaces.Box(-1.0, 1.0, (1,), np.float32)}) if keys else image
+    agent = ControlAgent.from_spaces(space, BOX, critic=False)
+    message = rf"other has obs(/eye)? of {np.dtype(there)}, but the environment gives {np.dtype(here)}: .* convert the images"
+    with pytest.raises(ValueError, match=message):
+        make_source(other(obs=images(there), next_obs=images(there)), Logged(), agent, 0.99)
+    make_source(other(obs=images(here), next_obs=images(here)), Logged(), agent, 0.99)
+
+
 def test_references_belong_to_one_task_and_time_limit() -> None:
     data = pointmass_data("random")
     assert reference_of(data, POINT, 40) is data.about.reference
