@@ -56,7 +56,11 @@ REBRAC = {
     ("halfcheetah", "medium"): (0.001, 0.01), ("halfcheetah", "medium-replay"): (0.01, 0.001), ("halfcheetah", "medium-expert"): (0.01, 0.1),
     ("walker2d", "medium"): (0.05, 0.1), ("walker2d", "medium-replay"): (0.05, 0.01), ("walker2d", "medium-expert"): (0.01, 0.01),
 }  # fmt: skip
-HOPPER_CRITICS = {"edac": 50, "edac/sac-n": 500}  # as published for D4RL's Hopper; ten suffice on the others         [arXiv 2110.01548]
+# Critics of EDAC and SAC-N, as in CORL's runs on D4RL's tiers; ten elsewhere                                                      [arXiv 2110.01548]
+NUM_CRITICS = {
+    ("hopper", "medium"): (50, 500), ("hopper", "medium-replay"): (50, 200), ("hopper", "medium-expert"): (50, 200),
+    ("walker2d", "medium"): (10, 20), ("walker2d", "medium-replay"): (10, 20), ("walker2d", "medium-expert"): (10, 20),
+}  # fmt: skip
 
 
 def _is_file(dataset: str) -> bool:
@@ -84,10 +88,9 @@ def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
     if method == "rebrac" and parts in REBRAC:
         weight, penalty = REBRAC[parts]
         changes |= {"actor": {"weight": weight}, "target": {"penalty": penalty}}
-    if _is_file(dataset) and parts is not None and method in HOPPER_CRITICS:
-        if parts[0] == "hopper":
-            changes |= {"critic": {"num": HOPPER_CRITICS[method]}}
-        elif parts[1] == "medium-expert" and method == "edac":
+    if _is_file(dataset) and parts is not None and method in ("edac", "edac/sac-n"):
+        changes |= {"critic": {"num": NUM_CRITICS.get(parts, (10, 10))[method == "edac/sac-n"]}}
+        if method == "edac" and parts[1] == "medium-expert" and parts[0] != "hopper":
             changes |= {"regulariser": {"eta": 5.0}}
     return changes
 
