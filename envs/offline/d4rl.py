@@ -8,15 +8,29 @@ from typing import Any
 
 import numpy as np
 
+from markovia.envs.durable import in_place
 from markovia.envs.names import nearest
 from markovia.envs.offline.hdf5 import links_outside, refused
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.transitions import About, Transitions, box_like
-from markovia.envs.offline.validate import DatasetError, Fault, Report, check_writable, float64_image, not_finite, overlapping, wrong_length
+from markovia.envs.offline.validate import (
+    DatasetError,
+    Fault,
+    Report,
+    any_in_row,
+    check_writable,
+    first_true,
+    float64_image,
+    not_finite,
+    overlapping,
+    wrong_length,
+)
 from markovia.envs.untrusted import magic_of_pickle
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
+ROUNDING = 1e-4  # relative and absolute, by which next_observations may differ from the observations of the next row
+MOST_CHOICES = 2**63 - 1  # of Gymnasium's Discrete
 
 
 def _h5py() -> Any:
@@ -103,8 +117,8 @@ def _misshapen(name: str, values: np.ndarray) -> list[Fault]:
     return []
 
 
-def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
-    """Faults that one sees only in two columns together, or in the values; none where no column could be read."""
+def _compare(columns: dict[str, np.ndarray], env_id: str | None, horizon: int | None, told: int | None) -> list[Fault]:
+    """Faults that one sees only in two columns together, in the values, or against what is known and told; none where no column could be read."""
     if not columns:
         return []
     faults = [fault for name, values in columns.items() for fault in _misshapen(name, values)]
@@ -117,6 +131,10 @@ def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]
             faults += [Fault(name, int(row[0]), f"{values[row[0]]}, expected 0 or 1")] if len(row) else []
         else:
             faults += not_finite(name, values) + float64_image(name, values.shape, values.dtype)
+        if name == "actions" and np.issubdtype(values.dtype, np.integer):
+            wrong = first_true((values < 0) | (values >= MOST_CHOICES))
+            why = "integer actions are choices, counted from 0; store others as floating point"
+            faults += [] if wrong is None else [Fault(name, wrong, f"{values[wrong]}; {why}")]
     if "next_observations" in columns and "observations" in columns:
         shape, expected = columns["next_observations"].shape[1:], columns["observations"].shape[1:]
         faults += [Fault("next_observations", 0, f"has the shape {shape}, expected {expected} (observations)")] if shape != expected else []
@@ -125,7 +143,42 @@ def _compare(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]
     if "timeouts" not in columns and horizon is None:
         mend = "add the key, or pass horizon= (`markovia dataset --horizon`, `markovia train --data.horizon`)"
         faults.append(Fault("timeouts", None, f"missing key, and the task's time limit is unknown; {mend}"))
+    if not any(fault.fatal for fault in faults) and columns.keys() >= set(REQUIRED):
+        faults += _not_continuing(columns, horizon) + _contradicted(columns, env_id, told)
     return faults
+
+
+def _ends(columns: dict[str, np.ndarray], horizon: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) terminated and (N,) truncated, the latter counted where the file has no timeouts."""
+    terminated = columns["terminals"].astype(bool)
+    return terminated, columns["timeouts"].astype(bool) if "timeouts" in columns else counted_timeouts(terminated, horizon or len(terminated))
+
+
+def _not_continuing(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
+    """A note on rows within an episode whose next observation is not the observation of the next row."""
+    if "next_observations" not in columns:
+        return []
+    obs, following = columns["observations"][1:], columns["next_observations"][:-1]
+    terminated, truncated = _ends(columns, horizon)
+    rows = np.flatnonzero(any_in_row(obs != following) & ~(terminated | truncated)[:-1])
+    rows = rows[any_in_row(~np.isclose(obs[rows], following[rows], ROUNDING, ROUNDING))]
+    if not len(rows):
+        return []
+    what = f"differs from observations of row {rows[0] + 1} in the same episode ({len(rows)} row(s))"
+    return [Fault("next_observations", int(rows[0]), f"{what}; read as it is", False)]
+
+
+def _contradicted(columns: dict[str, np.ndarray], env_id: str | None, horizon: int | None) -> list[Fault]:
+    """A time limit that was told, against longer episodes of a file with timeouts and against what the references know of its task."""
+    if horizon is None or "timeouts" not in columns:
+        return []
+    terminated, truncated = _ends(columns, horizon)
+    longest = int(np.diff(np.flatnonzero(np.append((terminated | truncated)[:-1], True)), prepend=-1).max())
+    limits = [h for e, h in references() if e == env_id]
+    if longest <= horizon and horizon in (limits or [horizon]):
+        return []
+    own = f"an episode of {longest} steps" if longest > horizon else f"those of {env_id}, at most {limits[0]} steps"
+    return [Fault("timeouts", None, f"the file has its own ends ({own}), which the horizon {horizon} contradicts; leave the horizon out")]
 
 
 def guess_env_id(path: str | Path) -> str | None:
@@ -149,9 +202,10 @@ def _known(path: Path, env_id: str | None, horizon: int | None) -> tuple[str | N
 
 def check_d4rl(path: str | Path, horizon: int | None = None) -> Report:
     """Everything that is wrong with a file, without raising: missing keys, lengths, NaN, flags, float64 images, damage."""
-    path = Path(path)
+    path, told = Path(path), horizon
     columns, faults = _read(path)
-    return Report(str(path), (*faults, *_compare(columns, _known(path, None, horizon)[1])))
+    env_id, horizon, _ = _known(path, None, told)
+    return Report(str(path), (*faults, *_compare(columns, env_id, horizon, told)))
 
 
 def load_d4rl(path: str | Path, env_id: str | None = None, horizon: int | None = None) -> Transitions:
@@ -161,17 +215,16 @@ def load_d4rl(path: str | Path, env_id: str | None = None, horizon: int | None =
     in the last row: there next_known is False, and `view` drops the row. Without timeouts every `horizon`-th step of an episode counts as one.
     env_id and horizon come from the file's name where the references know it. Raises DatasetError with the whole report.
     """
-    path = Path(path)
+    path, told = Path(path), horizon
     columns, faults = _read(path)
-    env_id, horizon, reference = _known(path, env_id, horizon)
-    report = Report(str(path), (*faults, *_compare(columns, horizon)))
+    env_id, horizon, reference = _known(path, env_id, told)
+    report = Report(str(path), (*faults, *_compare(columns, env_id, horizon, told)))
     report.check()
     for fault in report.faults:
         warnings.warn(f"{path.name}: {fault.field}, row {fault.row}: {fault.problem}", stacklevel=2)
     columns = {k: v.astype(np.float32) if float64_image(k, v.shape, v.dtype) else v for k, v in columns.items()}
     obs, action, reward = (columns[k] for k in ("observations", "actions", "rewards"))
-    terminated = columns["terminals"].astype(bool)
-    truncated = columns["timeouts"].astype(bool) if "timeouts" in columns else counted_timeouts(terminated, horizon or len(reward))
+    terminated, truncated = _ends(columns, horizon)
     ends = terminated | truncated
     known = np.ones(len(reward), dtype=bool) if "next_observations" in columns else ~ends
     known[-1] &= "next_observations" in columns
@@ -207,18 +260,21 @@ def _action_box(action: np.ndarray) -> Any:
 
 
 def write_d4rl(data: Transitions, path: str | Path) -> Path:
-    """Write rows as a D4RL file, next_observations included.
+    """Write rows as a D4RL file, next_observations included; a killed write leaves nothing under that name.
 
     Flags are the format's only marks of an episode's end: one that was cut before the last row of all is written as truncated.
-    Raises DatasetError for dictionary observations, which the format has no place for, for faulty rows and unknown final observations.
+    Raises ValueError for a file that exists, DatasetError for dictionary observations, which the format has no place for, for faulty rows and
+    unknown final observations.
     """
     if isinstance(data.obs, dict):
         raise DatasetError(f"{data.about.name} has dictionary observations; flatten them first with flat_obs(keys)")
-    check_writable(data)
     path, inner = Path(path), data.bounds()[1][:-1] - 1
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another name, or delete it")
+    check_writable(data)
     timeouts = data.truncated.copy()
     timeouts[inner] |= ~data.terminated[inner]
-    with _h5py().File(path, "w") as file:
+    with in_place(path) as temporary, _h5py().File(temporary, "w") as file:
         names = {"observations": data.obs, "actions": data.action, "rewards": data.reward, "next_observations": data.next_obs}
         for name, values in {**names, "terminals": data.terminated, "timeouts": timeouts}.items():
             file.create_dataset(name, data=values)

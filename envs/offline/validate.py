@@ -53,7 +53,7 @@ class Report:
 
 def any_in_row(mask: np.ndarray) -> np.ndarray:
     """(N,) bool of (N, ...), which may have no rows or no entries in them."""
-    return mask.any(axis=tuple(range(1, mask.ndim)))
+    return np.asarray(mask.any(axis=tuple(range(1, mask.ndim))))
 
 
 def first_true(mask: np.ndarray) -> int | None:

@@ -287,7 +287,8 @@ def test_d4rl_rows_equal_the_loop_of_d4rl(tmp_path):
 def test_d4rl_with_next_observations_and_column_vectors(tmp_path):
     following = np.ones((10, 3), dtype=np.float32)
     path, _ = d4rl_file(tmp_path / "x.hdf5", next_observations=following, rewards=np.arange(10.0)[:, None])
-    data = load_d4rl(path)
+    with pytest.warns(UserWarning, match="differs from observations of row 1"):
+        data = load_d4rl(path)
     assert len(data.view()) == 10 and len(data.view("d4rl")) == 9 and data.reward.shape == (10,)
     np.testing.assert_array_equal(data.next_obs, following)
     assert data.about.env_id is None and data.about.reference is None
@@ -337,6 +338,71 @@ def test_horizon_and_id_of_a_d4rl_file(tmp_path):
         load("fixture:pointmass2d/medium", horizon=4)
     with pytest.warns(UserWarning, match="no reference returns are known for hoper-medium-v2; did you mean 'hopper-medium-v2'"):
         load_d4rl(path, env_id="hoper-medium-v2", horizon=4)
+
+
+def test_a_horizon_does_not_stand_against_the_timeouts_of_a_file(tmp_path):
+    path, _ = d4rl_file(tmp_path / "x.hdf5")  # its episodes have 4, 4 and 2 steps
+    assert load(path, horizon=4).about.horizon == 4
+    with pytest.raises(DatasetError, match=r"its own ends \(an episode of 4 steps\), which the horizon 3 contradicts; leave the horizon out"):
+        load(path, horizon=3)
+    assert not check_d4rl(path, horizon=4).faults and check_d4rl(path, horizon=3).fatal
+    known, _ = d4rl_file(tmp_path / "hopper_medium-v2.hdf5")
+    assert load(known, horizon=1000).about.reference is not None
+    with pytest.raises(DatasetError, match="those of hopper-medium-v2, at most 1000 steps"):
+        load(known, horizon=200)
+
+
+def test_shuffled_next_observations_are_noted(tmp_path):
+    obs = np.arange(10.0)[:, None]
+    following = np.where(np.arange(10)[:, None] == 3, -1.0, obs + 1 + 1e-6)  # row 3 terminates
+    path, _ = d4rl_file(tmp_path / "x.hdf5", observations=obs, next_observations=following)
+    assert check_d4rl(path).faults == ()
+    path, _ = d4rl_file(tmp_path / "y.hdf5", observations=obs, next_observations=following[::-1])
+    note = "next_observations, row 0: differs from observations of row 1 in the same episode (7 row(s)); read as it is"
+    assert f"note   {note}" in str(check_d4rl(path))
+    with pytest.warns(UserWarning, match="differs from observations of row 1"):
+        np.testing.assert_array_equal(load_d4rl(path).next_obs, following[::-1])
+    pixels = np.zeros((10, 8, 8), np.uint8)
+    path, _ = d4rl_file(tmp_path / "z.hdf5", observations=pixels, next_observations=pixels + (np.arange(10) == 1)[:, None, None].astype(np.uint8))
+    assert "row 1: differs from observations of row 2 in the same episode (1 row(s))" in str(check_d4rl(path))
+
+
+@pytest.mark.parametrize(
+    ("actions", "row"),
+    [
+        (-np.arange(1, 11), 0),
+        (np.where(np.arange(10) == 4, -2, 1), 4),
+        (np.where(np.arange(10) == 5, 2**63 - 1, 1), 5),
+        (np.full(10, 2**64 - 1, np.uint64), 0),
+        (np.array([[0, 1]] * 9 + [[0, -1]]), 9),
+        (np.arange(10, dtype=np.int8), None),
+    ],
+)
+def test_integer_actions_of_a_d4rl_file_are_choices(tmp_path, actions, row):
+    path, _ = d4rl_file(tmp_path / "x.hdf5", actions=actions)
+    if row is None:
+        assert load_d4rl(path).about.action_space == spaces.Discrete(int(actions.max()) + 1)
+    else:
+        with pytest.raises(DatasetError, match=rf"actions, row {row}: .*; integer actions are choices, counted from 0"):
+            load_d4rl(path)
+
+
+def test_a_written_d4rl_file_is_whole_and_replaces_none(tmp_path, monkeypatch):
+    data = pointmass_data("medium", episodes=1)
+    create, path = h5py.Group.create_dataset, tmp_path / "p.hdf5"
+
+    def broken(self, name, *args, **kwargs):
+        return 1 / 0 if name == "rewards" else create(self, name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py.Group, "create_dataset", broken)
+        with pytest.raises(ZeroDivisionError):
+            write_d4rl(data, path)
+    assert list(tmp_path.iterdir()) == []
+    write_d4rl(data, path)
+    with pytest.raises(ValueError, match=r"p\.hdf5 exists already; choose another name, or delete it"):
+        write_d4rl(data, path)
+    same(load_d4rl(path), data)
 
 
 def test_faulty_d4rl_is_reported_by_field_and_row(tmp_path):
