@@ -43,17 +43,27 @@ class OfflineReplayEnv(gym.Env):
 
     ## Arguments
     `dataset="fixture:pointmass2d/medium"`: a Minari id, a D4RL file `*.hdf5`, or `fixture:<name>`; or `data=` own `Transitions`.
+    `env_id=None`, `horizon=None`: of a D4RL file whose name does not tell them.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's protocol)
 
-    def __init__(self, dataset: str = "fixture:pointmass2d/medium", data: Transitions | None = None) -> None:
-        self.data = (load(dataset) if data is None else data).view()
+    def __init__(
+        self,
+        dataset: str = "fixture:pointmass2d/medium",
+        data: Transitions | None = None,
+        env_id: str | None = None,
+        horizon: int | None = None,
+    ) -> None:
+        data = load(dataset, env_id=env_id, horizon=horizon) if data is None else data
+        self.data = data.view()
         about = self.data.about
         if about.observation_space is None or about.action_space is None:
             raise ValueError(f"{about.name} does not say its observation and action space; set them in `about`")
         self.observation_space, self.action_space = about.observation_space, about.action_space
         self._first, self._end = self.data.bounds()
+        ids, kept = (d.episode[d.bounds()[0]] for d in (data, self.data))
+        self._logged, self._count = np.flatnonzero(np.isin(ids, kept)), len(ids)  # number in the dataset of every episode here
         self._row: int | None = None
         self._episode = 0
 
@@ -64,18 +74,27 @@ class OfflineReplayEnv(gym.Env):
 
     def _info(self, row: int) -> dict[str, Any]:
         step = row - int(self._first[self._episode])
-        here = {"logged_episode": self._episode, "logged_step": step}
+        here = {"logged_episode": int(self._logged[self._episode]), "logged_step": step}
         return {**here, "logged_action": self.data.action[row].copy()} if row < self._end[self._episode] else here
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        count = len(self._first)
         wanted = (options or {}).get("episode")
-        episode = int(self.np_random.integers(count)) if wanted is None else int(wanted)
-        if not 0 <= episode < count:
-            raise ValueError(f"episode must lie in 0..{count - 1}, got {wanted}")
+        if wanted is None:
+            episode = int(self.np_random.integers(len(self._first)))
+        else:
+            episode = self._place(int(wanted))
         self._episode, self._row = episode, int(self._first[episode])
         return self._observation(self.data.obs, self._row), self._info(self._row)
+
+    def _place(self, wanted: int) -> int:
+        """Where the dataset's episode stands here. Raises ValueError for one that it does not have or whose rows can't be replayed."""
+        if not 0 <= wanted < self._count:
+            raise ValueError(f"episode must lie in 0..{self._count - 1}, got {wanted}")
+        place = int(np.searchsorted(self._logged, wanted))
+        if place == len(self._logged) or self._logged[place] != wanted:
+            raise ValueError(f"no step of episode {wanted} can be replayed: nobody logged the observation after it; choose another one")
+        return place
 
     def _distance(self, action: Any, logged: np.ndarray) -> float:
         if isinstance(self.action_space, spaces.Discrete):
