@@ -51,8 +51,8 @@ def _return_range(data: Transitions) -> RewardTransform:
 
 # name -> transform for a dataset; who uses it on which D4RL suite is the comment
 REWARD_TRANSFORMS: dict[str, Callable[[Transitions], RewardTransform]] = {
-    "none": lambda data: RewardTransform("none"),  # TD3+BC, ReBRAC and EDAC, locomotion
-    "return_range": _return_range,  # IQL, SPOT, EDA, locomotion
+    "none": lambda data: RewardTransform("none"),  # TD3+BC, ReBRAC, EDAC and SPOT, locomotion
+    "return_range": _return_range,  # IQL, EDA, MCEP, locomotion
     "antmaze_minus1": lambda data: RewardTransform("antmaze_minus1", 1.0, -1.0),  # IQL, SPOT, EDA
     "cql_antmaze": lambda data: RewardTransform("cql_antmaze", 10.0, -5.0),  # Cal-QL, WSRL
     "cql_antmaze_old": lambda data: RewardTransform("cql_antmaze_old", 4.0, -2.0),  # (r - 0.5) 4, first CQL code
@@ -97,8 +97,9 @@ class Transform:
     obs: ObsTransform | None = None
 
     def __call__(self, data: Transitions) -> Transitions:
-        """`data` with both applied; s and s' by the same statistics."""
-        changed = replace(data, reward=self.reward(data.reward))
+        """`data` with both applied; s and s' by the same statistics. The reference goes where rewards change: it is one of raw returns."""
+        raw = (self.reward.scale, self.reward.shift) == (1.0, 0.0)
+        changed = replace(data, reward=self.reward(data.reward), about=data.about if raw else replace(data.about, reference=None))
         return changed if self.obs is None else replace(changed, obs=self.obs(data.obs), next_obs=self.obs(data.next_obs))
 
     def to_json(self) -> dict[str, Any]:
