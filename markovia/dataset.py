@@ -16,19 +16,29 @@ BARS = 12  # intervals of the histogram on the terminal
 def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple[dict[str, Any], Any]:
     """(plain JSON of everything the page shows, the rows) of a Minari id, a D4RL file or `fixture:<name>`.
 
-    reference  a dataset of the same task whose coverage SACo is measured against, by default the medium-replay tier beside this one
-    source     env_id, horizon, download: see `markovia.envs.offline.load`
+    reference  a dataset of the same task whose coverage SACo is measured against, by default the medium-replay tier beside this one, if it can be
+    source     env_id, horizon, download: see `markovia.envs.offline.load`; the horizon holds for a D4RL file as reference, too
     TQ counts as 0 and 1 the returns that the references count as 0 and 100. Raises what loading raises: DatasetError for faulty data.
     """
     from gymnasium import spaces
 
     from markovia.envs.offline import action_coverage, load, returns_histogram, state_action_coverage, trajectory_quality
+    from markovia.envs.offline.sources import D4RL
 
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         data = load(dataset, **source)
     about, returns, lengths, complete = data.about, data.returns(), data.lengths(), data.complete()
-    scale, against = about.reference, reference or _replay_beside(dataset)
+    notes = [str(w.message) for w in noted if issubclass(w.category, UserWarning)]
+    scale, against, saco = about.reference, reference or _replay_beside(dataset), None
+    try:
+        if against is not None:
+            saco = state_action_coverage(data, load(against, horizon=source.get("horizon") if against.endswith(D4RL) else None))
+    except ValueError as error:  # DatasetError, or data of another task
+        if reference is not None:
+            raise
+        notes.append(f"SACo was not measured against {against}: {' '.join(str(error).split())}")
+        against = None
     counts, edges = returns_histogram(data, BARS)
     counted = isinstance(about.action_space, spaces.Box | spaces.Discrete | None)  # what coverage is defined for
     coverage = action_coverage(data) if counted else None
@@ -51,11 +61,12 @@ def describe(dataset: str, reference: str | None = None, **source: Any) -> tuple
         "score_pct": None if scale is None else float(scale.score_pct(returns.mean())),
         "tq": None if scale is None or not complete.any() else trajectory_quality(data, scale.minimum, scale.maximum),
         "score_source": None if scale is None else f"{scale.minimum:.5g} counts as 0 and {scale.maximum:.5g} as 100: {scale.source}",
-        "saco": None if against is None else state_action_coverage(data, load(against)),
+        "saco": saco,
         "saco_reference": against,
         "action_coverage": None if coverage is None else {"covered": coverage.covered.tolist(), "at_bound": coverage.at_bound.tolist()},
         "action_share": None if coverage is None or coverage.share is None else coverage.share.tolist(),
-        "notes": [str(w.message) for w in noted if issubclass(w.category, UserWarning)],
+        "first_action": int(about.action_space.start) if isinstance(about.action_space, spaces.Discrete) else None,
+        "notes": notes,
     }
     return page, data
 
@@ -112,7 +123,8 @@ def _lines(page: dict[str, Any]) -> list[tuple[str, str]]:
     if page["saco"] is not None:
         out.append(("SACo", f"{page['saco']:.3f}  different state-actions, against {page['saco_reference']}"))
     if page["action_share"] is not None:
-        out.append(("action share", ", ".join(f"{i}: {100 * s:.1f} %" for i, s in enumerate(page["action_share"][:20]))))
+        shares = enumerate(page["action_share"][:20], page["first_action"])
+        out.append(("action share", ", ".join(f"{i}: {100 * s:.1f} %" for i, s in shares)))
     elif page["action_coverage"] is not None:
         covered, bound = (np.mean(page["action_coverage"][k]) for k in ("covered", "at_bound"))
         out.append(("action coverage", f"{100 * covered:.0f} % of the cells per dimension, {100 * bound:.1f} % of the actions at a bound"))

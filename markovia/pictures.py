@@ -124,10 +124,14 @@ def grid_png(images: np.ndarray, columns: int = 8, scale: float = 0.6) -> bytes:
 
 def histograms_png(panels: dict[str, dict[str, np.ndarray]], title: str) -> bytes:
     """One histogram per panel, {label of the axis: {name of the line: values}}, side by side, PNG bytes."""
+    from markovia.envs.offline.measures import histogram_range
+
     figure, axes = _axes(3.4, 2.8, len(panels))
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+        style: dict[str, Any] = {"histtype": "stepfilled", "color": "#1f4e8c"} if len(lines) == 1 else {"histtype": "step"}
         for name, values in lines.items():
-            ax.hist(values, bins=30, histtype="stepfilled" if len(lines) == 1 else "step", color="#1f4e8c" if len(lines) == 1 else None, label=name)
+            wide = values.astype(np.float64)  # edges between neighbours in float32 would not fit into it
+            ax.hist(wide, bins=30, range=histogram_range(wide), label=name, **style)
         ax.set(xlabel=label, ylabel="count")
         if len(lines) > 1:
             ax.legend(frameon=False, fontsize="small")

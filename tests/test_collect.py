@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gymnasium.spaces import Discrete
 
 from markovia.cli import run as cli
 from markovia.collect import TIERS, Tier, collect, out_of_order
 from markovia.envs.exact.offline import pointmass_data
-from markovia.envs.offline import load, write_minari
+from markovia.envs.offline import About, load, write_minari
+from markovia.envs.offline.transitions import box_like
 from markovia.recipes import RECIPES, Recipe, recipe
 from markovia.rundir import RunError
 
@@ -232,6 +234,46 @@ def test_page_of_a_dataset(root, capsys):
     assert page["tq"] == pytest.approx(page["score_pct"] / 100) and sum(page["histogram"]["counts"]) == 20
     assert cli(["dataset", "fixture:maze", "--json", "-o", "maze.png"]) == 0
     assert len(json.loads(capsys.readouterr().out)["action_share"]) == 5 and (root / "maze.png").exists()
+
+
+def test_the_page_does_not_depend_on_a_neighbour_that_nobody_named(root, capsys):
+    write_minari(pointmass_data("medium", episodes=2), "markovia/toy/medium-v0")
+    replay = pointmass_data("random", episodes=2)
+    wide = dataclasses.replace(replay, about=dataclasses.replace(replay.about, observation_space=None)).rows(np.arange(10))
+    obs = {k: np.repeat(getattr(wide, k), 2, axis=1) for k in ("obs", "next_obs")}
+    wide = dataclasses.replace(wide, **obs, about=dataclasses.replace(wide.about, observation_space=box_like(obs["obs"])))
+    write_minari(wide, "markovia/toy/medium-replay-v0")
+    file = root / "minari" / "markovia/toy/medium-replay-v0" / "data" / "main_data.hdf5"
+    for what, code in (("only data of one task can be compared", 2), ("can't be read", 1)):
+        assert cli(["dataset", "markovia/toy/medium-v0", "--json"]) == 0
+        page = json.loads(capsys.readouterr().out)
+        assert page["saco"] is None and page["saco_reference"] is None and page["transitions"] == 80
+        assert page["notes"][0].startswith("SACo was not measured against markovia/toy/medium-replay-v0: ") and what in page["notes"][0]
+        assert cli(["dataset", "markovia/toy/medium-v0", "--reference", "markovia/toy/medium-replay-v0"]) == code
+        assert what in capsys.readouterr().err
+        file.write_bytes(file.read_bytes()[:1000])
+
+
+def test_page_of_files_that_do_not_say_their_time_limit(root, capsys):
+    h5py = pytest.importorskip("h5py")
+    for name in ("a.hdf5", "b.hdf5"):
+        with h5py.File(name, "w") as file:
+            for column, shape in {"observations": (4, 2), "rewards": 4, "terminals": 4}.items():
+                file[column] = np.zeros(shape)
+            file["actions"] = np.arange(4) % 2
+    assert cli(["dataset", "a.hdf5", "--reference", "b.hdf5", "--horizon", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["saco"] == 1.0
+
+
+def test_page_of_returns_that_differ_by_rounding(root, capsys):
+    data = pointmass_data("medium", episodes=1).rows(np.arange(6))
+    flags = {"terminated": np.array([0, 0, 1, 0, 0, 1], dtype=bool), "episode": np.array([0, 0, 0, 1, 1, 1])}
+    spaces_ = {"action_space": Discrete(3, start=5), "observation_space": data.about.observation_space}
+    rewards = np.array([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])
+    data = dataclasses.replace(data, **flags, reward=rewards, action=np.array([5, 5, 5, 7, 7, 6]), about=About("near", **spaces_))
+    write_minari(data, "near-v0")
+    assert cli(["dataset", "near-v0", "-o", "near.png"]) == 0
+    assert "5: 50.0 %, 6: 16.7 %, 7: 33.3 %" in " ".join(capsys.readouterr().out.split()) and (root / "near.png").exists()
 
 
 def test_page_of_a_faulty_file_is_its_report(root, capsys):

@@ -11,7 +11,7 @@ import torch
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.tabular import TabularAgent
-from markovia.pictures import record_video
+from markovia.pictures import histograms_png, record_video
 from markovia.rundir import RunError
 
 torch.set_num_threads(1)
@@ -23,6 +23,11 @@ def agent():
     env = gym.make(CARTPOLE)
     torch.manual_seed(0)
     return ControlAgent.from_spaces(env.observation_space, env.action_space, hidden=(8,))
+
+
+@pytest.mark.parametrize("values", [np.array([0.6, np.nextafter(0.6, 1)]), np.float32([1, 1 + 1e-7]), np.full(3, 1e20), np.arange(3)])
+def test_values_that_differ_by_rounding_have_a_histogram(values):
+    assert histograms_png({"return": {"": values}}, "t")[:4] == b"\x89PNG"
 
 
 def test_episodes_are_recorded_and_replaced(agent, tmp_path):

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from markovia.envs.offline.transitions import Transitions, columns
 
 BINS = 100
+MOST_SHARES = 2**20  # actions of a discrete space whose shares are listed
 
 
 def trajectory_quality(data: Transitions, minimum: float, maximum: float) -> float:
@@ -79,14 +80,14 @@ def distinct(table: np.ndarray, limits: tuple[np.ndarray, np.ndarray], bins: int
     cells = np.clip((table - low) / width * bins, 0, bins - 1)
     if whole is not None:
         cells = np.where(whole, table - low, cells)
-    cells = cells.astype(np.uint32)
+    cells = cells.astype(np.uint32 if cells.max() < 2**32 else np.uint64)
     packed = np.ascontiguousarray(cells).view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1])))
     return len(np.unique(packed))
 
 
 @dataclass(frozen=True)
 class ActionCoverage:
-    """How much of the action space was tried. Discrete: `share` (n,) of each action; Box: per dimension."""
+    """How much of the action space was tried. Discrete: `share` (n,) of each action, for at most 2^20 of them; Box: per dimension."""
 
     covered: np.ndarray  # (d,) share of equal cells with at least one action; one entry, over all actions, when discrete
     at_bound: np.ndarray  # (d,) share of actions within 1 % of the range from a bound; nothing to measure, so zeros, when discrete
@@ -99,6 +100,8 @@ def action_coverage(data: Transitions, bins: int = 20) -> ActionCoverage:
     A Box without finite bounds is measured between the smallest and largest logged action. Raises ValueError for other spaces.
     """
     space, action = data.about.action_space, data.action
+    if isinstance(space, spaces.Discrete) and space.n > MOST_SHARES:
+        return ActionCoverage(np.array([len(np.unique(action)) / int(space.n)]), np.zeros(1))
     if isinstance(space, spaces.Discrete):
         share = np.bincount((action - space.start).astype(np.int64), minlength=int(space.n)) / len(data)
         return ActionCoverage(np.array([(share > 0).mean()]), np.zeros(1), share)
@@ -118,5 +121,13 @@ def action_coverage(data: Transitions, bins: int = 20) -> ActionCoverage:
 def returns_histogram(data: Transitions, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
     """(bins,) episodes per interval of the return and (bins + 1,) its edges; cut episodes are left out where there are complete ones."""
     complete = data.complete()
-    returns = data.returns()
-    return np.histogram(returns[complete] if complete.any() else returns, bins=bins)
+    returns = data.returns()[complete] if complete.any() else data.returns()
+    return np.histogram(returns, bins=bins, range=histogram_range(returns))
+
+
+def histogram_range(values: np.ndarray) -> tuple[float, float]:
+    """(smallest, largest) value; a wider range around values that differ by rounding alone, between which no bin edges fit."""
+    low, high = float(values.min()), float(values.max())
+    size = max(1.0, abs(low), abs(high))
+    margin = 0.0 if high - low > 1e-9 * size else max(0.5, 1e-6 * size)
+    return low - margin, high + margin

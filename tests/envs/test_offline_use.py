@@ -81,6 +81,13 @@ def test_reward_transforms_by_hand():
         reward_transform("return_range", data.episodes([0]))
 
 
+def test_the_reference_of_raw_returns_goes_where_rewards_change():
+    data = pointmass_data("mix", episodes=2)
+    assert data.about.reference is not None
+    assert Transform(reward_transform("none", data), ObsTransform.fit(data))(data).about.reference == data.about.reference
+    assert Transform(reward_transform("x100", data))(data).about.reference is None
+
+
 def test_observation_transform_is_of_s_alone_and_applied_to_both():
     data = pointmass_data("expert", episodes=5)
     changed = Transform(reward_transform("none", data), ObsTransform.fit(data))(data)
@@ -169,6 +176,8 @@ def test_cells_need_shared_limits():
     states = np.arange(300)[:, None].astype(float)
     assert distinct(states, shared_limits([states]), 100) == 100
     assert distinct(states, shared_limits([states]), 100, np.array([True])) == 300  # discrete states never share a cell
+    far = np.array([[0.0], [2.0**32], [1.0]])
+    assert distinct(far, shared_limits([far]), 100, np.array([True])) == 3  # integers that 32 bits would take for one
     # against sets of rounded tuples
     rng = np.random.default_rng(0)
     table = rng.random((500, 2))
@@ -186,8 +195,17 @@ def test_action_coverage_by_hand():
     assert found.covered.tolist() == pytest.approx([0.3, 0.1]) and found.at_bound.tolist() == [0.5, 0.0]
     uniform = action_coverage(pointmass_data("random"))
     assert (uniform.covered == 1).all() and (uniform.at_bound < 0.03).all()
+    huge = action_coverage(discrete([0] * 4, [2**40, 2**40, 0, 1], [0] * 4, ends=[3], space=2**40 + 1))
+    assert huge.share is None and huge.covered.tolist() == [3 / (2**40 + 1)]
     counts, edges = returns_histogram(pointmass_data("random"), bins=5)
     assert counts.sum() == 250 and len(edges) == 6
+
+
+@pytest.mark.parametrize("value", [0.6, 1e-3, -7e4, 1e20])
+def test_returns_that_differ_by_rounding_have_a_histogram(value):
+    data = discrete([0, 0], [0, 0], [value, np.nextafter(value, 0)], ends=[0, 1])
+    counts, edges = returns_histogram(data, bins=5)
+    assert counts.tolist() == [0, 0, 2, 0, 0] and edges[0] < value < edges[-1]
 
 
 # -- replay ---------------------------------------------------------------------------------------------------------------------------
@@ -244,6 +262,34 @@ def test_replay_serves_no_observation_of_another_episode():
     env.reset(options={"episode": 1})
     assert env.step(0)[:4] == (7, 3.0, False, False)
     assert env.step(0)[:4] == (7, 4.0, True, False)
+
+
+def test_replay_numbers_episodes_as_the_dataset_does():
+    """The first and the third of four episodes are one step long, cut, and without a successor."""
+    data = discrete([4, 5, 6, 7, 8], [0] * 5, [1, 2, 3, 4, 5], ends=[])
+    truncated = np.array([1, 0, 1, 1, 1], dtype=bool)
+    ends = {"episode": np.array([0, 1, 1, 2, 3]), "truncated": truncated, "next_known": np.array([0, 1, 1, 0, 1], dtype=bool)}
+    env = OfflineReplayEnv(data=dataclasses.replace(data, **ends))
+    for episode, first in ((1, 5), (3, 8)):
+        obs, info = env.reset(options={"episode": episode})
+        assert obs == first and info["logged_episode"] == episode
+    for episode in (0, 2):
+        with pytest.raises(ValueError, match=f"no step of episode {episode} can be replayed: nobody logged the observation after it"):
+            env.reset(options={"episode": episode})
+    with pytest.raises(ValueError, match=r"0\.\.3, got 4"):
+        env.reset(options={"episode": 4})
+    assert {env.reset(seed=seed)[1]["logged_episode"] for seed in range(10)} == {1, 3}
+
+
+def test_replay_of_a_file_that_does_not_say_its_time_limit(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        for name, shape in {"observations": (6, 2), "actions": (6, 1), "rewards": 6, "terminals": 6}.items():
+            file[name] = np.zeros(shape)
+    with pytest.raises(ValueError, match="pass horizon="):
+        gym.make(REPLAY, dataset=str(tmp_path / "x.hdf5"))
+    env = gym.make(REPLAY, dataset=str(tmp_path / "x.hdf5"), horizon=3, env_id="hopper-medium-v2")
+    assert env.unwrapped.data.num_episodes == 2 and env.unwrapped.data.about.env_id == "hopper-medium-v2"
 
 
 def test_replay_needs_spaces_and_known_names():
