@@ -28,6 +28,7 @@ from markovia.envs.offline.validate import (
     first_true,
     float64_image,
     not_finite,
+    outside_spaces,
     overlapping,
     wrong_length,
 )
@@ -245,7 +246,9 @@ def load_minari(dataset: Any, obs_keys: Iterable[str] | None = None, download: b
         episode=np.repeat(np.arange(len(episodes)), lengths),
         about=_about(dataset),
     )
-    return data if keys is None else data.flat_obs(keys)
+    data = data if keys is None else data.flat_obs(keys)
+    Report(dataset.id, tuple(outside_spaces(data))).check()
+    return data
 
 
 def one_array(name: str) -> str:

@@ -14,7 +14,8 @@ TIERS = ("random", "medium", "medium-replay", "medium-expert", "expert")
 
 def tier_id(env_id: str, tier: str, namespace: str = "markovia") -> str:
     """Minari id of a recorded tier: Pendulum-v1, medium -> markovia/pendulum/medium-v0."""
-    name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2].rpartition("/")[2]).replace("_", "-").lower()
+    name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2].rpartition("/")[2])
+    name = re.sub(r"[^a-z0-9-]", "-", name.lower())
     return f"{namespace}/{name}/{tier}-v0"
 
 

@@ -169,7 +169,7 @@ def _outside(name: str, values: np.ndarray, space: gym.Space | None, of: str) ->
         low, high = 0, 1
     else:
         return []
-    if not np.issubdtype(values.dtype, np.integer):
+    if values.dtype.kind not in "biu":
         return [Fault(name, None, f"holds {values.dtype}, expected integers ({of}, {space})")]
     row = first_true((values < low) | (values > high))
     return [] if row is None else [Fault(name, row, f"{values[row]} lies outside {space}")]

@@ -163,6 +163,13 @@ def test_other_actions_than_arrays_are_told(kind):
 # -- counts ----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("choice", [7, -3])
+def test_choices_that_the_space_has_not_are_told(choice):
+    name = foreign(episode(actions=np.array([0, choice, 1])), action_space=spaces.Discrete(2))
+    with pytest.raises(DatasetError, match=rf"action, row 1: {choice} lies outside Discrete\(2\)"):
+        load_minari(name)
+
+
 def rewrite(root, name, **changed):
     file = root / name / "data" / "metadata.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
