@@ -21,7 +21,9 @@ from markovia.envs.offline.validate import (
     check_writable,
     first_true,
     float64_image,
+    no_flags,
     not_finite,
+    one_axis,
     overlapping,
     wrong_length,
 )
@@ -100,11 +102,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
                 hint = nearest(name, present) or f"; the file has {', '.join(present) or 'no arrays'}"
                 faults.append(Fault(name, None, f"missing key{hint}"))
     flat = {k for k, v in found.items() if k in ("rewards", "terminals", "timeouts") or (k == "actions" and np.issubdtype(v.dtype, np.integer))}
-    return {k: _one_axis(v) if k in flat else v for k, v in found.items()}, faults
-
-
-def _one_axis(values: np.ndarray) -> np.ndarray:
-    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    return {k: one_axis(v) if k in flat else v for k, v in found.items()}, faults
 
 
 def _misshapen(name: str, values: np.ndarray) -> list[Fault]:
@@ -127,8 +125,7 @@ def _compare(columns: dict[str, np.ndarray], env_id: str | None, horizon: int | 
     for name, values in columns.items():
         faults += wrong_length(name, len(values), len(columns["observations"]), "observations") if "observations" in columns else []
         if name in ("terminals", "timeouts"):
-            row = np.flatnonzero((values != 0) & (values != 1))
-            faults += [Fault(name, int(row[0]), f"{values[row[0]]}, expected 0 or 1")] if len(row) else []
+            faults += no_flags(name, values)
         else:
             faults += not_finite(name, values) + float64_image(name, values.shape, values.dtype)
         if name == "actions" and np.issubdtype(values.dtype, np.integer):

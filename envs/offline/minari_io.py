@@ -27,7 +27,9 @@ from markovia.envs.offline.validate import (
     check_writable,
     first_true,
     float64_image,
+    no_flags,
     not_finite,
+    one_axis,
     outside_spaces,
     overlapping,
     wrong_length,
@@ -126,8 +128,7 @@ def _obs_columns(values: Any, name: str = "observations") -> dict[str, np.ndarra
 
 def _plain(ep: Any, keys: Sequence[str] | None) -> Any:
     """The episode with the observations of `keys` alone (None: all), and with rewards and flags of shape (T, 1) as (T,)."""
-    flat = {name: getattr(ep, name) for name in ("rewards", *FLAGS)}
-    flat = {name: v[:, 0] if v.shape[1:] == (1,) else v for name, v in flat.items()}
+    flat = {name: one_axis(getattr(ep, name)) for name in ("rewards", *FLAGS)}
     return replace(ep, observations=ep.observations if keys is None else {k: ep.observations[k] for k in keys}, **flat)
 
 
@@ -163,8 +164,7 @@ def _check_flat(ep: Any) -> list[Fault]:
     flat = {name: getattr(ep, name) for name in ("rewards", *FLAGS)}
     faults = [Fault(name, None, f"has the shape {v.shape}, expected one number per step") for name, v in flat.items() if v.ndim != 1]
     for name in FLAGS:
-        row = first_true((flat[name] != 0) & (flat[name] != 1)) if flat[name].ndim == 1 else None
-        faults += [] if row is None else [Fault(name, row, f"{flat[name][row]}, expected 0 or 1")]
+        faults += no_flags(name, flat[name]) if flat[name].ndim == 1 else []
     if faults or len(ep.terminations) != len(ep.truncations):
         return faults
     terminated, truncated = (flat[name].astype(bool) for name in FLAGS)

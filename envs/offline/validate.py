@@ -62,6 +62,17 @@ def first_true(mask: np.ndarray) -> int | None:
     return int(rows.argmax()) if rows.any() else None
 
 
+def one_axis(values: np.ndarray) -> np.ndarray:
+    """(N,) of (N, 1), as many write rewards and flags; anything else as it is."""
+    return values[:, 0] if values.shape[1:] == (1,) else values
+
+
+def no_flags(name: str, values: np.ndarray) -> list[Fault]:
+    """The first flag (N,) that is neither 0 nor 1."""
+    row = first_true((values != 0) & (values != 1))
+    return [] if row is None else [Fault(name, row, f"{values[row]}, expected 0 or 1")]
+
+
 def not_finite(name: str, values: np.ndarray) -> list[Fault]:
     """NaN and infinite entries of a numeric column."""
     if not np.issubdtype(values.dtype, np.number):
