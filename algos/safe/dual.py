@@ -110,7 +110,10 @@ def log_augmented(penalty: float = 10.0, lr: float = 3e-4, init: float = 0.6931)
 
 
 def optimistic(lr: float, init: float = 0.0) -> PIDDual:
-    """Optimistic ascent lam + lr (2 e_k - e_{k-1}), e_{-1} = 0: its sum telescopes to lr e_k + lr sum e, so K_P = K_I = lr. [arXiv 2302.01275]"""
+    """Optimistic ascent lam + lr (2 e_k - e_{k-1}), e_{-1} = 0: its sum telescopes to lr e_k + lr sum e, so K_P = K_I = lr. [arXiv 2302.01275]
+
+    At the bound it is y <- [y + lr e_k]_+, lam = [y + lr e_k]_+, whose steps are those above wherever neither is cut.
+    """
     return PIDDual(kp=lr, ki=lr, init=init, weight_max=None)
 
 

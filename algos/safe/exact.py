@@ -74,7 +74,7 @@ def descent_ascent(problem: CMDP, *, step: float = 1.0, dual_step: float = 0.1, 
 def reload(problem: CMDP, *, step: float = 1.0, dual_step: float = 0.1, iterations: int = 4000) -> Trace:
     """ReLOAD: both players optimistic, so that the last iterate converges. Relied on: abstract and optimistic mirror descent.  [arXiv 2302.01275]
 
-    pi_{k+1} ~ pi_k exp(step (2 q_k - q_{k-1})),   w_{k+1} = [w_k + dual_step (2 e_k - e_{k-1})]_+,  e = cost - limit
+    pi_{k+1} ~ pi_k exp(step (2 q_k - q_{k-1})),   y_k = [y_{k-1} + dual_step e_k]_+,  w_{k+1} = [y_k + dual_step e_k]_+,  e = cost - limit
     Steps bound stability: on `cmdp_two_state` it converges for step * dual_step <= 0.02 and cycles from 0.03 on.
     """
     return primal_dual(problem, optimistic(dual_step), step=step, iterations=iterations, optimistic_policy=True, simultaneous=True)

@@ -21,9 +21,12 @@ def termination_probability(cost: Tensor, scale: Tensor, p_max: Tensor, *, p_min
 
 
 def running_scale(scale: Tensor | None, cost: Tensor, *, tau: float = 0.95, floor: float = 1e-6) -> Tensor:
-    """(m,): scale <- tau scale + (1 - tau) max over the environments of c; the first call assigns. cost (n, m)."""
-    top = cost.amax(0)
-    return (top if scale is None else tau * scale + (1 - tau) * top).clamp(min=floor)
+    """(m,): scale <- tau scale + (1 - tau) [max over the environments of c]_+; the first call assigns. cost (n, m).
+
+    The maximum is cut at `floor` before it is averaged, so that steps on which signed costs hold do not make the next violation look large.
+    """
+    top = cost.amax(0).clamp(min=floor)
+    return top if scale is None else tau * scale + (1 - tau) * top
 
 
 def soft_probability(progress: float, *, first: float = 0.05, last: float = 0.25) -> float:

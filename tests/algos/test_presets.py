@@ -108,3 +108,18 @@ def test_presets_of_the_files_reach_the_rows_behind_those_that_have_them() -> No
     assert drift == replace(ppo, surrogate=drift.surrogate, controller=drift.controller)
     assert configure("grpo/gspo", "markovia/Arithmetic-v0").divergence is None  # which ppo has in language tasks, and no row without it
     assert configure("trpo", POLE).normalize_obs  # which a2c has not
+
+
+@pytest.mark.parametrize("method_id", ["ppo-max", "ppo-max/ptx", "dvpo"])
+@pytest.mark.parametrize("env", ["markovia/Sentiment-v0", "markovia/Arithmetic-v0", "markovia/GSM8K-v0"])
+def test_critics_of_text_tasks_learn_no_slower_than_their_policies(method_id: str, env: str) -> None:
+    """They begin at zero here, not as reward models, whose rates the rows have."""
+    method = configure(method_id, env)
+    assert method.value.separate.lr >= method.solver.lr and method.value.separate.unit == "row"
+    assert method.value.pretrain * method.num_envs <= method.num_env_steps / 2
+
+
+@pytest.mark.parametrize(("method_id", "beta"), [("d3po", 0.1), ("spo-step", 10.0), ("diffusion-dpo", 2500.0), ("se-ppo", 2500.0)])
+def test_published_strengths_go_with_log_probs_averaged_over_entries(method_id: str, beta: float) -> None:
+    assert configure(method_id, "markovia/Pipeline-v0").loss.beta == beta
+    assert agent_options(method_id, "markovia/Pipeline-v0") == {"reduce": "mean"} and not agent_options(method_id, "markovia/Digits-v0")

@@ -194,6 +194,8 @@ def test_scale_curriculum_and_record_by_hand():
     first = running_scale(None, torch.tensor([[1.0, -3.0], [4.0, -1.0]]))
     assert torch.allclose(first, torch.tensor([4.0, 1e-6]))
     assert running_scale(first, torch.tensor([[2.0, 0.0]]), tau=0.5)[0].item() == 3.0
+    # signed costs that hold count as none: 4 / 2, not (4 - 6) / 2
+    assert running_scale(first, torch.tensor([[-6.0, 0.0]]), tau=0.5)[0].item() == pytest.approx(2.0, abs=1e-5)
     assert soft_probability(0.0) == pytest.approx(0.05) and soft_probability(1.0) == pytest.approx(0.25)
     assert soft_probability(0.5) == pytest.approx(1 / 12)  # 1/p half-way from 20 to 4
     # Two environments, two steps: scales 2 and 0.5 * 2 + 0.5 * 6 = 4.
