@@ -136,8 +136,9 @@ PREFERENCE = table(
              "unpaired:classify shapes:log_odds", TEXT),
         _row("asft/beta", Preference(Pointwise(Classify(1.0), ODDS, "pairs")), "asft", "2502.01237", "after SFT, with a temperature",
              "unpaired:classify shapes:log_odds", TEXT),
-        _row("rpo", Preference(Pairwise(0.01, terms=(NLL(0.005, reduce="sum"),))), "dpo", "2405.16436", "the chosen likelihood as a pessimist's term",
-             f"pieces:NLL {PHI}"),
+        # its weight is eta beta of the authors' code, on summed log-probs
+        _row("rpo", Preference(Pairwise(0.01, terms=(NLL(0.005 * 0.01, reduce="sum"),))), "dpo", "2405.16436",
+             "the chosen likelihood as a pessimist's term", f"pieces:NLL {PHI}"),
         _row("tpo", Preference(Pairwise(0.01, Difference(BARE), terms=(NLL(1.0, of="gold"),))), "dpo", "2405.16681",
              "no reference; the likelihood of a gold response", f"pieces:NLL {PHI}"),
         _row("tpo/length", Preference(Pairwise(0.01, Difference(BARE_MEAN), margin=Fixed(0.5), terms=(NLL(1.0, of="gold"),))), "tpo", "2405.16681",

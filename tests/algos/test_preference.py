@@ -116,7 +116,7 @@ VALUES: dict[str, list[float]] = {
     "orpo/beta": [phi(O_W - O_L)],
     "asft": [1.0 - math.log(1 - math.exp(-4 / 3)) + 1.0],  # the sigmoid of the log odds is the probability
     "asft/beta": [1.0 - math.log(1 - math.exp(-4 / 3))],
-    "rpo": [phi(0.015) + 0.005 * 2.0],
+    "rpo": [phi(0.015) + 5e-5 * 2.0],
     "tpo": [phi(0.01 * 2.0) + 0.5],
     "tpo/length": [phi(0.01 / 3 - 0.5) + 0.5],
     "wrpo": [phi(0.01 * (0.05 * 0.6 + 0.95 * 0.5 + 1.0))],  # half way to a = .1
