@@ -95,7 +95,7 @@ LANGUAGE = table(
         _row("steer", replace(TOKENS, surrogate=Clip(0.2, 0.28, dual=10.0), tokens=Steer(0.8)), "grpo", "2510.10150",
              "tokens that would change the entropy much count less", "tokens:entropy_change tokens:damped"),
         _row("clip-cov", replace(TOKENS, surrogate=Clip(1.0), tokens=ClipCov()), "grpo", "2505.22617",
-             "some tokens of high covariance are left out, at random; the ratio is hardly clipped",
+             "some tokens of high covariance are left out, at random; ratios up to 2 are not clipped",
              "tokens:covariance tokens:ClipCov"),
         _row("kl-cov", replace(
                 TOKENS, surrogate=PolicyGradient(), tokens=TopCov(), divergence=KL(1.0, "abs", "loss", reference="old"),
