@@ -17,7 +17,7 @@ from markovia.agents.normalizer import ObsNorm
 from markovia.algos.off_policy.replay import Batch, Replay
 from markovia.algos.offline.method import Logged
 from markovia.envs.offline.transforms import ObsTransform, Transform, reward_transform
-from markovia.envs.offline.transitions import Transitions, box_like, columns
+from markovia.envs.offline.transitions import Transitions, box_like, columns, space_columns
 
 TOLERANCE = 1e-4  # of the Box's width, by which a logged action may leave it through rounding
 
@@ -121,7 +121,7 @@ def check_fits(data: Transitions, agent: ControlAgent) -> None:
     """Refuse data that the agent can't take, with a ValueError that says what differs."""
     space, name, own = agent.action_space, data.about.name, data.about.action_space
     assert isinstance(space, spaces.Box)
-    parts, obs = _parts(agent.observation_space), columns(data.obs)
+    parts, obs = space_columns(agent.observation_space), columns(data.obs)
     wanted, given = {k: tuple(s.shape or ()) for k, s in parts.items()}, {k: v.shape[1:] for k, v in obs.items()}
     if wanted != given:
         raise ValueError(f"{name} has observations {given}, but the environment gives {wanted}; name the environment that the data were recorded in")
@@ -140,8 +140,3 @@ def check_fits(data: Transitions, agent: ControlAgent) -> None:
     slack = TOLERANCE * (space.high - space.low)
     if (data.action < space.low - slack).any() or (data.action > space.high + slack).any():
         raise ValueError(f"{name} has actions from {data.action.min()} to {data.action.max()}, outside the environment's {space}; rescale them")
-
-
-def _parts(space: Any) -> dict[str, Any]:
-    """An observation space's parts, named as `columns` does."""
-    return {f"obs/{k}": s for k, s in space.spaces.items()} if isinstance(space, spaces.Dict) else {"obs": space}

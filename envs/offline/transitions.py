@@ -34,6 +34,13 @@ def columns(obs: Obs, name: str = "obs") -> dict[str, np.ndarray]:
     return {f"{name}/{k}": v for k, v in obs.items()} if isinstance(obs, dict) else {name: obs}
 
 
+def space_columns(space: Any) -> dict[str, Any]:
+    """The parts of an observation space under the names that `columns` gives their arrays."""
+    from gymnasium import spaces
+
+    return {f"obs/{k}": s for k, s in space.spaces.items()} if isinstance(space, spaces.Dict) else {"obs": space}
+
+
 def pick(parts: Mapping[str, Any], keys: Sequence[str], name: str) -> dict[str, Any]:
     """The entries of `keys`, in their order. Raises ValueError for an unknown key, with the known ones."""
     unknown = [k for k in keys if k not in parts]

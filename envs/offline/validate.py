@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from markovia.envs.offline.transitions import Transitions, columns
+from markovia.envs.offline.transitions import Transitions, columns, space_columns
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -153,8 +153,7 @@ def outside_spaces(data: Transitions) -> list[Fault]:
 
     about, faults = data.about, []
     told = about.observation_space
-    named = {f"obs/{k}": s for k, s in told.spaces.items()} if isinstance(told, spaces.Dict) else {"obs": told}
-    found = columns(data.obs)
+    named, found = space_columns(told), columns(data.obs)
     if told is not None and named.keys() != found.keys():
         return [Fault("obs", None, f"holds {', '.join(found)}, expected {', '.join(named)} (the observation space)")]
     for name, values in {**found, **columns(data.next_obs, "next_obs")}.items():
