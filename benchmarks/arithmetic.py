@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from grid import Cell, arguments, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 TASK = "markovia/Arithmetic-v0"
 RESULTS = Path(__file__).parent / "results" / "arithmetic.json"
@@ -26,6 +26,16 @@ CHANGES: dict[str, dict[str, Any]] = {
 ACCURACY, SECONDS, SLACK = 0.85, 300.0, 0.02
 
 
+def _changes(method: str, steps: int | None) -> dict[str, Any]:
+    return CHANGES.get(method, {}) | ({} if steps is None else {"num_env_steps": steps})
+
+
+def _asked(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
+    """The settings that a cell asks for."""
+    found: Cell = settings_of(method, TASK, _changes(method, steps))
+    return found
+
+
 def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
     """Train one cell to its end and measure it, and the start that all cells share."""
     from markovia.agents.language import LanguageAgent
@@ -33,8 +43,7 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
     from markovia.runs import load_run
 
     run = folder(runs, task, method, seed)
-    changes = CHANGES.get(method, {}) | ({} if steps is None else {"num_env_steps": steps})
-    found = train_cell(task, method, seed, run, changes, like=TASK)
+    found = train_cell(task, method, seed, run, _changes(method, steps), like=TASK)
     for name, agent in (("start", LanguageAgent.from_name("arithmetic")), ("end", load_run(run).agent)):
         found[name] = dict(zip(("pass@1", "pass@8"), pass_rates(agent, 8), strict=True))
     return found
@@ -96,7 +105,7 @@ def told(found: Cell) -> str:
 def main() -> None:
     args = arguments(__doc__, tasks=[TASK], methods=[*LEARN, *KEEP], runs="runs/arithmetic", out=RESULTS).parse_args()
     order = [] if args.table else [(t, m, s, args.steps, args.runs) for s in args.seeds for m in args.methods for t in args.tasks]
-    measure(cell, order, jobs=args.jobs, out=args.out, told=told, table=table)
+    measure(cell, order, jobs=args.jobs, out=args.out, told=told, table=table, asked=_asked)
 
 
 if __name__ == "__main__":

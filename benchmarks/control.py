@@ -12,8 +12,9 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
-from grid import Cell, arguments, folder, measure, over_seeds, train_cell  # type: ignore[import-not-found]  # run as a script: its folder is on the path
+from grid import Cell, arguments, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script: its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "control.json"
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -24,17 +25,23 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
     its products in that precision."""
     if method == "sb3-ppo":
         return _peer(task, seed, steps or 1_000_000)
-    name, _, precision = method.partition("+")
-    changes = ({} if steps is None else {"num_env_steps": steps}) | ({"precision": precision} if precision else {})
+    name, changes = _row(method, steps)
     return train_cell(task, name, seed, folder(runs, task, method, seed), changes) | {"method": method}
 
 
-def _budget(task: str, method: str, seed: int, steps: int | None, runs: Path) -> int | None:
-    """Steps that a cell asks for."""
-    from markovia.algos.presets import configure
+def _row(method: str, steps: int | None) -> tuple[str, dict[str, Any]]:
+    """The method's id, and what the cell changes in its presets."""
+    name, _, precision = method.partition("+")
+    return name, ({} if steps is None else {"num_env_steps": steps}) | ({"precision": precision} if precision else {})
 
-    name = method.partition("+")[0]
-    return steps or (1_000_000 if name == "sb3-ppo" else configure(name, task).num_env_steps)
+
+def _asked(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
+    """The settings that a cell asks for."""
+    if method == "sb3-ppo":
+        return {"num_env_steps": steps or 1_000_000}
+    name, changes = _row(method, steps)
+    found: Cell = settings_of(name, task, changes)
+    return found
 
 
 def _peer(task: str, seed: int, steps: int) -> Cell:
@@ -97,7 +104,7 @@ def main() -> None:
     parser = arguments(__doc__, tasks=["HalfCheetah-v5"], methods=["ppo"], runs="runs/benchmark", out=RESULTS)
     args = parser.parse_args()
     grid = [] if args.table else [(*c, args.steps, args.runs) for c in itertools.product(args.tasks, args.methods, args.seeds)]
-    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table, budget=_budget)
+    measure(cell, grid, jobs=args.jobs, out=args.out, told=told, table=table, asked=_asked)
 
 
 if __name__ == "__main__":

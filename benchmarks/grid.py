@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,6 +28,15 @@ def folder(runs: Path, task: str, method: str, seed: int) -> Path:
     return runs / task / method.replace("/", "-") / f"seed{seed}"
 
 
+def settings_of(method: str, task: str, changes: dict[str, Any] | None = None) -> Cell:
+    """What a cell is trained with, as config.json of its run has it: the presets of the task with `changes`."""
+    from markovia.algos.presets import configure, override
+    from markovia.settings import to_json
+
+    found: Cell = to_json(override(configure(method, task), changes or {}))
+    return found
+
+
 def train_cell(
     task: str, method: str, seed: int, run: Path, changes: dict[str, Any] | None = None, like: str | None = None, **options: Any
 ) -> Cell:
@@ -40,11 +49,13 @@ def train_cell(
 
     from markovia.algos.presets import configure, override
     from markovia.runs import train
+    from markovia.settings import to_json
 
     torch.set_num_threads(1)
     settings = override(configure(method, like or task), changes or {})
     done = train(settings, task, seed=seed, out=run, resume=run.exists(), eval_checkpoints=True, progress=False, method_id=method, **options).done
-    return {"task": task, "method": method, "seed": seed, "seconds": round(done["seconds"], 1), "done": done}
+    what = {"task": task, "method": method, "seed": seed, "settings": to_json(settings)}
+    return {**what, "seconds": round(done["seconds"], 1), "done": done}
 
 
 def cells(path: Path) -> list[Cell]:
@@ -103,8 +114,24 @@ def workers(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_work, initargs=(cores,))
 
 
-def _name(entry: tuple[Any, ...], key: Sequence[str]) -> str:
-    return " ".join(map(str, entry[: len(key)]))
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    """The settings that both name, and not alike. Those that only one of them has came or went since, and say nothing."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for k in was:
+            if k in now and not (name == "" and k == "num_env_steps"):
+                yield from _differences(was[k], now[k], f"{name}.{k}" if name else k)
+    elif was != now:
+        yield f"{name} {was} where {now} is asked for"
+
+
+def _check(known: Cell, asked: Cell, told: str) -> None:
+    """Raises SystemExit, which begins with `told`, where a cell was trained for fewer steps than are asked for now, or with other settings."""
+    steps, wanted = known.get("done", {}).get("num_env_steps"), asked.get("num_env_steps")
+    if steps is not None and wanted is not None and steps < wanted:
+        raise SystemExit(f"{told} after {steps:,} steps, and {wanted:,} are asked for: use other --out and --runs")
+    other = list(_differences(known.get("settings", {}), asked))
+    if other:
+        raise SystemExit(f"{told} with {'; '.join(other)}: use other --out and --runs, or take the cell and its run folder away")
 
 
 def measure(
@@ -117,15 +144,18 @@ def measure(
     table: Callable[[list[Cell]], str],
     picture: Callable[[list[Cell], Path], None] | None = None,
     key: Sequence[str] = KEY,
-    budget: Callable[..., int | None] = lambda *entry: None,
+    asked: Callable[..., Cell] = lambda *entry: {},
 ) -> None:
     """Call `cell` with each entry of the grid, the most important first, in processes of its own; record and tell each as it ends, and write the
     table and the picture of all beside the results.
 
     The first entries of a grid's tuples are the key; what is recorded under it is not run again. With an empty grid tables are made anew.
-    A cell that fails, or whose process is killed, is told and the others go on; the exit status then is 1. `budget` says how many steps an entry asks
-    for, if that is known: one that is recorded after fewer ends the script before anything runs, because it is not what is asked for.
+    A cell that fails, or whose process is killed, is told and the others go on; the exit status then is 1. `asked` gives the settings that an entry
+    asks for, as far as they are known: one that is recorded with others, or after fewer steps, ends the script before anything runs.
     """
+
+    def named(entry: tuple[Any, ...]) -> str:
+        return " ".join(map(str, entry[: len(key)]))
 
     def write() -> None:
         rows = cells(out)
@@ -136,13 +166,12 @@ def measure(
     known = {tuple(r[k] for k in key): r for r in cells(out)}
     left, failed = [], []
     for entry in grid:
-        name, asked = tuple(entry[: len(key)]), budget(*entry)
+        name = tuple(entry[: len(key)])
         if name not in known:
             left.append(entry)
-        elif asked is not None and known[name]["done"]["num_env_steps"] < asked:
-            steps = known[name]["done"]["num_env_steps"]
-            raise SystemExit(f"{out} holds {_name(entry, key)} after {steps:,} steps, and {asked:,} are asked for: use other --out and --runs")
-    asked_for = len(left)
+        else:
+            _check(known[name], asked(*entry), f"{out} holds {named(entry)}")
+    total = len(left)
     while left:
         lost = []  # by a process that was killed, with whatever else its pool had to do
         with workers(jobs) as pool:
@@ -153,7 +182,7 @@ def measure(
                     if isinstance(error, BrokenProcessPool):
                         lost.append(entries[future])
                     elif error is not None:
-                        failed.append(f"{_name(entries[future], key)}: {type(error).__name__}: {error}")
+                        failed.append(f"{named(entries[future])}: {type(error).__name__}: {error}")
                         print(f"failed, the others go on: {failed[-1]}", flush=True)
                     else:
                         record(future.result(), out, key)
@@ -163,14 +192,14 @@ def measure(
                 pool.shutdown(cancel_futures=True)
                 raise
         if len(lost) == len(left):
-            failed += [f"{_name(entry, key)}: its process was killed, as for want of memory" for entry in lost]
+            failed += [f"{named(entry)}: its process was killed, as for want of memory" for entry in lost]
             break
         lost.sort(key=left.index)
         left = lost[jobs:] + lost[:jobs]  # those that were running are suspect: they go last
     if cells(out):
         write()
     if failed:
-        raise SystemExit("\n".join([f"{len(failed)} of {asked_for} cells failed:", *failed]))
+        raise SystemExit("\n".join([f"{len(failed)} of {total} cells failed:", *failed]))
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

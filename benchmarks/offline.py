@@ -34,7 +34,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, cells, folder, measure, over_seeds, train_cell, workers  # type: ignore[import-not-found]  # run as a script
+from grid import Cell, arguments, cells, folder, measure, over_seeds, settings_of, train_cell, workers  # type: ignore[import-not-found]  # run as a script
 
 RESULTS = Path(__file__).parent / "results" / "offline.json"
 PUBLISHED = Path(__file__).parent / "published_offline.json"
@@ -141,12 +141,15 @@ def check_recordings(rows: list[Cell], datasets: Iterable[str]) -> None:
             )
 
 
+def _like(task: str) -> str:
+    """The task whose presets apply: that which the robot has now. D4RL's files are evaluated in its older version."""
+    return re.sub(r"-v4$", "-v5", task)
+
+
 def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
     """Train one cell and put it on the scale of its tiers."""
-    # Settings are those of the task that the robot has now; D4RL's files are evaluated in its older version.
-    like = re.sub(r"-v4$", "-v5", task)
     run = folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
-    found = train_cell(task, method, seed, run, settings(method, dataset, updates), like=like, dataset=dataset)
+    found = train_cell(task, method, seed, run, settings(method, dataset, updates), like=_like(task), dataset=dataset)
     evaluation = found["done"]["evaluation"]
     return {
         **found,
@@ -159,10 +162,10 @@ def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, r
     }
 
 
-def _budget(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> int | None:
-    """Updates that a cell asks for, where the command says it."""
-    asked: int | None = settings(method, dataset, updates).get("num_env_steps")
-    return asked
+def _asked(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
+    """The settings that a cell asks for."""
+    found: Cell = settings_of(method, _like(task), settings(method, dataset, updates))
+    return found
 
 
 def told(found: Cell) -> str:
@@ -271,7 +274,7 @@ def main() -> None:
 
     def run(grid: list[tuple[Any, ...]]) -> None:
         check_recordings(cells(args.out), (entry[0] for entry in grid))
-        measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY, budget=_budget)
+        measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY, asked=_asked)
 
     if args.table:
         run([])

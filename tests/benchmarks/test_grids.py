@@ -77,10 +77,25 @@ def test_a_cell_that_fails_is_told_and_the_others_are_recorded(module: Any, tmp_
         grid.measure(fails_for_b, [("t", m, 0, tmp_path) for m in "bac"], **options)
     assert [r["method"] for r in grid.cells(out)] == ["a", "c"] and "the others go on" in capsys.readouterr().out
     # What was recorded after fewer steps than are asked for now is not passed off as the same cell.
-    grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], budget=lambda *entry: 100, **options)
+    grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], asked=lambda *entry: {"num_env_steps": 100}, **options)
     with pytest.raises(SystemExit, match=r"holds t a 0 after 100 steps, and 1,000 are asked for: use other --out and --runs"):
-        grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], budget=lambda *entry: 1000, **options)
+        grid.measure(fails_for_b, [("t", "a", 0, tmp_path)], asked=lambda *entry: {"num_env_steps": 1000}, **options)
     assert (tmp_path / "calls").read_text().split() == ["a0", "c0"]
+
+
+def test_cells_of_other_settings_are_not_passed_off_as_the_same(module: Any, tmp_path: Path) -> None:
+    grid, out = module("grid"), tmp_path / "x.json"
+    was = {"num_env_steps": 100, "gone": 1, "actor": {"type": "Cloned", "weight": 2.5, "hidden": [256, 256]}, "value": None}
+    grid.record({"task": "t", "method": "a", "seed": 0, "settings": was, "done": done(1.0, 100)}, out)
+
+    def ask(changes: dict[str, Any]) -> None:
+        options = {"jobs": 1, "out": out, "told": str, "table": lambda rows: ""}
+        grid.measure(fake, [("t", "a", 0, tmp_path)], asked=lambda *entry: was | changes, **options)
+
+    ask({"num_env_steps": 50, "new": 3})  # longer than asked for, and with an option that was not there yet
+    with pytest.raises(SystemExit, match=r"holds t a 0 with actor.weight 2.5 where 1.0 is asked for; value None where 1 is asked"):
+        ask({"actor": {"type": "Cloned", "weight": 1.0, "hidden": [256, 256]}, "value": 1})
+    assert not (tmp_path / "calls").exists()
 
 
 def dies_for_b(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
