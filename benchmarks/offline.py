@@ -56,6 +56,14 @@ REBRAC = {
     ("halfcheetah", "medium"): (0.001, 0.01), ("halfcheetah", "medium-replay"): (0.01, 0.001), ("halfcheetah", "medium-expert"): (0.01, 0.1),
     ("walker2d", "medium"): (0.05, 0.1), ("walker2d", "medium-replay"): (0.05, 0.01), ("walker2d", "medium-expert"): (0.01, 0.01),
 }  # fmt: skip
+# Weight of SPOT's bound, as in its authors' configurations for D4RL's tiers                                                      [arXiv 2202.06239]
+SPOT = {
+    ("hopper", "medium"): 0.1, ("hopper", "medium-replay"): 0.1, ("hopper", "medium-expert"): 0.2,
+    ("halfcheetah", "medium"): 0.05, ("halfcheetah", "medium-replay"): 0.05, ("halfcheetah", "medium-expert"): 1.0,
+    ("walker2d", "medium"): 0.2, ("walker2d", "medium-replay"): 0.2, ("walker2d", "medium-expert"): 0.5,
+}  # fmt: skip
+# The larger of the two returns that Decision Transformer is asked for on D4RL's tiers                                            [arXiv 2106.01345]
+TARGET_RETURN = {"hopper": 3600.0, "halfcheetah": 12000.0, "walker2d": 5000.0}
 # Critics of EDAC and SAC-N, as in CORL's runs on D4RL's tiers; ten elsewhere                                                      [arXiv 2110.01548]
 NUM_CRITICS = {
     ("hopper", "medium"): (50, 500), ("hopper", "medium-replay"): (50, 200), ("hopper", "medium-expert"): (50, 200),
@@ -75,9 +83,10 @@ def parts_of(dataset: str) -> tuple[str, str] | None:
 
 
 def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
-    """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's weights by tier.
+    """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's and SPOT's weights by tier.
 
-    On D4RL files also EDAC's ensembles and weights by task; recorded sets keep ten critics, because fifty take a core some hours a cell.
+    On D4RL files also the return that Decision Transformer is asked for, and EDAC's ensembles and weights by task; recorded sets keep ten critics,
+    because fifty take a core some hours a cell.
     """
     changes: dict[str, Any] = {}
     if updates is not None:
@@ -88,6 +97,10 @@ def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
     if method == "rebrac" and parts in REBRAC:
         weight, penalty = REBRAC[parts]
         changes |= {"actor": {"weight": weight}, "target": {"penalty": penalty}}
+    if method == "spot" and parts in SPOT:
+        changes |= {"actor": {"weight": SPOT[parts]}}
+    if _is_file(dataset) and parts is not None and method == "decision-transformer":
+        changes |= {"target_return": TARGET_RETURN[parts[0]]}
     if _is_file(dataset) and parts is not None and method in ("edac", "edac/sac-n"):
         changes |= {"critic": {"num": NUM_CRITICS.get(parts, (10, 10))[method == "edac/sac-n"]}}
         if method == "edac" and parts[1] == "medium-expert" and parts[0] != "hopper":
@@ -200,7 +213,9 @@ def table(rows: list[Cell]) -> str:
         gain = f"{last['mean'] - cloned[dataset]:+.1f}" if dataset in cloned and method != "bc" else ""
         is_file = _is_file(dataset)
         name = Path(dataset).stem.replace("_", "-") if is_file else ""
-        beside = "; ".join(t["scores"][name][method] for t in published["tables"] if method in t["scores"].get(name, {}))
+        beside = "; ".join(
+            f"{'best ' if t.get('best') else ''}{t['scores'][name][method]}" for t in published["tables"] if method in t["scores"].get(name, {})
+        )
         each, minutes = ", ".join(format(m["last"], ".1f") for m in members), over_seeds([m["seconds"] for m in members])["mean"] / 60.0
         lines.append(
             f"| {Path(dataset).name if is_file else dataset} | {members[0]['data_score']:.1f} | {method} "

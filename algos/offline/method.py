@@ -22,6 +22,7 @@ class Logged:
     returns_to_go: Literal["zero", "repeat_last"] | None = None  # Monte Carlo returns: what counts after an episode that was cut
     compat: Literal["minari", "d4rl"] = "minari"  # d4rl: drop the last row of every truncated episode, as D4RL's own view does
     horizon: int | None = None  # time limit of a D4RL file without timeouts whose name does not tell it
+    terminate_at: float | None = None  # raw reward from which a step ends its episode: 1 where AntMaze goes on after success
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:

@@ -15,7 +15,7 @@ from markovia.algos.off_policy.driver import check_action_box
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Replay
 from markovia.algos.off_policy.slots import ClosedForm, Mixture, QuantileCritics
-from markovia.algos.offline.method import Offline
+from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.sequences import ReturnConditioned, make_sequences
 from markovia.algos.offline.source import make_source
 from markovia.algos.offline.warm_start import Phases, WarmStart
@@ -23,16 +23,23 @@ from markovia.algos.setup import Request, Setup, evaluate_stepped
 from markovia.envs.control.vector import make_env, make_vec
 from markovia.envs.offline.scores import Reference, references
 from markovia.envs.offline.sources import load
+from markovia.envs.offline.transforms import terminate_at
 from markovia.envs.offline.transitions import Transitions
 
 TRANSFORM = "transform.json"
+
+
+def read(dataset: str, settings: Logged) -> Transitions:
+    """The dataset's rows, before what is done to rewards and observations."""
+    data = load(dataset, horizon=settings.horizon)
+    return data if settings.terminate_at is None else terminate_at(data, settings.terminate_at)
 
 
 def build_offline(method: Offline, request: Request) -> Setup:
     """Everything for a run on a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
     assert request.dataset is not None
     env_id, env_kwargs = request.task, request.env_kwargs
-    data = load(request.dataset, horizon=method.data.horizon)
+    data = read(request.dataset, method.data)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()
@@ -53,7 +60,7 @@ def build_offline(method: Offline, request: Request) -> Setup:
 def build_sequences(method: ReturnConditioned, request: Request) -> Setup:
     """Everything for imitation given returns, on a dataset."""
     assert request.dataset is not None
-    data = load(request.dataset, horizon=method.data.horizon)
+    data = read(request.dataset, method.data)
     return build_from(data, request.task, method, request.env_kwargs, request.agent_options, request.device)
 
 
@@ -114,10 +121,15 @@ def make_agent(method: OffPolicy, observation_space: Any, action_space: Any, **o
 
 
 def reference_of(data: Transitions, env_id: str, horizon: int | None) -> Reference | None:
-    """The returns that count as 0 and 100 in this task: the dataset's own where they belong to it, else D4RL's; None where nobody measured them."""
-    own = data.about.reference
-    if own is not None and own.env_id.rpartition(":")[2] == env_id.rpartition(":")[2] and own.horizon in (None, horizon):
-        return own
+    """The returns that count as 0 and 100 in this task: the dataset's own where they belong to it, else D4RL's; None where nobody measured them.
+
+    Those of a D4RL file (hopper-medium-v2) belong to its robot's tasks before Gymnasium's v5, which pays otherwise.
+    """
+    own, name = data.about.reference, env_id.rpartition(":")[2]
+    if own is not None and own.horizon in (None, horizon):
+        robot = own.env_id.partition("-")[0]
+        if own.env_id.rpartition(":")[2] == name or re.fullmatch(rf"(?i:{re.escape(robot)})-v[234]", name):
+            return own
     return None if horizon is None else references().get((env_id, horizon))
 
 

@@ -26,6 +26,7 @@ from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, make_driver
 from markovia.envs.exact.offline import Bandit2D, pointmass_data
+from markovia.envs.offline.scores import reference
 from markovia.envs.offline.transforms import Transform
 from markovia.envs.offline.transitions import About, Transitions
 from markovia.runs import load_run, train
@@ -229,12 +230,28 @@ def test_images_of_another_scale_are_refused(there: Any, here: Any, keys: bool) 
     make_source(other(obs=images(here), next_obs=images(here)), Logged(), agent, 0.99)
 
 
+@pytest.mark.parametrize("method_id", ["td3-bc", "decision-transformer"])
+def test_an_episode_ends_with_the_step_that_pays_enough(method_id: str) -> None:
+    data = pointmass_data("blend")
+    enough = float(np.quantile(data.reward, 0.9))
+    method = override(configure(method_id, POINT), {"data": {"terminate_at": enough}})
+    source: Any = build(POINT, method, dataset=DATASET).collector
+    done = data.terminated | (data.reward >= enough)
+    assert 0 < (done & ~data.terminated).sum() < len(data)
+    assert source.replay.store.continuation.tolist() == [float(not d) for d in done]
+    if method_id == "decision-transformer":  # windows end there too
+        first = int(np.flatnonzero(done)[0])
+        assert source.end_of[first] == first + 1 and source.step_of[first + 1] == 0
+
+
 def test_references_belong_to_one_task_and_time_limit() -> None:
     data = pointmass_data("random")
     assert reference_of(data, POINT, 40) is data.about.reference
     assert reference_of(data, POINT, 50) is None and reference_of(data, "Pendulum-v1", 200) is None
-    hopper = reference_of(data, "Hopper-v2", 1000)
-    assert hopper is None or hopper.maximum == pytest.approx(3234.3)
+    file = dataclasses.replace(data, about=dataclasses.replace(data.about, reference=reference("hopper-medium-v2", 1000)))
+    for task, horizon, known in (("Hopper-v4", 1000, True), ("Hopper-v2", 1000, True), ("Hopper-v5", 1000, False), ("Hopper-v4", 500, False),
+                                 ("Walker2d-v4", 1000, False)):  # fmt: skip
+        assert (reference_of(file, task, horizon) is file.about.reference) == known, task
     maze = dataclasses.replace(data.about, reference=dataclasses.replace(data.about.reference, env_id="PointMaze_UMaze-v3", horizon=None))
     assert reference_of(dataclasses.replace(data, about=maze), "gymnasium_robotics:PointMaze_UMaze-v3", 300) is maze.reference
     assert Bandit2D().data(4).about.env_id is None

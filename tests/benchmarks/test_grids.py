@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -83,7 +84,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_recorded(module: Any, tmp_
     assert (tmp_path / "calls").read_text().split() == ["a0", "c0"]
 
 
-def test_cells_of_other_settings_are_not_passed_off_as_the_same(module: Any, tmp_path: Path) -> None:
+def test_cells_of_other_settings_are_not_passed_off_as_the_same(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid, out = module("grid"), tmp_path / "x.json"
     was = {"num_env_steps": 100, "gone": 1, "actor": {"type": "Cloned", "weight": 2.5, "hidden": [256, 256]}, "value": None}
     grid.record({"task": "t", "method": "a", "seed": 0, "settings": was, "done": done(1.0, 100)}, out)
@@ -95,6 +96,10 @@ def test_cells_of_other_settings_are_not_passed_off_as_the_same(module: Any, tmp
     ask({"num_env_steps": 50, "new": 3})  # longer than asked for, and with an option that was not there yet
     with pytest.raises(SystemExit, match=r"holds t a 0 with actor.weight 2.5 where 1.0 is asked for; value None where 1 is asked"):
         ask({"actor": {"type": "Cloned", "weight": 1.0, "hidden": [256, 256]}, "value": 1})
+    assert capsys.readouterr().out == ""
+    grid.record({"task": "t", "method": "a", "seed": 0, "done": done(1.0, 100)}, out)
+    ask({})
+    assert "does not tell the settings of these cells, so they are taken to be those asked for: t a 0" in capsys.readouterr().out
     assert not (tmp_path / "calls").exists()
 
 
@@ -174,6 +179,9 @@ def test_settings_of_a_cell(module: Any) -> None:
     offline = module("offline")
     assert offline.settings("td3-bc", "ns/hopper/medium-v0", 100_000) == {"num_env_steps": 100_000, "num_steps": 1000}
     assert offline.settings("bc", "fixture:pointmass2d/mix", None) == {}
+    assert offline.settings("spot", "ns/halfcheetah/medium-expert-v0", 1000)["actor"] == {"weight": 1.0}
+    assert offline.settings("decision-transformer", "walker2d_medium-v2.hdf5", None) == {"target_return": 5000.0}
+    assert offline.settings("decision-transformer", "ns/walker2d/medium-v0", None) == {}
     spot = offline.settings("spot", "ns/hopper/medium-v0", 100_000)
     assert spot["num_env_steps"] == 110_000 and spot["behaviour"] == {"steps": 10_000}
     for name in ("markovia/hopper/medium-replay-v0", "hopper_medium_replay-v2.hdf5"):
@@ -216,10 +224,13 @@ def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> 
     lines = [line for line in text.splitlines() if line.startswith("| ns/")]
     assert "| bc | 100,000 | 41.0 ± 1.0 | 40.0, 42.0 |" in lines[0] and "| td3-bc | 100,000 | 61.0 ± 1.0 | 60.0, 62.0 |" in lines[1]
     assert "| +20.0 | 66.0 | 1.0 |  |" in lines[1]
-    assert "| 60.4±3.5 |" in next(line for line in text.splitlines() if line.startswith("| hopper_medium-v2.hdf5"))
+    assert "| 60.4±3.5; best 70.4±1.2 |" in next(line for line in text.splitlines() if line.startswith("| hopper_medium-v2.hdf5"))
     published = json.loads((FOLDER / "published_offline.json").read_text())
     for t in published["tables"]:
-        assert len(t["scores"]) == 9 and all(list(s) == list(next(iter(t["scores"].values()))) for s in t["scores"].values())
+        assert len(t["scores"]) >= 7 and all(list(s) == list(next(iter(t["scores"].values()))) for s in t["scores"].values())
+        for method, mean in t["scores"].get("average", {}).items():
+            each = [float(s[method].split("±")[0]) for name, s in t["scores"].items() if name != "average"]
+            assert np.mean(each) == pytest.approx(float(mean), abs=0.1), (t["source"], method)
 
 
 def test_the_safe_plan_starts_with_what_the_first_task_is_compared_on(module: Any) -> None:
