@@ -16,7 +16,7 @@ from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Distribution, Gaussian
 from markovia.agents.networks import Trunk, ValueNet
 from markovia.agents.records import Obs
-from markovia.algos.off_policy.actors import guided_loss, held_loss, logged_loss, supported_loss
+from markovia.algos.off_policy.actors import guided_loss, logged_loss, second_loss, supported_loss
 from markovia.algos.off_policy.costs import priced
 from markovia.algos.off_policy.losses import (
     Aggregate,
@@ -43,12 +43,12 @@ from markovia.algos.off_policy.slots import (
     Expectile,
     FixedTemperature,
     Guided,
-    Held,
     InSampleTarget,
     JointBehaviour,
     LoggedTarget,
     LowerValue,
     QuantileCritics,
+    SecondActor,
     SmoothedTarget,
     SoftTarget,
     SoftValue,
@@ -91,7 +91,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         # Where a second actor is the one that acts later, that one is the caller's agent, and the one that enters targets a copy of it.
         self.method, self.deployed = method, agent
-        second = isinstance(method.evaluation, Held)
+        second = isinstance(method.evaluation, SecondActor)
         self.agent = copy.deepcopy(agent) if second else agent
         self.policy: nn.Module = self.agent.net["policy"]
         self.evaluation = agent.net["policy"] if second else None
@@ -346,10 +346,10 @@ class ActorCritic(nn.Module):
         loss = self.support(batch.obs, batch.action, latent, weight).mean()
         return loss, {"behaviour_loss": loss.detach()}
 
-    def evaluation_loss(self, batch: Batch) -> Loss:
-        """Mean objective of the slot `evaluation`, on the same critics."""
-        assert isinstance(self.method.evaluation, Held)
-        loss, found = held_loss(self, self.method.evaluation, batch, self.deployed)
+    def evaluation_loss(self, batch: Batch, noise: Tensor) -> Loss:
+        """Mean objective of the slot `evaluation`, on the same critics; `noise` (b, d) draws its action."""
+        assert isinstance(self.method.evaluation, SecondActor)
+        loss, found = second_loss(self, self.method.evaluation, batch, noise, self.deployed)
         return loss, {f"evaluation_{name}": value for name, value in found.items()}
 
     def temperature_loss(self, entropy_nats: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from markovia.agents.control import ControlAgent
 from markovia.agents.distributions import Distribution
-from markovia.algos.off_policy.regularised import advantage_weight, better_action, held_objective, squared_distance
-from markovia.algos.off_policy.slots import Clone, Deterministic, Guided, Held, Supported, Weighted
+from markovia.algos.off_policy.regularised import advantage_weight, anchored_objective, better_action, held_objective, squared_distance
+from markovia.algos.off_policy.slots import Anchored, Clone, Deterministic, Guided, Held, SecondActor, Supported, Weighted
 
 if TYPE_CHECKING:
     from markovia.algos.off_policy.actor_critic import ActorCritic, Loss
@@ -91,3 +91,18 @@ def logged_loss(nets: ActorCritic, slot: Clone | Held | Weighted, batch: Batch, 
     if isinstance(slot, Clone):
         return clone_loss(nets, batch)
     return held_loss(nets, slot, batch, nets.agent) if isinstance(slot, Held) else weighted_loss(nets, slot, batch, noise, adv)
+
+
+def anchored_loss(nets: ActorCritic, slot: Anchored, batch: Batch, noise: Tensor, agent: ControlAgent) -> Loss:
+    """Mean of `anchored_objective` at an action that the agent draws by `noise` (b, d)."""
+    assert nets.critic is not None
+    dist = nets.dist(agent, batch.obs, noise.dtype)
+    q = nets.one_q(nets.critic, batch.obs, agent.unit_action(nets.choose(dist, noise)), slot.aggregate)
+    logp = log_prob(nets, dist, batch.action)
+    loss = anchored_objective(q, logp, weight=slot.weight).mean()
+    return loss, {"actor_loss": loss.detach(), "nll": -logp.detach().mean()}
+
+
+def second_loss(nets: ActorCritic, slot: SecondActor, batch: Batch, noise: Tensor, agent: ControlAgent) -> Loss:
+    """Mean objective of an actor that acts after training and enters no target."""
+    return held_loss(nets, slot, batch, agent) if isinstance(slot, Held) else anchored_loss(nets, slot, batch, noise, agent)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from markovia.algos.off_policy.slots import (
     Actor,
+    Anchored,
     Ascent,
     Behaviour,
     Clone,
@@ -27,6 +28,7 @@ from markovia.algos.off_policy.slots import (
     Policy,
     QuantileCritics,
     Regulariser,
+    SecondActor,
     SmoothedTarget,
     SoftTarget,
     SoftValue,
@@ -37,6 +39,7 @@ from markovia.algos.off_policy.slots import (
     TunedTemperature,
     Value,
     ValueTarget,
+    Weighted,
 )
 from markovia.algos.safe.replayed import ReplayConstraint
 
@@ -65,7 +68,7 @@ class OffPolicy:
     regulariser: Regulariser | None = None  # of the critics
     actor: Actor = field(default_factory=Ascent)
     behaviour: Behaviour | JointBehaviour | None = None  # model of the policy that wrote the data, for actor=Supported() and actor=Guided()
-    evaluation: Held | ClosedForm | None = None  # what acts after training and never enters a target: an actor with its own objective, or a formula
+    evaluation: SecondActor | ClosedForm | None = None  # what acts after training, of no effect on targets: an actor of its own, or a formula
     temperature: Temperature = field(default_factory=TunedTemperature)
     constraint: ReplayConstraint | None = None  # limits on what an episode may cost
 
@@ -108,7 +111,9 @@ class OffPolicy:
         if isinstance(self.critic, QuantileCritics) and self.regulariser is not None:
             raise ValueError("quantile critics take no regulariser; set regulariser=None")
         if isinstance(self.evaluation, Held) and not isinstance(self.actor, Held):
-            raise ValueError(f"the slot evaluation belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
+            raise ValueError(f"evaluation=Held() belongs to actor=Held(), got {type(self.actor).__name__}; set evaluation=None")
+        if isinstance(self.evaluation, Anchored) and not isinstance(self.actor, Weighted):
+            raise ValueError(f"evaluation=Anchored() belongs to actor=Weighted(), got {type(self.actor).__name__}; set evaluation=None")
         if isinstance(self.actor, Held | Supported | Guided) and not isinstance(self.policy, Deterministic):
             raise ValueError(f"actor={type(self.actor).__name__}() judges the one action of a state, so it needs policy=Deterministic()")
         if isinstance(self.actor, Supported) != isinstance(self.behaviour, Behaviour):

@@ -38,6 +38,14 @@ def held_objective(q: Tensor, distance: Tensor, *, alpha: float, weight: float) 
     return weight * distance - alpha * q / q.detach().abs().mean().clamp(min=1e-8)
 
 
+def anchored_objective(q: Tensor, logp: Tensor, *, weight: float) -> Tensor:
+    """L = -Q(s, a~) - weight log pi(a|s), (b,): a~ is the policy's own action, through which the gradient flows, a the logged one.
+
+    MCEP's second actor over AWAC                                                                                 [arXiv 2306.03680, eq. 8]
+    """
+    return -q - weight * logp
+
+
 def expectile(td_error: Tensor, *, tau: float) -> Tensor:
     """|tau - 1[u < 0]| u^2, u = Qbar(s, a) - V(s), (b,): its minimiser V is the tau-expectile of Q over logged actions.
 

@@ -324,6 +324,19 @@ class Weighted:
 
 
 @dataclass(frozen=True)
+class Anchored:
+    """A stochastic actor climbs Q through its action and is held by the likelihood of logged actions: -Q(s, a~) - weight log pi(a|s)."""
+
+    weight: float = 0.6  # of -log pi(a|s), reward units per nat
+    aggregate: Aggregate = "mean"  # which Q
+    lr: float = 3e-5
+
+    def __post_init__(self) -> None:
+        if self.weight < 0.0:
+            raise ValueError(f"evaluation.weight must be >= 0, got {self.weight}")
+
+
+@dataclass(frozen=True)
 class ClosedForm:
     """Acts by the best of the closed-form improvements of a mixture's modes; nothing is learnt for it."""
 
@@ -338,6 +351,7 @@ class ClosedForm:
 
 
 Actor = Ascent | Clone | Held | Supported | Guided | Weighted
+SecondActor = Held | Anchored  # learns beside the actor, from the same critics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from markovia.algos.compiled import Compiled
 from markovia.algos.off_policy.actor_critic import ActorCritic, Stats
 from markovia.algos.off_policy.costs import cost_loss
 from markovia.algos.off_policy.replay import Batch
-from markovia.algos.off_policy.slots import Held, JointBehaviour
+from markovia.algos.off_policy.slots import JointBehaviour, SecondActor
 from markovia.algos.optimizer import Optimizer, Rule
 
 # The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model: see `num_noises`.
@@ -41,7 +41,7 @@ class Update:
     def __init__(self, nets: ActorCritic, compile: bool = False) -> None:
         m = nets.method
         self.nets = nets
-        second = m.evaluation if isinstance(m.evaluation, Held) else None
+        second = m.evaluation if isinstance(m.evaluation, SecondActor) else None
         wanted = {"value": (nets.value, m.value), "critic": (nets.critic, m.critic), "actor": (nets.policy, m.actor),
                   "evaluation": (nets.evaluation, second), "behaviour": (nets.behaviour, m.behaviour),
                   "cost": (nets.cost, None if m.constraint is None else m.constraint.critic)}  # fmt: skip
@@ -122,7 +122,7 @@ class Update:
         loss, stats = nets.actor_loss(batch, noise[2], lam, adv, noise[-2:])
         descend("actor", loss)
         if nets.evaluation is not None:
-            loss, extra = nets.evaluation_loss(batch)
+            loss, extra = nets.evaluation_loss(batch, noise[2])
             stats |= extra
             descend("evaluation", loss)
         if nets.log_lam is not None:

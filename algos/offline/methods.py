@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from markovia.algos.off_policy.slots import (
+    Anchored,
     Ascent,
     Behaviour,
     Bounded,
@@ -74,6 +75,10 @@ AWAC = Offline(
     actor=Weighted(),
     temperature=FixedTemperature(0.0),
 )
+MCEP_AWAC = replace(
+    AWAC, policy=Squashed(), critic=Critics(coef=1.0), actor=Weighted(beta=1.0, max_weight=1000.0, lr=3e-5), evaluation=Anchored(),
+    data=Logged(normalize_obs=False),
+)  # fmt: skip
 IQL = Offline(
     policy=Bounded(),
     target=InSampleTarget(),
@@ -140,6 +145,10 @@ OFFLINE = table(
         Row(
             "awac", AWAC, "bc", "2006.09359", "regression on logged actions, weighted by their advantage over the policy's own", _CONTROL,
             (_HELD + "advantage_weight", _LOSSES + "bootstrap", _LOSSES + "td_error"), "awac",
+        ),
+        Row(
+            "mcep/awac", MCEP_AWAC, "awac", "2306.03680", "a second actor, which climbs Q and is held by likelihood, acts and enters no target",
+            _CONTROL, (_HELD + "anchored_objective", _HELD + "advantage_weight", _LOSSES + "bootstrap"), "mcep/awac",
         ),
         Row(
             "iql", IQL, "awac", "2110.06169", "an expectile over logged actions is the value, so that no other action is ever asked about", _CONTROL,

@@ -154,6 +154,7 @@ CLAIMS: dict[str, Claim] = {
     "a2pr": Claim(_OFFLINE + "guided", "slow"),
     "mcep": Claim(_OFFLINE_EXACT + "mild_evaluation"),
     "mcep@pointmass": Claim(_OFFLINE + "evaluation_policy", "slow"),
+    "mcep/awac": Claim(_OFFLINE + "evaluation_policy", "slow", {"method": "mcep/awac"}),
     "decision-transformer": Claim(_OFFLINE + "asked_returns", "slow"),
     "decision-transformer@best-return": Claim(_OFFLINE + "asked_for_the_best", "slow"),
     "wsrl": Claim("markovia.claims.warm_start:pendulum", "slow"),

@@ -82,12 +82,12 @@ def precision_kept(method: str = "td3-bc", tier: str = "blend", slack: float = 3
     return {"measured": measured, "bound": -slack, "holds": measured >= -slack, **scores}
 
 
-def evaluation_policy(slack: float = 1.0, seeds: int = 2, episodes: int = 200) -> dict[str, Any]:
+def evaluation_policy(method: str = "mcep", slack: float = 1.0, seeds: int = 2, episodes: int = 200) -> dict[str, Any]:
     """MCEP on medium data: score of the policy that acts minus that of the policy that enters the targets, worst of the seeds."""
     acting: list[float] = []
     training: list[float] = []
     for seed in range(seeds):
-        driver, setup = _trained(configure("mcep", POINT), "medium", seed)
+        driver, setup = _trained(configure(method, POINT), "medium", seed)
         for agent, scores in ((setup.agent, acting), (driver.nets.agent, training)):
             scores.append(float(np.mean(setup.evaluate(agent, episodes, seed)["score_pct"])))
     measured = min(a - b for a, b in zip(acting, training, strict=True))

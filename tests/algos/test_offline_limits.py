@@ -134,7 +134,20 @@ def test_mcep_without_its_evaluation_policy_is_td3_bc() -> None:
     assert dataclasses.replace(tiny("mcep"), evaluation=None) == tiny("td3-bc")
     nets, (batch, noise) = made(override(tiny("mcep"), {"evaluation": {"alpha": 2.5}})).nets, minibatch()
     nets.deployed.net["policy"].load_state_dict(nets.policy.state_dict())  # type: ignore[union-attr]
-    torch.testing.assert_close(nets.evaluation_loss(batch)[0], nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0])
+    torch.testing.assert_close(nets.evaluation_loss(batch, noise[2])[0], nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0])
+
+
+@pytest.mark.check("limit", "mcep/awac")
+def test_mcep_awac_without_its_evaluation_policy_is_awac() -> None:
+    awac = tiny("awac")
+    same = {k: getattr(awac, k) for k in ("policy", "critic", "actor", "data")}
+    assert dataclasses.replace(tiny("mcep/awac"), evaluation=None, **same) == awac
+    # and anchored by the likelihood alone it imitates
+    nets, (batch, noise) = made(override(tiny("mcep/awac"), {"evaluation": {"weight": 1e9}})).nets, minibatch()
+    clone = made(tiny("bc", policy=tiny("mcep/awac").policy)).nets
+    clone.policy.load_state_dict(nets.deployed.net["policy"].state_dict())
+    expected = clone.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0]
+    torch.testing.assert_close(nets.evaluation_loss(batch, noise[2])[0] / 1e9, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.check("limit", "filtered-bc")

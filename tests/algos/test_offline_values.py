@@ -18,6 +18,7 @@ from offline_pieces import (
     quantile_loss_by_hand,
     quantiles_by_hand,
     squashed_by_hand,
+    squashed_density_by_hand,
     support_by_hand,
     tiny,
 )
@@ -67,6 +68,8 @@ def test_equations_by_hand() -> None:
     assert regularised.lower_target(one(1, 4), one(2, 3)).tolist() == [1.0, 3.0]
     # mean |Q| = (2 + 4) / 2 = 3: 0.5 * 1 - 3 * 2 / 3 = -1.5 and 0.5 * 2 + 3 * 4 / 3 = 5
     assert regularised.held_objective(one(2, -4), one(1, 2), alpha=3.0, weight=0.5).tolist() == [-1.5, 5.0]
+    # -2 - 0.5 * -1 = -1.5 and 4 - 0.5 * 3 = 2.5
+    assert regularised.anchored_objective(one(2, -4), one(-1, 3), weight=0.5).tolist() == [-1.5, 2.5]
 
 
 def expected_regulariser(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.Tensor) -> torch.Tensor | float:
@@ -105,7 +108,7 @@ def expected_goal(method_id: str, nets: ActorCritic, batch: Batch, noise: torch.
     elif method_id == "awac":
         action = (policy_by_hand(nets.agent, batch.next_obs).tanh() + nets.policy.log_std.exp() * noise[0]).clamp(-1, 1)
         value = torch.minimum(*q_by_hand(nets.target, batch.next_obs, action))
-    elif method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n"):
+    elif method_id in ("cql", "cql/cal-ql", "edac", "edac/sac-n", "mcep/awac"):
         action, logp = squashed_by_hand(nets.agent, batch.next_obs, noise[0])
         value = torch.stack(q_by_hand(nets.target, batch.next_obs, action)).amin(0)
         value = value - LAM * logp if method_id.startswith("edac") else value
@@ -138,6 +141,10 @@ def expected_actor(method_id: str, nets: ActorCritic, batch: Batch, noise: torch
         return (LAM * logp - torch.stack(q_by_hand(nets.critic, batch.obs, action)).amin(0)).mean()
     if method_id.startswith("cfpi"):
         return mixture_by_hand(nets, batch)
+    if method_id == "mcep/awac":
+        drawn = squashed_by_hand(nets.agent, batch.obs, noise[2])[0]
+        adv = torch.minimum(*q_by_hand(nets.critic, batch.obs, batch.action)) - torch.minimum(*q_by_hand(nets.critic, batch.obs, drawn))
+        return -(adv.exp().clamp(max=1000.0).detach() * squashed_density_by_hand(nets.agent, batch)).mean()
     params = policy_by_hand(nets.agent, batch.obs)
     action = params.tanh()
     if method_id in ("bc", "filtered-bc"):
@@ -185,21 +192,22 @@ def test_losses_equal_the_formulas_written_out(method_id: str) -> None:
 
 
 def test_the_evaluation_policy_has_its_own_weights_and_constraint() -> None:
-    nets, (batch, _) = made(tiny("mcep")).nets, minibatch()
+    nets, (batch, noise) = made(tiny("mcep")).nets, minibatch()
     action = policy_by_hand(nets.deployed, batch.obs).tanh()
     q = q_by_hand(nets.critic, batch.obs, action)[0]
     expected = -10.0 * q.mean() / q.abs().mean() + ((action - batch.action) ** 2).mean()
-    torch.testing.assert_close(nets.evaluation_loss(batch)[0], expected)
+    torch.testing.assert_close(nets.evaluation_loss(batch, noise[2])[0], expected)
+    assert nets.evaluation is nets.deployed.net["policy"] is not nets.policy
+    nets = made(tiny("mcep/awac")).nets
+    q = sum(q_by_hand(nets.critic, batch.obs, squashed_by_hand(nets.deployed, batch.obs, noise[2])[0])) / 2
+    expected = (-q - 0.6 * squashed_density_by_hand(nets.deployed, batch)).mean()
+    torch.testing.assert_close(nets.evaluation_loss(batch, noise[2])[0], expected)
     assert nets.evaluation is nets.deployed.net["policy"] is not nets.policy
 
 
 def test_clones_of_stochastic_policies_maximise_the_likelihood_of_the_box() -> None:
     """-log pi of tanh(u): the normal's density of u = atanh(a) over the slope 1 - a^2, by hand; actions at the border stay finite."""
     nets, (batch, noise) = made(tiny("bc", policy=Squashed((8,), "tanh"))).nets, minibatch()
-    params = policy_by_hand(nets.agent, batch.obs)
-    mean, log_std = params[:, :2], params[:, 2:]
-    z = (torch.atanh(batch.action) - mean) / log_std.exp()
-    logp = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - batch.action**2)).sum(1)
-    torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0], -logp.mean())
+    torch.testing.assert_close(nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0], -squashed_density_by_hand(nets.agent, batch).mean())
     batch.action = torch.ones_like(batch.action)
     assert math.isfinite(nets.actor_loss(batch, noise[2], LAM, None, noise[-2:])[0].item())

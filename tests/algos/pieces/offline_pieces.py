@@ -137,6 +137,13 @@ def squashed_by_hand(agent: Any, obs: torch.Tensor, noise: torch.Tensor) -> tupl
     return action, (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - action**2)).sum(-1)
 
 
+def squashed_density_by_hand(agent: Any, batch: Batch) -> torch.Tensor:
+    """log pi of logged actions: the normal's at atanh(a), over the slope 1 - a^2."""
+    mean, log_std = policy_by_hand(agent, batch.obs).split(2, -1)
+    z = (torch.atanh(batch.action) - mean) / log_std.exp()
+    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - batch.action**2)).sum(1)
+
+
 def support_by_hand(vae: Any, obs: torch.Tensor, action: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The bound from a likelihood and a divergence of torch.distributions: U = (beta / 2d)(-ELBO - d (log sigma + 0.5 log 2 pi))."""
     mean, log_std = net_by_hand(vae.encode, torch.cat([obs, action], 1)).chunk(2, 1)
