@@ -41,7 +41,9 @@ PUBLISHED = Path(__file__).parent / "published_offline.json"
 TASKS = ["Hopper-v5", "HalfCheetah-v5", "Pendulum-v1"]
 TIERS = ("medium-replay", "medium", "medium-expert")
 MAIN = ["bc", "td3-bc", "iql", "rebrac"]
-OTHERS = ["filtered-bc", "awac", "cql", "cql/cal-ql", "edac", "edac/sac-n", "spot", "a2pr", "mcep", "mcep/awac", "cfpi", "cfpi/sg", "decision-transformer"]
+OTHERS = [
+    "filtered-bc", "awac", "cql", "cql/cal-ql", "edac", "edac/sac-n", "spot", "a2pr", "mcep", "mcep/awac", "cfpi", "cfpi/sg", "decision-transformer",
+]  # fmt: skip
 FIXTURES = {f"fixture:pointmass2d/{tier}": "markovia/PointMass2D-v0" for tier in ("medium", "mix", "blend")}
 KEY = ("dataset", "method", "seed")
 COLUMNS = (

@@ -81,7 +81,7 @@ def weighted_loss(nets: ActorCritic, slot: Weighted, batch: Batch, noise: Tensor
         with torch.no_grad():
             drawn = nets.agent.unit_action(nets.choose(dist, noise))
             adv = nets.one_q(nets.critic, batch.obs, batch.action, "min") - nets.one_q(nets.critic, batch.obs, drawn, "min")
-    weight = advantage_weight(adv, beta=slot.beta, max_weight=slot.max_weight)
+    weight = advantage_weight(adv, beta=slot.beta, max_weight=slot.max_weight, normalize=slot.normalize)
     loss = -(weight * log_prob(nets, dist, batch.action)).mean()
     return loss, {"actor_loss": loss.detach(), "adv": adv.mean(), "weight": weight.mean()}
 

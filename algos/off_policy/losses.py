@@ -12,13 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregate = Literal["min", "mean", "first"]
+Aggregate = Literal["min", "mean", "first", "mean-std"]
 
 
 def aggregate(q: Tensor, how: Aggregate) -> Tensor:
-    """One value per transition, (b,): min_j Q_j (pessimistic: twin critics, arXiv 1802.09477), the mean, or Q_1."""
+    """One value per transition, (b,): min_j Q_j (pessimistic: twin critics, arXiv 1802.09477), the mean, Q_1, or mean - std.
+
+    Of two critics mean - std is their minimum, of more it is pessimistic without following the one that errs most.
+    """
     if how == "min":
         return q.amin(0)
+    if how == "mean-std":
+        return q.mean(0) - (q.var(0, unbiased=False) + 1e-12).sqrt()  # the root of 0 has no slope
     return q.mean(0) if how == "mean" else q[0]
 
 

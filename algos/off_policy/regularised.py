@@ -54,11 +54,14 @@ def expectile(td_error: Tensor, *, tau: float) -> Tensor:
     return (tau - (td_error < 0.0).to(td_error.dtype)).abs() * td_error.square()
 
 
-def advantage_weight(adv: Tensor, *, beta: float, max_weight: float) -> Tensor:
+def advantage_weight(adv: Tensor, *, beta: float, max_weight: float, normalize: bool = False) -> Tensor:
     """w = min(exp(beta A), w_max), (b,), no gradient; -w log pi(a|s) fits pi to mu exp(beta A) / Z.    [arXiv 2006.09359; 2110.06169, eq. 7]
 
     The exponent is clipped, not its result, so that a large advantage gives w_max and no infinity. beta = 0 is behavioural cloning.
+    With `normalize` w = b exp(beta A) / sum exp(beta A) over the batch, as some code of AWAC has it.
     """
+    if normalize:
+        return len(adv) * torch.softmax(beta * adv.detach(), 0)
     return (beta * adv.detach()).clamp(max=math.log(max_weight)).exp()
 
 

@@ -315,6 +315,7 @@ class Weighted:
 
     beta: float = 3.0  # per reward unit of the advantage
     max_weight: float = 100.0
+    normalize: bool = False  # weights are their softmax over the minibatch, 1 on average; max_weight means nothing then
     lr: float = 3e-4
     cosine: bool = False  # the learning rate falls to 0 along half a cosine
 

@@ -16,6 +16,7 @@ class Logged:
     """What is done to a dataset before learning: episodes are chosen, rewards and observations transformed, rows without a successor dropped."""
 
     fraction: float = 1.0  # of the episodes that are kept, those of largest return
+    fraction_gamma: float = 1.0  # discount of the returns that this goes by
     reward: str = "none"  # name of a transform of rewards (envs/offline/transforms.py): none, return_range, antmaze_minus1, x100, ...
     normalize_obs: bool = True  # (s - mean) / (std + 1e-3) of the data, cut at 10; the agent keeps it
     next_action: bool = False  # drop rows without a next logged action, and keep that action
@@ -27,6 +28,8 @@ class Logged:
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"data.fraction must lie in (0, 1], got {self.fraction}; 0.1 keeps the best tenth of the episodes")
+        if not 0.0 <= self.fraction_gamma <= 1.0:
+            raise ValueError(f"data.fraction_gamma must lie in [0, 1], got {self.fraction_gamma}")
         if self.reward not in REWARD_TRANSFORMS:
             raise ValueError(f"unknown data.reward={self.reward!r}{nearest(self.reward, REWARD_TRANSFORMS)}; known: {', '.join(REWARD_TRANSFORMS)}")
 

@@ -47,7 +47,7 @@ class ReturnConditioned:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not self.return_scale > 0.0:
             raise ValueError(f"return_scale must be > 0, got {self.return_scale}")
-        if replace(self.data, fraction=1.0, normalize_obs=True, horizon=None, terminate_at=None) != Logged():
+        if replace(self.data, fraction=1.0, fraction_gamma=1.0, normalize_obs=True, horizon=None, terminate_at=None) != Logged():
             raise ValueError("windows are episodes with raw rewards: leave data.reward, data.next_action, data.returns_to_go and data.compat alone")
         if self.solver.minibatch is None or self.solver.epochs != 1 or self.solver.anneal:
             raise ValueError("this loop draws windows anew for each update: set solver.minibatch, and leave solver.epochs=1 and solver.anneal=False")
@@ -109,7 +109,7 @@ class SequenceSource(DatasetSource):
 def make_sequences(data: Transitions, settings: ReturnConditioned, agent: ReturnConditionedAgent) -> SequenceSource:
     """The episodes that the settings leave, as the agent sees them. Raises ValueError when they are not of its spaces."""
     check_fits(data, agent)  # type: ignore[arg-type]
-    return SequenceSource(data.best(settings.data.fraction), settings, agent)
+    return SequenceSource(data.best(settings.data.fraction, settings.data.fraction_gamma), settings, agent)
 
 
 class SequenceDriver(Trainer):

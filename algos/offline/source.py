@@ -65,7 +65,7 @@ def make_source(data: Transitions, settings: Logged, agent: ControlAgent, gamma:
     Raises ValueError when observations or actions are not those of the agent's spaces.
     """
     check_fits(data, agent)
-    data = data.best(settings.fraction)
+    data = data.best(settings.fraction, settings.fraction_gamma)
     norm: Any = agent.net["normalizer"] if "normalizer" in agent.net else None
     transform = Transform(reward_transform(settings.reward, data), ObsTransform.fit(data) if norm is not None and norm.keys else None)
     if transform.obs is not None:

@@ -79,6 +79,11 @@ def test_equations_by_hand() -> None:
     assert losses.parameter_penalty(one(1, 3), one(2, 0)).item() == 7.0
     q = torch.tensor([[1.0, 5.0], [3.0, 1.0]])
     assert [losses.aggregate(q, how).tolist() for how in ("min", "mean", "first")] == [[1.0, 1.0], [2.0, 3.0], [1.0, 5.0]]
+    torch.testing.assert_close(losses.aggregate(q, "mean-std"), q.amin(0))  # two critics lie one standard deviation from their mean
+    many = torch.tensor([[1.0], [2.0], [6.0]], dtype=F64)  # mean 3, variance (4 + 1 + 9) / 3
+    assert losses.aggregate(many, "mean-std").item() == pytest.approx(3.0 - math.sqrt(14 / 3))
+    equal = torch.ones((3, 1), dtype=F64, requires_grad=True)
+    assert torch.autograd.grad(losses.aggregate(equal, "mean-std").sum(), equal)[0].flatten().tolist() == pytest.approx([1 / 3] * 3)
 
 
 def q_by_hand(critic: Any, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:

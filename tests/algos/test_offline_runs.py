@@ -244,6 +244,15 @@ def test_an_episode_ends_with_the_step_that_pays_enough(method_id: str) -> None:
         assert source.end_of[first] == first + 1 and source.step_of[first + 1] == 0
 
 
+def test_the_best_episodes_by_a_discounted_return() -> None:
+    early, late = np.eye(40)[0] * 2.0, np.eye(40)[39] * 9.0  # 2, and 9 gamma^39
+    data = other(reward=np.concatenate([early, late]))
+    for gamma, paid in ((1.0, 9.0), (0.9, 2.0)):
+        assert source(data, fraction=0.5, fraction_gamma=gamma).replay.store.reward.sum() == paid
+    with pytest.raises(ValueError, match=r"data.fraction_gamma must lie in \[0, 1\], got 2"):
+        Logged(fraction_gamma=2.0)
+
+
 def test_references_belong_to_one_task_and_time_limit() -> None:
     data = pointmass_data("random")
     assert reference_of(data, POINT, 40) is data.about.reference

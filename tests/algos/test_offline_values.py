@@ -41,6 +41,9 @@ def test_equations_by_hand() -> None:
     assert regularised.expectile(one(2, -3), tau=0.9).tolist() == pytest.approx([3.6, 0.9])
     # e^(2 * 0.5), and 100 where e^(2 * 500) has no number
     assert regularised.advantage_weight(one(0.5, 500), beta=2.0, max_weight=100.0).tolist() == pytest.approx([math.e, 100.0])
+    # 2 e^1 / (e^1 + e^0) and 2 / (e^1 + e^0)
+    normal = regularised.advantage_weight(one(0.5, 0), beta=2.0, max_weight=0.1, normalize=True)
+    assert normal.tolist() == pytest.approx([2 * math.e / (math.e + 1), 2 / (math.e + 1)])
     # (1 + 4) / 2, and half of (1 + e^0 - 1) / 2 - 0 = 1/2 and (0 + e^2 - 1) / 2 - 1
     found = regularised.support_bound(a, b, one(1, 0)[None], one(0, 1)[None], beta=1.0)
     assert found.item() == pytest.approx(2.5 + (0.5 + (math.e**2 - 1) / 2 - 1) / 2)
