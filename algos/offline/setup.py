@@ -127,8 +127,8 @@ def reference_of(data: Transitions, env_id: str, horizon: int | None) -> Referen
     """
     own, name = data.about.reference, env_id.rpartition(":")[2]
     if own is not None and own.horizon in (None, horizon):
-        robot = own.env_id.partition("-")[0]
-        if own.env_id.rpartition(":")[2] == name or re.fullmatch(rf"(?i:{re.escape(robot)})-v[234]", name):
+        file = re.fullmatch(r"([a-z0-9]+)-[a-z-]+-v\d+", own.env_id)
+        if own.env_id.rpartition(":")[2] == name or (file is not None and re.fullmatch(rf"(?i:{file[1]})-v[234]", name)):
             return own
     return None if horizon is None else references().get((env_id, horizon))
 

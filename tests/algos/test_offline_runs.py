@@ -261,6 +261,8 @@ def test_references_belong_to_one_task_and_time_limit() -> None:
     for task, horizon, known in (("Hopper-v4", 1000, True), ("Hopper-v2", 1000, True), ("Hopper-v5", 1000, False), ("Hopper-v4", 500, False),
                                  ("Walker2d-v4", 1000, False)):  # fmt: skip
         assert (reference_of(file, task, horizon) is file.about.reference) == known, task
+    newer = dataclasses.replace(file.about, reference=dataclasses.replace(file.about.reference, env_id="Hopper-v5"))  # type: ignore[type-var]
+    assert reference_of(dataclasses.replace(file, about=newer), "Hopper-v4", 1000) is None
     maze = dataclasses.replace(data.about, reference=dataclasses.replace(data.about.reference, env_id="PointMaze_UMaze-v3", horizon=None))
     assert reference_of(dataclasses.replace(data, about=maze), "gymnasium_robotics:PointMaze_UMaze-v3", 300) is maze.reference
     assert Bandit2D().data(4).about.env_id is None
