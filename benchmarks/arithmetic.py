@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from grid import Cell, arguments, budget, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 TASK = "markovia/Arithmetic-v0"
 RESULTS = Path(__file__).parent / "results" / "arithmetic.json"
@@ -27,7 +27,8 @@ ACCURACY, SECONDS, SLACK = 0.85, 300.0, 0.02
 
 
 def _changes(method: str, steps: int | None) -> dict[str, Any]:
-    return CHANGES.get(method, {}) | ({} if steps is None else {"num_env_steps": steps})
+    changes: dict[str, Any] = CHANGES.get(method, {}) | budget(steps)
+    return changes
 
 
 def _asked(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script: its folder is on the path
+from grid import Cell, arguments, budget, folder, measure, over_seeds, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script: its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "control.json"
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -32,7 +32,7 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
 def _row(method: str, steps: int | None) -> tuple[str, dict[str, Any]]:
     """The method's id, and what the cell changes in its presets."""
     name, _, precision = method.partition("+")
-    return name, ({} if steps is None else {"num_env_steps": steps}) | ({"precision": precision} if precision else {})
+    return name, budget(steps) | ({"precision": precision} if precision else {})
 
 
 def _asked(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:

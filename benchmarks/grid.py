@@ -28,6 +28,11 @@ def folder(runs: Path, task: str, method: str, seed: int) -> Path:
     return runs / task / method.replace("/", "-") / f"seed{seed}"
 
 
+def budget(steps: int | None) -> Cell:
+    """What --steps changes in the presets."""
+    return {} if steps is None else {"num_env_steps": steps}
+
+
 def settings_of(method: str, task: str, changes: dict[str, Any] | None = None) -> Cell:
     """What a cell is trained with, as config.json of its run has it: the presets of the task with `changes`."""
     from markovia.algos.presets import configure, override
@@ -174,7 +179,8 @@ def measure(
         _check(known[name], wanted, f"{out} holds {named(entry)}")
         silent += [named(entry)] * (wanted.keys() > {"num_env_steps"} and "settings" not in known[name])
     if silent:
-        print(f"{out} does not tell the settings of these cells, so they are taken to be those asked for: {', '.join(silent)}", flush=True)
+        some = ", ".join(silent[:3]) + f" and {len(silent) - 3} more" * (len(silent) > 3)
+        print(f"{out} does not tell the settings of {some}; they are taken to be those asked for", flush=True)
     total = len(left)
     while left:
         lost = []  # by a process that was killed, with whatever else its pool had to do

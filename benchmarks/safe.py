@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, folder, measure, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
+from grid import Cell, arguments, budget, folder, measure, settings_of, train_cell  # type: ignore[import-not-found]  # run as a script, so its folder is on the path
 
 RESULTS = Path(__file__).parent / "results" / "safe.json"
 PUBLISHED = Path(__file__).parent / "published_safe.json"
@@ -35,13 +35,9 @@ def plan(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> 
     return sorted(itertools.product(tasks, methods, seeds), key=rank)
 
 
-def _changes(steps: int | None) -> dict[str, Any]:
-    return {} if steps is None else {"num_env_steps": steps}
-
-
 def _asked(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Cell:
     """The settings that a cell asks for."""
-    found: Cell = settings_of(method, task, _changes(steps))
+    found: Cell = settings_of(method, task, budget(steps))
     return found
 
 
@@ -52,7 +48,7 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
     from markovia.rundir import Metrics
 
     run = folder(runs, task, method, seed)
-    found = train_cell(task, method, seed, run, _changes(steps))
+    found = train_cell(task, method, seed, run, budget(steps))
     rows = [r for r in Metrics(run).read() if r.get("cost") is not None]
     x, cost, value = (np.array([r[k] for r in rows], dtype=float) for k in ("num_env_steps", "cost", "return"))
     late = x > 0.9 * x[-1]

@@ -41,7 +41,7 @@ def held_objective(q: Tensor, distance: Tensor, *, alpha: float, weight: float) 
 def anchored_objective(q: Tensor, logp: Tensor, *, weight: float) -> Tensor:
     """L = -Q(s, a~) - weight log pi(a|s), (b,): a~ is the policy's own action, through which the gradient flows, a the logged one.
 
-    MCEP's second actor over AWAC                                                                                 [arXiv 2306.03680, eq. 8]
+    MCEP's second actor over AWAC, as its authors' code has it                                                         [arXiv 2306.03680]
     """
     return -q - weight * logp
 

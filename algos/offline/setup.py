@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -30,9 +31,14 @@ TRANSFORM = "transform.json"
 
 
 def read(dataset: str, settings: Logged) -> Transitions:
-    """The dataset's rows, before what is done to rewards and observations."""
+    """The dataset's rows, before what is done to rewards and observations; warns where no step pays what is to end an episode."""
     data = load(dataset, horizon=settings.horizon)
-    return data if settings.terminate_at is None else terminate_at(data, settings.terminate_at)
+    if settings.terminate_at is None:
+        return data
+    largest = float(data.reward.max())
+    if not largest >= settings.terminate_at:
+        warnings.warn(f"data.terminate_at={settings.terminate_at} ends no episode: the largest reward of {dataset} is {largest:.6g}", stacklevel=2)
+    return terminate_at(data, settings.terminate_at)
 
 
 def build_offline(method: Offline, request: Request) -> Setup:

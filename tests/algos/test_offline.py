@@ -38,6 +38,7 @@ from markovia.algos.off_policy import regularised
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.slots import (
+    Anchored,
     Behaviour,
     Clone,
     ClosedForm,
@@ -168,6 +169,18 @@ def test_the_evaluation_policy_never_enters_a_target() -> None:
     assert not torch.equal(mild.evaluation.head.weight, mild.policy.head.weight)
 
 
+def test_what_is_anchored_never_enters_a_target() -> None:
+    ends = []
+    for weight in (0.6, 6.0):
+        update = made(override(tiny("mcep/awac"), {"actor": {"lr": 1e-3}, "evaluation": {"weight": weight, "lr": 1e-3}}))
+        for i in range(4):
+            update(*minibatch(seed=i), True)
+        ends.append(update.nets.state_dict())
+    rest = [k for k in ends[0] if not k.startswith("evaluation.")]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in rest) and any(k.startswith("policy.") for k in rest)
+    assert not torch.equal(*(end["evaluation.head.weight"] for end in ends))
+
+
 # -- 4: invariance -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +245,8 @@ def source(data: Transitions, **settings: Any) -> Any:
         (lambda: dataclasses.replace(tiny("td3-bc"), policy=Squashed()), r"needs policy=Deterministic\(\)"),
         (lambda: Held(alpha=-1.0), "actor.alpha and actor.weight must be >= 0"),
         (lambda: dataclasses.replace(tiny("awac"), evaluation=Held()), r"belongs to actor=Held\(\), got Weighted; set evaluation=None"),
+        (lambda: dataclasses.replace(tiny("cql"), evaluation=Anchored()), r"belongs to actor=Weighted\(\), got Ascent; set evaluation=None"),
+        (lambda: Anchored(weight=-1.0), r"evaluation.weight must be >= 0, got -1.0"),
         (lambda: Behaviour(beta=0.0), "behaviour.steps must be >= 1 and behaviour.beta > 0"),
         (lambda: Supported(weight=-1.0), "actor.alpha and actor.weight must be >= 0"),
         (lambda: dataclasses.replace(tiny("spot"), behaviour=None), r"set behaviour=Behaviour\(\)"),

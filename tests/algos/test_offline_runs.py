@@ -244,6 +244,12 @@ def test_an_episode_ends_with_the_step_that_pays_enough(method_id: str) -> None:
         assert source.end_of[first] == first + 1 and source.step_of[first + 1] == 0
 
 
+def test_a_reward_that_ends_no_episode_is_told() -> None:
+    method = override(configure("td3-bc", POINT), {"data": {"terminate_at": 1.0}})
+    with pytest.warns(UserWarning, match=r"data.terminate_at=1.0 ends no episode: the largest reward of fixture:pointmass2d/blend is -1.76"):
+        build(POINT, method, dataset=DATASET)
+
+
 def test_the_best_episodes_by_a_discounted_return() -> None:
     early, late = np.eye(40)[0] * 2.0, np.eye(40)[39] * 9.0  # 2, and 9 gamma^39
     data = other(reward=np.concatenate([early, late]))

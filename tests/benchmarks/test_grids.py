@@ -99,7 +99,7 @@ def test_cells_of_other_settings_are_not_passed_off_as_the_same(module: Any, tmp
     assert capsys.readouterr().out == ""
     grid.record({"task": "t", "method": "a", "seed": 0, "done": done(1.0, 100)}, out)
     ask({})
-    assert "does not tell the settings of these cells, so they are taken to be those asked for: t a 0" in capsys.readouterr().out
+    assert "does not tell the settings of t a 0; they are taken to be those asked for" in capsys.readouterr().out
     assert not (tmp_path / "calls").exists()
 
 
