@@ -50,17 +50,23 @@ class FileItems:
         """Nothing to release."""
 
 
-def win_rates(reward: Tensor) -> Tensor:
-    """P(y beats another response of its group) of rewards (G, K): mean of s(r_i - r_j) over the K - 1 others j."""
+def win_rates(reward: Tensor, itself: bool = False) -> Tensor:
+    """P(y beats a response of its group) of rewards (G, K): mean of s(r_i - r_j) over the K - 1 others j.
+
+    `itself` takes the mean over all K, the response itself counted 1/2: SPPO's estimate.                                    [arXiv 2405.00675]
+    """
     wins = torch.sigmoid(reward[:, :, None] - reward[:, None])
-    return (wins.sum(2) - 0.5) / (reward.shape[1] - 1)
+    return wins.mean(2) if itself else (wins.sum(2) - 0.5) / (reward.shape[1] - 1)
 
 
-def reads_win_rates(method: Preference) -> bool:
-    """Whether the loss reads win rates where others read rewards."""
+def judged(method: Preference, reward: Tensor) -> Tensor:
+    """What the loss reads as scores of responses with rewards (G, K): win rates or the rewards themselves."""
     loss = method.loss
-    point = isinstance(loss, Pointwise) and isinstance(loss.point, WinRate)
-    return point or isinstance(loss, SelfPlay) or (isinstance(loss, Listwise) and isinstance(loss.loss, LambdaRank))
+    if isinstance(loss, Pointwise) and isinstance(loss.point, WinRate):
+        return win_rates(reward, itself=True)
+    if isinstance(loss, SelfPlay) or (isinstance(loss, Listwise) and isinstance(loss.loss, LambdaRank)):
+        return win_rates(reward)
+    return reward
 
 
 class JudgedSamples:
@@ -107,7 +113,7 @@ class JudgedSamples:
             items = [replace(item_of(rounds[0][0], [g]), score=[float(rate[g])]) for g in range(count)]
             return items, found | {"win_rate": float(rate.mean())}
         (rollout, K), reward = rounds[0], rewards[0]
-        score = win_rates(reward) if reads_win_rates(self.method) else reward
+        score = judged(self.method, reward)
         lists = [replace(item_of(rollout, range(g * K, g * K + K)), score=score[g].tolist()) for g in range(count)]
         if self.kind == "lists":
             return lists, found

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from preference_pieces import LORA, ROWS, load, make, method_of, pairs
+from preference_pieces import LORA, ROWS, load, make, method_of, pairs, parameters
 
 from markovia.agents.language import LanguageAgent
 from markovia.algos.preference.anchors import FromPolicy, Sync
@@ -13,6 +13,7 @@ from markovia.algos.preference.driver import PreferenceDriver
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.mixture import mixture
 from markovia.algos.preference.sources import JudgedSamples, OwnSamples, win_rates
+from markovia.algos.presets import override
 from markovia.envs.text.tasks import arithmetic
 
 
@@ -51,6 +52,7 @@ def test_n_plus_n_steps_of_adapters_are_2n_to_the_bit(tmp_path, row, options):
 def test_win_rates():
     # s(2) = 0.880797 against each of the two others; each 1 has (1 - 0.880797 + 0.5) / 2 = 0.309601.
     assert win_rates(torch.tensor([[3.0, 1.0, 1.0]])).tolist() == [pytest.approx([0.880797, 0.309601, 0.309601], abs=1e-6)]
+    assert win_rates(torch.tensor([[3.0, 1.0, 1.0]]), itself=True).tolist() == [pytest.approx([0.753865, 0.373068, 0.373068], abs=1e-6)]
 
 
 def noisy(prompts, completions, **columns):
@@ -75,6 +77,28 @@ def test_rounds_of_judged_samples(row):
     stats = driver.step()
     assert stats["num_env_steps"] == 4.0 and "return" in stats and all(v == v for v in stats.values())
     assert stats["loss"] == stats["loss"]
+
+
+@pytest.mark.parametrize(
+    ("row", "near"),
+    [
+        ("rebel", {"margin": {"c": 1e-3}}), ("irepo", {"beta": 1e3}), ("sppo", {"point": {"eta": 1e-3}}), ("sppo/hard", {"point": {"eta": 1e-3}}),
+        ("inpo", {"link": {"tau": 1e3}}),
+    ],
+)  # fmt: skip
+def test_a_regression_knows_how_far_it_is_to_go(row, near):
+    """One step of Adam has the length of its learning rate, wherever the target lies; the steps of a round stop at a near one."""
+
+    def moved(epochs, loss):
+        value = method_of(row)
+        driver = sampled(row, loss=override(value.loss, loss), solver=override(value.solver, {"epochs": epochs}))
+        before = parameters(driver)
+        driver.step()
+        return float((parameters(driver) - before).norm())
+
+    several = method_of(row).solver.epochs
+    assert moved(several, near) < 0.8 * moved(several, {})
+    assert moved(1, near) == pytest.approx(moved(1, {}), rel=0.01)
 
 
 def test_pairs_of_a_round_are_best_and_worst_with_the_samplers_log_probs():
