@@ -1,7 +1,8 @@
-"""The other sides of the offline comparisons in benchmarks/throughput.py: d3rlpy, and loops in one function each as single-file projects write them.
+"""The other sides of offline comparisons: d3rlpy, and loops in one function each as single-file projects write them.
 
-Each takes (rows, updates, device) and returns updates per second of its second phase; the first one warms it up. Rows are arrays by name: obs (N, n),
-action (N, d), reward (N,), next_obs (N, n), done (N,). Batch 256, networks of 256-256, twin critics.
+benchmarks/throughput.py compares speed: d3rlpy and `single_file` take (rows, updates, device) and return updates per second of their second phase;
+the first one warms them up. benchmarks/offline_peers.py compares returns. Rows are arrays by name: obs (N, n), action (N, d), reward (N,), next_obs
+(N, n), done (N,). Batch 256, networks of 256-256, twin critics.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rows = dict[str, np.ndarray]
+Loop = Callable[[Rows, str], tuple[Callable[[int], Any], nn.Module]]  # (rows, device) -> (what does update number k, the actor)
 WARM = 50  # updates of the first phase
 
 
@@ -69,8 +71,13 @@ def _follow(target: nn.Module, net: nn.Module) -> None:
         p.mul_(0.995).add_(q, alpha=0.005)
 
 
-def single_file_td3_bc(rows: Rows, updates: int, device: str) -> float:
-    """Updates per second of a plain TD3+BC loop: torch modules, one torch.optim.Adam per network, nothing compiled."""
+def single_file(loop: Loop, rows: Rows, updates: int, device: str) -> float:
+    """Updates per second of a loop."""
+    return _timed(loop(rows, device)[0], updates)
+
+
+def td3_bc(rows: Rows, device: str) -> tuple[Callable[[int], Any], nn.Module]:
+    """A plain TD3+BC loop: torch modules, one torch.optim.Adam per network, nothing compiled."""
     data = _tensors(rows, device)
     n, d = data["obs"].shape[1], data["action"].shape[1]
     actor, critics = _net(n, d, nn.Tanh()).to(device), [_net(n + d, 1).to(device) for _ in range(2)]
@@ -97,11 +104,11 @@ def single_file_td3_bc(rows: Rows, updates: int, device: str) -> float:
             for target, net in zip((actor_target, *critic_targets), (actor, *critics), strict=True):
                 _follow(target, net)
 
-    return _timed(update, updates)
+    return update, actor
 
 
-def single_file_iql(rows: Rows, updates: int, device: str) -> float:
-    """Updates per second of a plain IQL loop: torch modules, torch.optim.Adam, a cosine schedule on the actor, nothing compiled."""
+def iql(rows: Rows, device: str) -> tuple[Callable[[int], Any], nn.Module]:
+    """A plain IQL loop: torch modules, torch.optim.Adam, a cosine schedule on the actor, nothing compiled."""
     data = _tensors(rows, device)
     n, d = data["obs"].shape[1], data["action"].shape[1]
     actor, value, critics = _net(n, d, nn.Tanh()).to(device), _net(n, 1).to(device), [_net(n + d, 1).to(device) for _ in range(2)]
@@ -128,4 +135,4 @@ def single_file_iql(rows: Rows, updates: int, device: str) -> float:
         _step(actor_optimizer, -(weight * dist.log_prob(a).sum(1)).mean())
         schedule.step()
 
-    return _timed(update, updates)
+    return update, actor

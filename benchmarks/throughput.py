@@ -143,8 +143,8 @@ def comparisons(env_id: str, batches: int, updates: int) -> dict[str, Comparison
             ours = partial(off_policy, name, {"precision": precision}, env_id, updates)
             out[f"{name}-{precision}"] = Comparison(about, "updates/s", ours, {"SB3": partial(peer, env_id, updates)})
     rows = logged_rows()
-    for name, kind, single_file in (("td3-bc", "TD3PlusBC", peers_offline.single_file_td3_bc), ("iql", "IQL", peers_offline.single_file_iql)):
-        others: dict[str, Side] = {"single file": partial(single_file, rows, updates)}
+    for name, kind, loop in (("td3-bc", "TD3PlusBC", peers_offline.td3_bc), ("iql", "IQL", peers_offline.iql)):
+        others: dict[str, Side] = {"single file": partial(peers_offline.single_file, loop, rows, updates)}
         if peers_offline.has_d3rlpy():
             others["d3rlpy"] = partial(peers_offline.d3rlpy, kind, rows, updates)
         for precision in ("float32", "bfloat16"):
