@@ -36,17 +36,21 @@ class SelfPlay:
 
     price: tuple[tuple[str, float], ...] = (("ref", 0.1),)  # (anchor, coefficient of KL(pi || anchor))
     baseline: Literal["half", "others"] = "half"  # 1/2: the win rate against oneself; others: leave-one-out in the group
+    max_ratio: float | None = None  # rows are the anchor old's, so each counts pi(y) / old(y), up to this; None: they are taken for pi's own
 
     coupled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if any(c < 0.0 for _, c in self.price):
             raise ValueError(f"the price of leaving an anchor must be >= 0, got {self.price}")
+        if self.max_ratio is not None and self.max_ratio < 1.0:
+            raise ValueError(f"max_ratio must be >= 1, the ratio of rows of the policy itself, or None; got {self.max_ratio}")
 
     @property
     def needs(self) -> tuple[str, ...]:
         """What a call reads; see NEEDS. score is the win rate against the opponent's response."""
-        return merge(("groups" if self.baseline == "others" else "unpaired", "score"), (f"logp_ref.{name}" for name, _ in self.price))
+        anchors = [name for name, _ in self.price] + ["old"] * (self.max_ratio is not None)
+        return merge(("groups" if self.baseline == "others" else "unpaired", "score"), (f"logp_ref.{name}" for name in anchors))
 
     def __call__(self, scores: TokenScores, views: Views) -> Tensor:
         """(U,) or (G,); raises ValueError for a missing or misshapen column."""
@@ -56,15 +60,16 @@ class SelfPlay:
         for name, c in self.price:
             price = price + c * scores.tokens(scores.logp - scores.logp_ref[name])
         rate = scalar_score(views).to(logp.dtype)
+        count = logp.new_ones(len(logp)) if self.max_ratio is None else scores.log_ratio("old").detach().exp().clamp(max=self.max_ratio)
         if self.baseline == "half":
             assert views.unpaired is not None
-            loss = self_play(logp, rate - 0.5, price)[views.unpaired]
+            loss = (count * self_play(logp, rate - 0.5, price))[views.unpaired]
         else:
             assert views.groups is not None
             valid, at = views.groups >= 0, views.groups.clamp(min=0)
             g = torch.where(valid, rate[at], 0.0)
             others = (g.sum(1, keepdim=True) - g) / (valid.sum(1, keepdim=True) - 1)
             # The baseline belongs to a place in a group, so rows are taken apart first.
-            each = self_play(logp[at.flatten()], (g - others).flatten(), price[at.flatten()]).view_as(g)
+            each = count[at] * self_play(logp[at.flatten()], (g - others).flatten(), price[at.flatten()]).view_as(g)
             loss = torch.where(valid, each, 0.0).sum(1) / valid.sum(1)
         return loss if views.weight is None else loss * views.weight

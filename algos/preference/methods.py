@@ -79,8 +79,8 @@ def _imitate(generator: Any) -> Preference:
     return Preference(Pointwise(Imitate(generator=generator)))
 
 
-def _regressed(loss: Any, per_prompt: int) -> Preference:
-    """Regression of log-ratios to the sampler. They are 0 at a round's first step, which does not know how far it is to go: several follow."""
+def _several_steps(loss: Any, per_prompt: int) -> Preference:
+    """A loss of log-ratios to the sampler. They are 0 at a round's first step, which does not know how far it is to go: several follow."""
     return Preference(loss, sampler=FromPolicy(per_prompt), solver=dataclasses.replace(Preference().solver, epochs=4))
 
 
@@ -196,18 +196,18 @@ PREFERENCE = table(
         # -- regression and games
         _row("copg", Preference(Pairwise(0.5, link=Residual(), margin=ScoreGap(1.0), coef=1.0)), "rebel", "2406.19185",
              "policy gradient from any data, the other response as baseline (coef = 1 / (2 beta))", "pairwise:squared pieces:ScoreGap"),
-        _row("rebel", _regressed(Pairwise(1.0, Difference(OLD), Residual(), margin=ScoreGap(1.0, kl_coef=0.05)), 2), "ipo",
+        _row("rebel", _several_steps(Pairwise(1.0, Difference(OLD), Residual(), margin=ScoreGap(1.0, kl_coef=0.05)), 2), "ipo",
              "2404.16767", "regress log-ratios to the sampler on differences of reward", "pairwise:squared pieces:ScoreGap"),
-        _row("irepo", _regressed(Pairwise(0.1, Difference(OLD), Residual(), margin=LogitOfVotes(5)), 2), "rebel", "2405.15230",
+        _row("irepo", _several_steps(Pairwise(0.1, Difference(OLD), Residual(), margin=LogitOfVotes(5)), 2), "rebel", "2405.15230",
              "the logit of the share of votes is the target", "pairwise:squared pieces:LogitOfVotes"),
-        _row("sppo", _regressed(Pointwise(WinRate(1e3), OLD, "pairs", coef=0.5), 5), "rebel", "2405.00675",
+        _row("sppo", _several_steps(Pointwise(WinRate(1e3), OLD, "pairs", coef=0.5), 5), "rebel", "2405.00675",
              "regress each log-ratio on its win rate: self-play", "unpaired:win_rate_regression"),
-        _row("sppo/hard", _regressed(Pointwise(WinRate(1e3, hard=True), OLD, "pairs", coef=0.5), 5), "sppo", "2405.00675",
+        _row("sppo/hard", _several_steps(Pointwise(WinRate(1e3, hard=True), OLD, "pairs", coef=0.5), 5), "sppo", "2405.00675",
              "labels for win rates", "unpaired:win_rate_regression"),
-        _row("inpo", _regressed(Pairwise(1.0, Difference(Score(anchors=(("ref", 1 / 3), ("old", 2 / 3)))), Squared(7.5e-3)), 8),
+        _row("inpo", _several_steps(Pairwise(1.0, Difference(Score(anchors=(("ref", 1 / 3), ("old", 2 / 3)))), Squared(7.5e-3)), 8),
              "ipo", "2407.00617", "a mixed anchor (tau / eta of ref): the last iterate goes to the regularised equilibrium",
              "pairwise:squared scores:response_score"),
-        _row("nash-mp", Preference(SelfPlay((("ref", 0.1), ("old", 0.5)), "others"), sampler=FromPolicy(4)), "ipo/nash-md", "2505.19731",
+        _row("nash-mp", _several_steps(SelfPlay((("ref", 0.1), ("old", 0.5)), "others", max_ratio=10.0), 4), "ipo/nash-md", "2505.19731",
              "mirror prox: prices on both anchors, beta and beta / eta", "game:self_play"),
         _row("spac", Preference(Pairwise(0.5, Difference(OLD), coef=10.0, terms=(
             LogRatio(0.5, "gold", "old", 20.0), LogRatio(-0.25, "chosen", "old", 20.0), LogRatio(-0.25, "rejected", "old", 20.0))),

@@ -157,8 +157,9 @@ VALUES: dict[str, list[float]] = {
     "sppo": [0.5 * ((0.25 - 500) ** 2 + (-0.25 + 200) ** 2)],  # 1000 (1 - 1/2) and 1000 (.3 - 1/2)
     "sppo/hard": [0.5 * ((0.25 - 500) ** 2 + (-0.25 + 500) ** 2)],
     "inpo": [(1.5 / 3 + 2 * 0.5 / 3 - 1 / 0.015) ** 2],
-    # win rates less the mean of the others: .6, -.45, -.15; prices .1 l + .5 l_old per token: (.05, .125), (0, -.225, 0), (.185)
-    "nash-mp": [((1.2 - 0.175 - 0.125) + (-1.8 + 0.225 + 0.45) + (-0.075 - 0.0925)) / 3],
+    # win rates less the mean of the others: .6, -.45, -.15; prices .1 l + .5 l_old per token: (.05, .125), (0, -.225, 0), (.185); rows count
+    # e^(.25), e^(-.25), e^(.25)
+    "nash-mp": [(math.exp(0.25) * (1.2 - 0.175 - 0.125) + math.exp(-0.25) * (-1.8 + 0.225 + 0.45) + math.exp(0.25) * (-0.075 - 0.0925)) / 3],
     "spac": [10 * phi(0.25) + 0.5 * 20 * math.tanh(0.25 / 20)],  # the data terms of +-.25 cancel
     "tr-dpo": [phi(0.05 * 1.5)],
     "tr-dpo/hard": [phi(0.05 * 1.5)],
@@ -236,7 +237,8 @@ def held_nash_mp(s: TokenScores, v: Views, at: TokenScores) -> torch.Tensor:
         adv = torch.zeros(B, dtype=F64)
         for i in rows:
             adv[i] = v.score[i] - sum(v.score[j] for j in rows if j != i) / (len(rows) - 1)
-        out.append(held_self_play(s, v, at, {"ref": 0.1, "old": 0.5}, adv)[rows].mean())
+        ratio = sums(at.logp - at.logp_ref["old"], s).exp().clamp(max=10.0)
+        out.append((ratio * held_self_play(s, v, at, {"ref": 0.1, "old": 0.5}, adv))[rows].mean())
     return torch.stack(out)
 
 

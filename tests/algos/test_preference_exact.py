@@ -273,7 +273,13 @@ def test_nash_md_and_mirror_prox_surrogates_have_the_gradient_of_their_objective
     surrogate = loss(bandit_scores(logits[None], ref=ref[None], old=old[None]), views)
     (found,) = torch.autograd.grad((logp.exp().detach() * surrogate).sum(), logits, retain_graph=True)
     objective = (logp.exp() * (rate - 0.3 * (logp - ref) - 0.2 * (logp - old))).sum()
-    torch.testing.assert_close(found, -torch.autograd.grad(objective, logits)[0], rtol=0, atol=1e-12)
+    exact = -torch.autograd.grad(objective, logits, retain_graph=True)[0]
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    # Rows of the sampler, each counted pi / old, have the same gradient; with their ratio cut at 1 they have another.
+    for cut, same in ((1e6, True), (1.0, False)):
+        surrogate = dataclasses.replace(loss, max_ratio=cut)(bandit_scores(logits[None], ref=ref[None], old=old[None]), views)
+        (found,) = torch.autograd.grad((old.exp() * surrogate).sum(), logits, retain_graph=True)
+        assert torch.allclose(found, exact, rtol=0, atol=1e-12) == same
 
 
 def test_the_self_play_surrogate_pays_for_the_future_on_trees() -> None:
