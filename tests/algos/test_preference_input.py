@@ -197,6 +197,7 @@ def test_columns_of_a_wrong_shape(random_batch: Any) -> None:
         (lambda: KTO(desirable=0.0), "desirable must be > 0"),
         (lambda: Transport(eps=0.5), "wrong labels"),
         (lambda: dataclasses.replace(LOSSES["ipo/nash-md"].value.loss, price=(("ref", -1.0),)), "must be >= 0"),
+        (lambda: dataclasses.replace(LOSSES["nash-mp"].value.loss, max_ratio=0.5), "max_ratio must be >= 1"),
         (lambda: type(LOSSES["tr-dpo"].value.reference)(0.0, 1), r"rate must lie in \(0, 1\]"),
         (lambda: type(LOSSES["apo-accelerated"].value.reference)(1.0), "diverges"),
     ],
