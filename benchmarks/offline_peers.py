@@ -70,6 +70,18 @@ def theirs(method: str, dataset: str, task: str, seed: int, updates: int, transf
     return returns
 
 
+def misfit(task: str) -> str | None:
+    """Why the loops can't learn this task, which take vectors and act in [-1, 1]; None where they can."""
+    env = gymnasium.make(task)
+    seen, acts = env.observation_space, env.action_space
+    env.close()
+    if not isinstance(seen, gymnasium.spaces.Box) or len(seen.shape) != 1:
+        return f"the loops take vectors, but observations of {task} are {seen}"
+    if not isinstance(acts, gymnasium.spaces.Box) or len(acts.shape) != 1 or (acts.low != -1.0).any() or (acts.high != 1.0).any():
+        return f"the loops act in [-1, 1], but actions of {task} are {acts}"
+    return None
+
+
 def main() -> None:
     """Compare and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -82,6 +94,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.updates < EVALUATIONS or args.updates % EVALUATIONS:
         parser.error(f"--updates must be a multiple of {EVALUATIONS}, got {args.updates}")
+    why = misfit(args.task)
+    if why is not None:
+        parser.error(why)
     for method in args.methods:
         for seed in args.seeds:
             cell = {"dataset": args.dataset, "task": args.task, "method": method, "seed": seed}

@@ -32,7 +32,10 @@ def self_play(logp: Tensor, adv: Tensor, price: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelfPlay:
-    """One surrogate per row (U,), or per group (G,) with the mean win rate of the group's other rows as baseline."""
+    """One surrogate per row (U,), or per group (G,) with the mean win rate of the group's other rows as baseline.
+
+    Rows of another policy count w = pi(y) / old(y) times, without gradient: E_old[w grad L] = E_pi[grad L].
+    """
 
     price: tuple[tuple[str, float], ...] = (("ref", 0.1),)  # (anchor, coefficient of KL(pi || anchor))
     baseline: Literal["half", "others"] = "half"  # 1/2: the win rate against oneself; others: leave-one-out in the group

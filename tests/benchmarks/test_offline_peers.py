@@ -26,7 +26,15 @@ def test_both_sides_are_evaluated_at_every_tenth_and_a_cell_is_replaced(tmp_path
     assert [(c["method"], c["every"]) for c in again] == [("td3-bc", 1), ("iql", 2)]
 
 
-def test_updates_that_are_no_tenths_are_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--updates", "15"], "--updates must be a multiple of 10, got 15"),
+        (["--task", "Pendulum-v1"], "the loops act in [-1, 1], but actions of Pendulum-v1 are Box(-2.0, 2.0"),
+        (["--task", "FrozenLake-v1"], "the loops take vectors, but observations of FrozenLake-v1 are Discrete(16)"),
+    ],
+)
+def test_what_the_loops_cannot_learn_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys, options, message):
     with pytest.raises(SystemExit):
-        compared(monkeypatch, tmp_path / "peers.json", "--updates", "15")
-    assert "--updates must be a multiple of 10, got 15" in capsys.readouterr().err
+        compared(monkeypatch, tmp_path / "peers.json", *options)
+    assert message in capsys.readouterr().err and not (tmp_path / "peers.json").exists()
