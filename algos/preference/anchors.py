@@ -1,6 +1,6 @@
 """The anchor over time, and where responses come from: slots of the preference loop, and the pure functions behind them.
 
-The anchor `ref` is what scores are compared with; `old` is the policy that sampled the round's responses.
+The anchor `ref` is what scores are compared with; `old` is the policy that sampled the round's responses; `target` follows the policy at a distance.
 """
 
 from __future__ import annotations

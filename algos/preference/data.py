@@ -59,7 +59,7 @@ def samples_beside(method: Preference, data: PreferenceData) -> bool:
 
 def check_needs(method: Preference, data: PreferenceData) -> None:
     """Raises ValueError naming the column that a file lacks for this method, and what the trainer does not offer."""
-    there, anchors = offered(data.kind, data.columns) | COMPUTED, {"ref", *data.anchors}
+    there, anchors = offered(data.kind, data.columns) | COMPUTED, {"ref", "target", *data.anchors}
     if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
         if "crossed" not in data.columns:
             raise ValueError(

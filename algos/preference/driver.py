@@ -61,13 +61,20 @@ class PreferenceDriver(Trainer):
         self.pad = agent.tokenizer.pad_token_id  # type: ignore[attr-defined]
         self.steps = 0  # of the optimiser
         self.reference = self._reference(method, agent)
+        self.target = None if method.target is None else moving_reference(agent)
         super().__init__(method, agent, seed, ("policy", "value") if "value" in method.needs else ("policy",))
         self.trained = [p for p in agent.net.parameters() if p.requires_grad]
-        self.moved: list[Tensor] = []  # the anchor's, at the same places
-        if self.reference is not None and not isinstance(method.reference, Frozen):
-            both = zip(self.reference.net.parameters(), agent.net.parameters(), strict=True)
-            self.moved = [r for r, p in both if p.requires_grad]
+        moves = not isinstance(method.reference, Frozen)
+        self.moved = self._places(self.reference if moves else None)  # the anchor's, at the same places
+        self.followers = self._places(self.target)
         self.fitted = [p.detach().clone() for p in self.trained] if isinstance(method.reference, Extrapolated) else []
+
+    def _places(self, copy: Agent | None) -> list[Tensor]:
+        """What a copy has where the agent has its trained parameters."""
+        if copy is None:
+            return []
+        both = zip(copy.net.parameters(), self.agent.net.parameters(), strict=True)
+        return [c for c, p in both if p.requires_grad]
 
     def _reference(self, method: Preference, agent: Agent) -> Agent | None:
         """The anchor `ref` as a policy, None where no method asks for it or its log-probs lie with the items."""
@@ -119,8 +126,9 @@ class PreferenceDriver(Trainer):
                 stats.add({"loss": loss.detach(), **self.describe(scores, batch)})
             stats.add({"grad_norm": self.move(lambda index=index: self.whole(items, index))})
             self.steps += 1
-            if isinstance(self.method.reference, Sync) and self.steps % self.method.reference.every == 0:
-                self._move(self.method.reference.rate)
+            for anchor, sync in ((self.moved, self.method.reference), (self.followers, self.method.target)):
+                if isinstance(sync, Sync) and self.steps % sync.every == 0:
+                    self._move(anchor, sync.rate)
         return stats.means()
 
     def whole(self, items: list[Item], index: Tensor) -> dict[str, Any]:
@@ -145,6 +153,11 @@ class PreferenceDriver(Trainer):
                 scores.kl_ref = kl_ref_policy(out.dist.logits, ref.dist.logits)  # type: ignore[union-attr]
             if "mismatched" in needs:
                 scores.mismatched = self.mismatched(batch)
+        if self.target is not None:
+            with torch.no_grad():
+                behind = self.target.evaluate(record, ["logp"]).logp
+            assert behind is not None
+            scores.logp_ref["target"] = behind
         if "collision" in needs:
             scores.collision = log_collision(out.dist.logits)  # type: ignore[union-attr]
         if value:
@@ -213,21 +226,21 @@ class PreferenceDriver(Trainer):
     # -- the anchor ---------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _move(self, rate: float) -> None:
-        for anchor, p in zip(self.moved, self.trained, strict=bool(self.moved)):
-            anchor.copy_(soft_sync(anchor, p, rate=rate))
+    def _move(self, anchor: list[Tensor], rate: float) -> None:
+        for place, p in zip(anchor, self.trained, strict=bool(anchor)):
+            place.copy_(soft_sync(place, p, rate=rate))
 
     @torch.no_grad()
     def _end_round(self) -> None:
         """What EachRound and Extrapolated do between two parts of the run."""
         if isinstance(self.method.reference, EachRound):
-            self._move(1.0)
+            self._move(self.moved, 1.0)
         elif isinstance(self.method.reference, Extrapolated):
             for p, previous in zip(self.trained, self.fitted, strict=True):
                 new = p.detach().clone()
                 p.copy_(extrapolate(new, previous, momentum=self.method.reference.momentum))
                 previous.copy_(new)
-            self._move(1.0)
+            self._move(self.moved, 1.0)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------------
 
@@ -237,18 +250,20 @@ class PreferenceDriver(Trainer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a resumed run needs; a frozen anchor is the policy that the driver was built with."""
         tensors, meta = super().state()
-        for i, anchor in enumerate(self.moved):
-            tensors[f"anchor.{i}"] = anchor
-        for i, previous in enumerate(self.fitted):
-            tensors[f"fitted.{i}"] = previous
+        for prefix, own in self._kept():
+            tensors |= {f"{prefix}{i}": tensor for i, tensor in enumerate(own)}
         return tensors, meta | {"steps": self.steps}
+
+    def _kept(self) -> tuple[tuple[str, list[Tensor]], ...]:
+        """What moves beside the policy, by its name in a checkpoint."""
+        return ("anchor.", self.moved), ("target.", self.followers), ("fitted.", self.fitted)
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back into a driver that was built with the same method, items, seed and start policy."""
         super().load_state(tensors, meta)
         self.steps = meta["steps"]
         with torch.no_grad():
-            for prefix, own in (("anchor.", self.moved), ("fitted.", self.fitted)):
+            for prefix, own in self._kept():
                 saved = part(tensors, prefix)
                 for i, tensor in enumerate(own):
                     tensor.copy_(saved[str(i)])

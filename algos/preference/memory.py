@@ -67,8 +67,8 @@ def estimate_scores(model: RewardModel, method: RewardTraining, source: FileItem
 
 
 def _copies(agent: LanguageAgent, method: Preference, source: Any, moving: int) -> int:
-    """Bytes of the anchor, and of what an extrapolated one keeps of the round before."""
-    needs, more = set(method.needs), moving if isinstance(method.reference, Extrapolated) else 0
+    """Bytes of the anchor and the target, and of what an extrapolated anchor keeps of the round before."""
+    needs, more = set(method.needs), moving * (isinstance(method.reference, Extrapolated) + (method.target is not None))
     items = source.items if isinstance(source, FileItems) else []
     stored = method.stored_reference or (bool(items) and all("ref" in item.logps for item in items))
     if "ref" not in method.anchors and not needs & {"kl_ref", "mismatched"}:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from markovia.agents.records import Views
 from markovia.algos.on_policy.method import Descent
-from markovia.algos.preference.anchors import Dataset, Frozen, Reference, Sampler
+from markovia.algos.preference.anchors import Dataset, Frozen, Reference, Sampler, Sync
 from markovia.algos.preference.game import SelfPlay
 from markovia.algos.preference.listwise import Listwise
 from markovia.algos.preference.pairwise import Pairwise
@@ -28,6 +28,7 @@ class Preference(FromPreferences):
 
     loss: Loss = Pairwise()  # noqa: RUF009 (frozen)
     reference: Reference = Frozen()  # noqa: RUF009 (frozen)
+    target: Sync | None = None  # how the anchor `target` follows the policy; None: there is none
     sampler: Sampler = Dataset()  # noqa: RUF009 (frozen)
     num_env_steps: int | None = None  # items seen in all: pairs, lists or single responses; None: `passes` over the data
     passes: int = 1  # over the data, where num_env_steps is not given
@@ -42,6 +43,9 @@ class Preference(FromPreferences):
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.solver.kl_stop_nats is not None or self.solver.recompute_advantage:
             raise ValueError("this loop has no advantages and no old policy; leave solver.kl_stop_nats and solver.recompute_advantage alone")
+        if (self.target is None) == ("target" in self.anchors):
+            reads = "reads no" if self.target is not None else "reads an"
+            raise ValueError(f"the loss {reads} anchor 'target', and target is {self.target}; give both, as nash-mp does, or neither")
         if self.stored_reference and not isinstance(self.reference, Frozen):
             kind = type(self.reference).__name__
             raise ValueError(f"the log-probs of a {kind} anchor can't be stored, it moves; use Frozen() or stored_reference=False")

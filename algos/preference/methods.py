@@ -207,8 +207,9 @@ PREFERENCE = table(
         _row("inpo", _several_steps(Pairwise(1.0, Difference(Score(anchors=(("ref", 1 / 3), ("old", 2 / 3)))), Squared(7.5e-3)), 8),
              "ipo", "2407.00617", "a mixed anchor (tau / eta of ref): the last iterate goes to the regularised equilibrium",
              "pairwise:squared scores:response_score"),
-        _row("nash-mp", _several_steps(SelfPlay((("ref", 0.1), ("old", 0.5)), "others", max_ratio=10.0), 4), "ipo/nash-md", "2505.19731",
-             "mirror prox: prices on both anchors, beta and beta / eta", "game:self_play"),
+        _row("nash-mp", Preference(SelfPlay((("ref", 0.1), ("target", 0.5)), "others", max_ratio=10.0), target=Sync(0.05, 1), sampler=FromPolicy(4)),
+             "ipo/nash-md", "2505.19731", "self-play near a policy that lags: prices beta on the reference, beta / eta on the target",
+             "game:self_play anchors:soft_sync"),
         _row("spac", Preference(Pairwise(0.5, Difference(OLD), coef=10.0, terms=(
             LogRatio(0.5, "gold", "old", 20.0), LogRatio(-0.25, "chosen", "old", 20.0), LogRatio(-0.25, "rejected", "old", 20.0))),
             sampler=FromPolicy(1)), "dpo", "2406.04274", "an adversarial critic lowers own samples (gold) against the data: pessimism",

@@ -31,7 +31,7 @@ def _random(seed: int = 0, scale: float = 0.7) -> tuple[TokenScores, Views]:
 
     logp = logs(-0.2)
     scores = TokenScores(
-        logp, mask, {name: logs(-0.2) for name in ("ref", "old", "proposal", "stage0", "stage1")},
+        logp, mask, {name: logs(-0.2) for name in ("ref", "old", "target", "proposal", "stage0", "stage1")},
         kl_ref=torch.rand(B, T, generator=g, dtype=F64), collision=logs(-0.2), value=torch.rand(B, generator=g, dtype=F64),
         mismatched=torch.randn(B, generator=g, dtype=F64) + 0.5, progress=0.6,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def small() -> tuple[TokenScores, Views]:
     scores = TokenScores(
         filled([[-1.0, -1.0], [-1.0, -2.0, -1.0], [-0.5]]),
         filled([[1, 1], [1, 1, 1], [1]]) > 0,
-        {"ref": ref, "old": old, "proposal": old, "stage0": ref, "stage1": old},
+        {"ref": ref, "old": old, "target": (ref + old) / 2, "proposal": old, "stage0": ref, "stage1": old},
         kl_ref=filled([[0.1, 0.2], [0.05, 0.05, 0.1], [0.3]]),
         collision=filled([[-0.5, -0.5], [-0.5, -1.0, -0.5], [-0.2]]),
         value=torch.tensor([0.3, 0.1, 0.2], dtype=F64),
@@ -157,9 +157,9 @@ VALUES: dict[str, list[float]] = {
     "sppo": [0.5 * ((0.25 - 500) ** 2 + (-0.25 + 200) ** 2)],  # 1000 (1 - 1/2) and 1000 (.3 - 1/2)
     "sppo/hard": [0.5 * ((0.25 - 500) ** 2 + (-0.25 + 500) ** 2)],
     "inpo": [(1.5 / 3 + 2 * 0.5 / 3 - 1 / 0.015) ** 2],
-    # win rates less the mean of the others: .6, -.45, -.15; prices .1 l + .5 l_old per token: (.05, .125), (0, -.225, 0), (.185); rows count
-    # e^(.25), e^(-.25), e^(.25)
-    "nash-mp": [(math.exp(0.25) * (1.2 - 0.175 - 0.125) + math.exp(-0.25) * (-1.8 + 0.225 + 0.45) + math.exp(0.25) * (-0.075 - 0.0925)) / 3],
+    # win rates less the mean of the others: .6, -.45, -.15; per token l = (.5, 0), (0, -1, 0), (.6) and against the target (.25, .125),
+    # (0, -.625, 0), (.425); prices .1 and .5 of them (.175, .0625), (0, -.4125, 0), (.2725); rows count e^(.25), e^(-.25), e^(.25)
+    "nash-mp": [(math.exp(0.25) * (1.2 - 0.2375 - 0.0625) + math.exp(-0.25) * (-1.8 + 0.4125 + 0.825) + math.exp(0.25) * (-0.075 - 0.13625)) / 3],
     "spac": [10 * phi(0.25) + 0.5 * 20 * math.tanh(0.25 / 20)],  # the data terms of +-.25 cancel
     "tr-dpo": [phi(0.05 * 1.5)],
     "tr-dpo/hard": [phi(0.05 * 1.5)],
@@ -238,7 +238,7 @@ def held_nash_mp(s: TokenScores, v: Views, at: TokenScores) -> torch.Tensor:
         for i in rows:
             adv[i] = v.score[i] - sum(v.score[j] for j in rows if j != i) / (len(rows) - 1)
         ratio = sums(at.logp - at.logp_ref["old"], s).exp().clamp(max=10.0)
-        out.append((ratio * held_self_play(s, v, at, {"ref": 0.1, "old": 0.5}, adv))[rows].mean())
+        out.append((ratio * held_self_play(s, v, at, {"ref": 0.1, "target": 0.5}, adv))[rows].mean())
     return torch.stack(out)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from markovia.agents.records import Views
-from markovia.algos.preference.anchors import extrapolate
+from markovia.algos.preference.anchors import extrapolate, soft_sync
 from markovia.algos.preference.listwise import EXO, NCA, InfoNCA, Listwise
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.preference.pairwise import Difference, Pairwise, Residual, Squared
@@ -280,6 +280,23 @@ def test_nash_md_and_mirror_prox_surrogates_have_the_gradient_of_their_objective
         surrogate = dataclasses.replace(loss, max_ratio=cut)(bandit_scores(logits[None], ref=ref[None], old=old[None]), views)
         (found,) = torch.autograd.grad((old.exp() * surrogate).sum(), logits, retain_graph=True)
         assert torch.allclose(found, exact, rtol=0, atol=1e-12) == same
+
+
+def test_self_play_near_a_target_that_follows_ends_at_the_regularised_equilibrium(game: PreferenceGame) -> None:
+    """nash-mp's expected gradient, the opponent being the policy itself: whatever the price on a target that comes after, it vanishes in the end."""
+    ref, tau = at(game.logp_ref), 0.1
+    logits, target = ref.clone().requires_grad_(), ref.clone()
+    loss = dataclasses.replace(set_("nash-mp"), baseline="half", max_ratio=None)
+    assert loss.price == (("ref", tau), ("target", 0.5))
+    for _ in range(4000):
+        logp = torch.log_softmax(logits, -1)
+        views = Views(unpaired=torch.arange(game.K), score=at(game.P) @ logp.detach().exp())
+        surrogate = loss(bandit_scores(logits[None], ref=ref[None], target=target.log_softmax(-1)[None]), views)
+        (grad,) = torch.autograd.grad((logp.exp().detach() * surrogate).sum(), logits)
+        with torch.no_grad():
+            logits -= grad
+            target = soft_sync(target, logits, rate=0.05)
+    assert total_variation(torch.log_softmax(logits.detach(), -1), at(game.equilibrium(tau))) < 1e-4
 
 
 def test_the_self_play_surrogate_pays_for_the_future_on_trees() -> None:

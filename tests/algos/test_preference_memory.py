@@ -1,5 +1,6 @@
 """The estimate of a preference run's memory: sizes by hand, against the allocator, and a run that is refused with the figure."""
 
+import dataclasses
 import json
 import types
 
@@ -62,6 +63,8 @@ def test_what_a_method_holds():
     assert estimate(agent, settings("dpo", stored_reference=True), source).reference == 0
     assert estimate(tiny(lora={"r": 2}), settings("dpo"), source).reference == 0
     assert estimate(agent, settings("simpo"), source).reference == 0  # reads no anchor
+    ranked = FileItems([dataclasses.replace(i, score=[1.0, 0.0]) for i in items(7, 9)], "lists")
+    assert estimate(agent, settings("nash-mp"), ranked).reference == plain.weights + 4 * plain.trainable  # and the target
     assert estimate(agent, settings("dpo"), source).part == 8
 
 

@@ -83,11 +83,11 @@ def test_rounds_of_judged_samples(row):
     ("row", "near"),
     [
         ("rebel", {"margin": {"c": 1e-3}}), ("irepo", {"beta": 1e3}), ("sppo", {"point": {"eta": 1e-3}}), ("sppo/hard", {"point": {"eta": 1e-3}}),
-        ("inpo", {"link": {"tau": 1e3}}), ("nash-mp", {"price": [["ref", 0.1], ["old", 5.0]]}),
+        ("inpo", {"link": {"tau": 1e3}}),
     ],
 )  # fmt: skip
 def test_later_steps_of_a_round_feel_the_sampler(row, near):
-    """One step of Adam has the length of its learning rate, wherever the target lies; those after it stop at a near one, or for a price."""
+    """One step of Adam has the length of its learning rate, wherever the target lies; those after it stop at a near one."""
 
     def moved(epochs, loss):
         value = method_of(row)
@@ -99,6 +99,24 @@ def test_later_steps_of_a_round_feel_the_sampler(row, near):
     several = method_of(row).solver.epochs
     assert moved(several, near) < 0.95 * moved(several, {})
     assert moved(1, near) == pytest.approx(moved(1, {}), rel=0.01)
+
+
+def test_a_target_follows_the_policy_at_its_rate_and_its_price_is_felt_once_it_lags():
+    found = []
+    for price in (0.5, 500.0):
+        loss = override(method_of("nash-mp").loss, {"price": [["ref", 0.1], ["target", price]]})
+        driver = sampled("nash-mp", loss=loss, target=Sync(0.25, 1))
+        expected = parameters(driver)
+        for _ in range(3):
+            driver.step()
+            found.append(parameters(driver))
+            expected += 0.25 * (found[-1] - expected)
+        torch.testing.assert_close(torch.cat([p.flatten() for p in driver.followers]), expected)
+    assert torch.allclose(found[0], found[3], atol=1e-6) and not torch.allclose(found[1], found[4], atol=1e-4)
+    with pytest.raises(ValueError, match="the loss reads an anchor 'target', and target is None"):
+        method_of("nash-mp", target=None)
+    with pytest.raises(ValueError, match="the loss reads no anchor 'target', and target is Sync"):
+        method_of("rebel", target=Sync())
 
 
 def test_pairs_of_a_round_are_best_and_worst_with_the_samplers_log_probs():
@@ -113,8 +131,9 @@ def test_pairs_of_a_round_are_best_and_worst_with_the_samplers_log_probs():
     assert torch.allclose(logp, batch.logps["old"], atol=1e-5)
 
 
-def test_rounds_resume_to_the_bit():
-    whole, half, resumed = (sampled("rebel") for _ in range(3))
+@pytest.mark.parametrize("row", ["rebel", "nash-mp"])
+def test_rounds_resume_to_the_bit(row):
+    whole, half, resumed = (sampled(row) for _ in range(3))
     stats = [whole.step() for _ in range(3)]
     half.step()
     tensors, meta = half.state()
