@@ -18,6 +18,9 @@ deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"
 in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units, both cores busy: recording by 300k steps 68, 100k updates of bc and
 filtered-bc 3, td3-bc 12, mcep 16, iql 17, mcep/awac 22, awac 30, spot 36, rebrac 84. `--tiers medium-replay` leaves the other tiers' cells out.
 
+`--again 100` trains nothing: it takes the last policy of every cell in --out whose run folder lies under --runs through so many more episodes, and
+writes their mean score beside that of the ten, which vary much where a policy falls.
+
 `--tasks` with nothing after it records nothing and runs the fixtures alone, 5 to 80 s a cell, decision-transformer 400.
 
 `--d4rl FILE.hdf5 ...` runs the same on D4RL files, scored by D4RL's references and evaluated in Gymnasium's v4 task; published numbers stand beside.
@@ -35,7 +38,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, arguments, cells, folder, measure, over_seeds, settings_of, train_cell, workers  # type: ignore[import-not-found]  # run as a script
+from grid import Cell, arguments, cells, folder, measure, over_seeds, record, settings_of, train_cell, workers  # type: ignore[import-not-found]  # run as a script
 
 RESULTS = Path(__file__).parent / "results" / "offline.json"
 PUBLISHED = Path(__file__).parent / "published_offline.json"
@@ -49,9 +52,10 @@ FIXTURES = {f"fixture:pointmass2d/{tier}": "markovia/PointMass2D-v0" for tier in
 KEY = ("dataset", "method", "seed")
 COLUMNS = (
     "dataset", "mean of the data", "method", "updates", "last: mean ± std", "of each seed", "IQM", "95 % interval", "above bc", "best",
-    "minutes a seed", "published",
+    "over more episodes", "above bc", "minutes a seed", "published",
 )  # fmt: skip
 UPDATES = 100_000
+AGAIN_SEED = 2000  # of more episodes; those after training have another
 D4RL_TASKS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 # (weight in the actor, penalty in the target) of ReBRAC, as published for D4RL's tiers                                          [arXiv 2305.09836]
 REBRAC = {
@@ -162,9 +166,14 @@ def _like(task: str) -> str:
     return re.sub(r"-v4$", "-v5", task)
 
 
+def run_of(dataset: str, method: str, seed: int, runs: Path) -> Path:
+    """Where the run of a cell lies."""
+    return folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
+
+
 def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
     """Train one cell and put it on the scale of its tiers."""
-    run = folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
+    run = run_of(dataset, method, seed, runs)
     found = train_cell(task, method, seed, run, settings(method, dataset, updates), like=_like(task), dataset=dataset)
     evaluation = found["done"]["evaluation"]
     return {
@@ -182,6 +191,41 @@ def _asked(dataset: str, method: str, seed: int, task: str, updates: int | None,
     """The settings that a cell asks for."""
     found: Cell = settings_of(method, _like(task), settings(method, dataset, updates))
     return found
+
+
+def again(found: Cell, episodes: int, runs: Path) -> Cell:
+    """The cell with the mean score of `episodes` more greedy episodes of its last policy, and the standard error of that mean.
+
+    Raises ValueError where its folder holds another run than the cell was made of.
+    """
+    import numpy as np
+    import torch
+
+    from markovia.rundir import read_json
+    from markovia.runs import load_run
+
+    torch.set_num_threads(1)
+    run = run_of(found["dataset"], found["method"], found["seed"], runs)
+    if read_json(run / "done.json")["evaluation"]["returns"] != found["done"]["evaluation"]["returns"]:
+        raise ValueError(f"{run} ended with other returns than the results tell; it is another run")
+    loaded = load_run(run)
+    returns = np.asarray(loaded.evaluate(loaded.agent, episodes, AGAIN_SEED)["returns"])
+    low, high = found["scale"]["minimum"], found["scale"]["maximum"]
+    scores = 100.0 * (returns - low) / (high - low)
+    return {**found, "again": {"episodes": episodes, "mean": float(scores.mean()), "error": float(scores.std(ddof=1) / len(scores) ** 0.5)}}
+
+
+def all_again(out: Path, episodes: int, runs: Path, jobs: int) -> None:
+    """`again` for every cell of the results that does not tell as many episodes yet and whose run is there; each lands as it ends."""
+    left = [r for r in cells(out) if r.get("again", {}).get("episodes", 0) < episodes]
+    there = [r for r in left if run_of(r["dataset"], r["method"], r["seed"], runs).is_dir()]
+    if len(there) < len(left):
+        print(f"{len(left) - len(there)} of {len(left)} cells have no run under {runs} and are left as they are", flush=True)
+    with workers(jobs) as pool:
+        for found in pool.map(again, there, itertools.repeat(episodes), itertools.repeat(runs)):
+            record(found, out, KEY)
+            more = found["again"]
+            print(f"{told(found)}; {episodes} more episodes: {more['mean']:.1f} ± {more['error']:.1f}", flush=True)
 
 
 def told(found: Cell) -> str:
@@ -203,9 +247,11 @@ def table(rows: list[Cell]) -> str:
     published = json.loads(PUBLISHED.read_text())
     found = groups(rows)
     cloned = {dataset: over_seeds([m["last"] for m in members])["mean"] for (dataset, method), members in found.items() if method == "bc"}
+    longer = {place: [m["again"]["mean"] for m in members] for place, members in found.items() if all("again" in m for m in members)}
     lines = [
         "Scores of 10 greedy episodes: 0 is the mean return of the random tier, 100 that of the expert tier (D4RL files: D4RL's references).",
         "Last is after the last update, best the best of its checkpoints, which nobody knows without the task itself.",
+        "More episodes are other ones of the last policy, by `--again`: their mean over seeds, in brackets that of each seed and how many each has.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -214,6 +260,13 @@ def table(rows: list[Cell]) -> str:
         last = over_seeds([m["last"] for m in members])
         best = over_seeds([m["best"] for m in members])["mean"]
         gain = f"{last['mean'] - cloned[dataset]:+.1f}" if dataset in cloned and method != "bc" else ""
+        more = over = ""
+        if (dataset, method) in longer:
+            means, count = longer[dataset, method], min(m["again"]["episodes"] for m in members)
+            mean = sum(means) / len(means)
+            more = f"{mean:.1f} ({', '.join(format(x, '.1f') for x in means)}; {count})"
+            if method != "bc" and (dataset, "bc") in longer:
+                over = f"{mean - sum(longer[dataset, 'bc']) / len(longer[dataset, 'bc']):+.1f}"
         is_file = _is_file(dataset)
         name = Path(dataset).stem.replace("_", "-") if is_file else ""
         beside = "; ".join(
@@ -224,7 +277,7 @@ def table(rows: list[Cell]) -> str:
             f"| {Path(dataset).name if is_file else dataset} | {members[0]['data_score']:.1f} | {method} "
             f"| {min(m['done']['num_env_steps'] for m in members):,} "
             f"| {last['mean']:.1f} ± {last['std']:.1f} | {each} | {last['iqm']:.1f} | {last['low']:.1f} to {last['high']:.1f} | {gain} "
-            f"| {best:.1f} | {minutes:.1f} | {beside} |"
+            f"| {best:.1f} | {more} | {over} | {minutes:.1f} | {beside} |"
         )
     lines += ["", "## Published", "", published["note"]]
     for t in published["tables"]:
@@ -284,6 +337,7 @@ def main() -> None:
     parser.add_argument("--no-fixtures", dest="fixtures", action="store_false", help="leave the fixtures out")
     parser.add_argument("--no-collect", dest="collect", action="store_false", help="stop where a set is missing, in place of recording it")
     parser.add_argument("--recipe", type=json.loads, default={}, help="JSON object of changes to the recipes, e.g. '{\"num_steps\": 1000}'")
+    parser.add_argument("--again", type=int, metavar="EPISODES", help="only take what has been trained through so many more episodes")
     parser.add_argument("--namespace", default="markovia", help="first part of the sets' ids (default markovia)")
     args = parser.parse_args()
     main_methods, others = ([m for m in args.methods if m in group] for group in (MAIN, OTHERS))
@@ -294,7 +348,11 @@ def main() -> None:
         check_recordings(cells(args.out), (entry[0] for entry in grid))
         measure(cell, [(*entry, args.runs) for entry in grid], jobs=args.jobs, out=args.out, told=told, table=table, key=KEY, asked=_asked)
 
-    if args.table:
+    if args.again is not None and args.again < 2:
+        parser.error(f"--again {args.again}: a mean and its error take two episodes or more")
+    if args.again is not None:
+        all_again(args.out, args.again, args.runs, args.jobs)
+    if args.table or args.again is not None:
         run([])
     elif args.d4rl:
         known = {f: parts_of(f) for f in args.d4rl}

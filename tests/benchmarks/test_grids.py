@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,31 @@ def test_results_of_another_recording_are_refused(module: Any) -> None:
         offline.check_recordings([{"dataset": "ns/gone-v0", "data_score": 1.0}], ["ns/gone-v0"])
 
 
+def test_more_episodes_of_a_trained_policy_stand_beside_the_ten(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline, runs = module("offline"), importlib.import_module("markovia.runs")
+    seen: list[tuple[Any, ...]] = []
+
+    def evaluate(*asked: Any) -> dict[str, Any]:
+        seen.append(asked)
+        return {"returns": [30.0, 70.0, 50.0]}
+
+    monkeypatch.setattr(runs, "load_run", lambda run: SimpleNamespace(agent=run.parent.name, evaluate=evaluate))
+    rows = [a_cell("ns/hopper/medium-v0", m, 0, 40.0) | {"scale": {"minimum": 10.0, "maximum": 110.0}} for m in ("bc", "iql")]
+    folders = [offline.run_of(r["dataset"], r["method"], 0, tmp_path) for r in rows]
+    for path, row in zip(folders, rows, strict=True):
+        path.mkdir(parents=True)
+        (path / "done.json").write_text(json.dumps(row["done"]))
+    found = [offline.again(r, 3, tmp_path) for r in rows]
+    assert seen == [("bc", 3, offline.AGAIN_SEED), ("iql", 3, offline.AGAIN_SEED)]
+    assert found[1]["again"] == {"episodes": 3, "mean": 40.0, "error": pytest.approx(20.0 / 3**0.5)} and found[1]["last"] == 40.0
+    found[1]["again"]["mean"] = 47.0
+    assert "| 45.0 | 47.0 (47.0; 3) | +7.0 | 1.0 |" in next(line for line in offline.table(found).splitlines() if "| iql |" in line)
+    assert "| +0.0 | 45.0 |  |  | 1.0 |" in next(line for line in offline.table([found[0], rows[1]]).splitlines() if "| iql |" in line)
+    (folders[0] / "done.json").write_text(json.dumps(done(41.0)))
+    with pytest.raises(ValueError, match="it is another run"):
+        offline.again(rows[0], 3, tmp_path)
+
+
 def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> None:
     offline = module("offline")
     rows = [a_cell("ns/hopper/medium-v0", m, s, x) for m, x in (("td3-bc", 60.0), ("bc", 40.0)) for s, x in enumerate((x, x + 2.0))]
@@ -223,7 +249,7 @@ def test_offline_table_tells_every_seed_and_the_gain_on_cloning(module: Any) -> 
     text = offline.table(rows)
     lines = [line for line in text.splitlines() if line.startswith("| ns/")]
     assert "| bc | 100,000 | 41.0 ± 1.0 | 40.0, 42.0 |" in lines[0] and "| td3-bc | 100,000 | 61.0 ± 1.0 | 60.0, 62.0 |" in lines[1]
-    assert "| +20.0 | 66.0 | 1.0 |  |" in lines[1]
+    assert "| +20.0 | 66.0 |  |  | 1.0 |  |" in lines[1]
     assert "| 60.4±3.5; best 70.4±1.2 |" in next(line for line in text.splitlines() if line.startswith("| hopper_medium-v2.hdf5"))
     published = json.loads((FOLDER / "published_offline.json").read_text())
     for t in published["tables"]:
