@@ -8,6 +8,7 @@ import torch
 from markovia.agents.checkpoint import load_tensors
 from markovia.algos.preference.methods import PREFERENCE
 from markovia.algos.presets import override
+from markovia.algos.setup import build
 from markovia.cli import run
 from markovia.envs.untrusted import TRUST
 from markovia.rundir import Metrics, RunError, checkpoints
@@ -103,8 +104,34 @@ def test_rounds_need_prompts_and_a_judge(prefs, tmp_path, env, judge, monkeypatc
     assert load_run(tmp_path / "run").task is not None
 
 
+@pytest.mark.parametrize("given", [{}, {"max_new_tokens": 2}], ids=["as the data", "given"])
+def test_rounds_on_a_file_follow_its_options_and_its_judge_reads_its_columns(tmp_path, given):
+    path, seen = tmp_path / "prompts.jsonl", []
+    path.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": a + b, "topic": "sums"}) + "\n" for a in range(8) for b in range(5)))
+
+    def judge(prompts, completions, answer, **columns):
+        seen.append((prompts, completions, answer, columns))
+        return [float(c == str(a)) for c, a in zip(completions, answer, strict=True)]
+
+    def built(method, **options):
+        agent = {"model": "arithmetic", "temperature": 9.0} | given
+        return build(None, method, 0, agent_options=agent, data={"path": str(path), "judge": judge, "options": options})
+
+    method = PREFERENCE["brain"].value
+    assert len(built(method, held_out=2).task.held_out) == 2 and len(built(method, held_out=0).task.held_out) == 0
+    setup = built(method)
+    assert len(setup.task.prompts) == 36 and len(setup.task.held_out) == 4 and setup.task.max_new_tokens == given.get("max_new_tokens", 64)
+    items, _ = setup.collector.draw(setup.agent, None, 0, 2, 0, torch.Generator().manual_seed(0))
+    assert max(len(r) for i in items for r in i.responses) <= setup.task.max_new_tokens
+    setup.evaluate(setup.agent, 4, 0)
+    for prompts, completions, answer, columns in seen:
+        assert len(prompts) == len(completions) and all(eval(p[:-1]) == a for p, a in zip(prompts, answer, strict=True))
+        assert columns["topic"] == ["sums"] * len(prompts) and columns.keys() == {"topic", "completion_ids"}
+    assert len(seen) == 2
+
+
 def test_own_samples_beside_a_file(prefs, tmp_path):
-    method = override(PREFERENCE["spac"].value, {"num_envs": 4, "num_env_steps": 8, "solver": {"lr": 1e-4}})
+    method = override(PREFERENCE["spac"].value, {"num_envs": 4, "num_env_steps": 8, "solver": {"lr": 1e-4, "epochs": 1}})
     quiet = {"eval_episodes": 0, "progress": False, "method_id": "spac"}
     train(method, data=prefs, model="arithmetic", out=tmp_path / "run", **quiet)
     rows = Metrics(tmp_path / "run").read()

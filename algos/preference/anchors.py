@@ -50,9 +50,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class EachRound:
-    """When a round (or a stage of the data) ends, the policy becomes the anchor; `stages` keeps all earlier ones as stage0, stage1, ..."""
-
-    stages: bool = False
+    """When a round (or a stage of the data) ends, the policy becomes the anchor."""
 
 
 @dataclass(frozen=True)

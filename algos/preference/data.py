@@ -7,7 +7,7 @@ prompts gets four rows of each pair: chosen and rejected under its own prompt, t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,10 +16,14 @@ from torch import Tensor
 from markovia.agents.interface import Agent
 from markovia.agents.records import Rollout, Views
 from markovia.algos.preference.anchors import Dataset, FromPolicy
+from markovia.algos.preference.game import SelfPlay
+from markovia.algos.preference.listwise import LambdaRank
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.pairwise import Crossed, Pairwise
+from markovia.algos.preference.pieces import OtherRewards
 from markovia.algos.preference.scores import NEEDS
 from markovia.algos.preference.token_level import differing, shared_subset
+from markovia.algos.preference.unpaired import WinRate
 from markovia.envs.text.preferences import Item, Kind, PreferenceData
 from markovia.envs.text.tokens import left_pad
 
@@ -59,6 +63,11 @@ def samples_beside(method: Preference, data: PreferenceData) -> bool:
 
 def check_needs(method: Preference, data: PreferenceData) -> None:
     """Raises ValueError naming the column that a file lacks for this method, and what the trainer does not offer."""
+    if method.target is not None and "target" in data.anchors:
+        raise ValueError(
+            f"{data.report.source} holds log-probs of an anchor 'target', but the method moves its own anchor 'target'; "
+            "drop or rename the columns"
+        )
     there, anchors = offered(data.kind, data.columns) | COMPUTED, {"ref", "target", *data.anchors}
     if isinstance(method.loss, Pairwise) and isinstance(method.loss.diff, Crossed):
         if "crossed" not in data.columns:
@@ -84,18 +93,59 @@ def check_needs(method: Preference, data: PreferenceData) -> None:
         )
 
 
+def reads_win_rates(method: Preference) -> bool:
+    """Whether scores are probabilities P(y beats an opponent) to the loss, not rewards."""
+    loss = method.loss
+    parts = (loss, getattr(loss, "point", None), getattr(loss, "loss", None))
+    return "score" in method.needs and any(isinstance(p, SelfPlay | WinRate | LambdaRank) for p in parts)
+
+
 def prepare(method: Preference, data: PreferenceData) -> None:
-    """`check_needs`, and without the lists that have no best and worst response where the method is about pairs: they join the report."""
+    """`check_needs`, and without what the method can't learn from, which joins the report: lists that have no best and worst response where it is
+    about pairs, responses that are labelled bad where it imitates. Lists with several rewards are ranked by the one that the method's labels are of.
+
+    Raises ValueError where nothing is left, and for scores that are no win rates where the method reads them as such.
+    """
     check_needs(method, data)
-    if data.kind != "lists" or select(method.needs, data.kind) != "extremes":
-        return
-    tied = [i for i in data.items if len(set(totals(i))) == 1]
-    if tied:
-        data.report.dropped["all scores are equal"] = [i.line for i in tied]
-        data.items = [i for i in data.items if len(set(totals(i))) > 1]
+    if reads_win_rates(method):
+        for item in data.items:
+            if not all(0.0 <= s <= 1.0 for s in totals(item)):
+                raise ValueError(
+                    f"{data.report.source}, line {item.line} has the scores {item.score}; the method reads win rates, probabilities in [0, 1] "
+                    "that a response beats its opponent's: bring the scores there (of rewards r, the mean of s(r - r') over the others)"
+                )
+    margin = getattr(method.loss, "margin", None)
+    if data.kind == "lists" and isinstance(margin, OtherRewards):
+        _rank(data, margin.weights)
+    if data.kind == "lists" and select(method.needs, data.kind) == "extremes":
+        _leave_out(data, tied, "all scores are equal", "no list has a best and a worst response")
+    if data.kind == "single" and select(method.needs, "pairs") == "demo":
+        bad = "labelled bad, and the method imitates"
+        _leave_out(data, lambda i: i.values.get("label", 1.0) < 0.5, bad, "no response is labelled good")
+
+
+def _rank(data: PreferenceData, weights: Sequence[float]) -> None:
+    """Order the responses of each list by the dimension of weight 0, which MODPO's labels are of."""
+    labelled = [k for k, w in enumerate(weights) if w == 0.0]
+    if len(labelled) != 1:
+        raise ValueError(
+            f"the best and the worst response of a list are those of the labelled dimension; the labelled dimension is the one whose weight is 0 in "
+            f"loss.margin.weights, got {tuple(weights)}; set one of them to 0, or write pairs"
+        )
+    for item in data.items:
+        if any(not isinstance(s, list) or len(s) != len(weights) for s in item.score or ()):
+            raise ValueError(f"loss.margin.weights weigh {len(weights)} rewards per response, line {item.line} has the scores {item.score}")
+    data.items = [replace(i, rank=[s[labelled[0]] for s in i.score or ()]) for i in data.items]
+
+
+def _leave_out(data: PreferenceData, useless: Callable[[Item], bool], reason: str, nothing: str) -> None:
+    """Drop items, and tell it in the report. Raises ValueError with `nothing` where none is left."""
+    if lines := [i.line for i in data.items if useless(i)]:
+        data.report.dropped[reason] = lines
+        data.items = [i for i in data.items if not useless(i)]
         data.report.kept = len(data.items)
     if not data.items:
-        raise ValueError(f"no list has a best and a worst response. {data.report}")
+        raise ValueError(f"{nothing}. {data.report}")
 
 
 def crosses(needs: Collection[str]) -> bool:
@@ -137,8 +187,18 @@ def chosen_responses(item: Item, which: str, kind: Kind) -> list[int]:
 
 
 def totals(item: Item) -> list[float]:
-    """One score per response of a list: the sum over dimensions."""
-    return [float(sum(s)) if isinstance(s, list) else float(s) for s in item.score or ()]
+    """One score per response of a list: the sum over dimensions, or what the list is ranked by."""
+    return item.rank or [float(sum(s)) if isinstance(s, list) else float(s) for s in item.score or ()]
+
+
+def tied(item: Item) -> bool:
+    """Whether all responses of a list are equally good."""
+    return len(set(totals(item))) == 1
+
+
+def entries(items: Sequence[Item], kind: Kind, needs: Collection[str]) -> int:
+    """How many losses a method has on these items: one per item, or one per response where they stand alone."""
+    return sum(len(chosen_responses(i, select(needs, kind), kind)) for i in items) if "unpaired" in needs else len(items)
 
 
 @dataclass

@@ -16,12 +16,12 @@ from markovia.agents.distributions import Categorical
 from markovia.agents.interface import Agent
 from markovia.agents.records import masked_mean
 from markovia.algos.preference.anchors import EachRound, Extrapolated, Frozen, Sync, extrapolate, soft_sync
-from markovia.algos.preference.data import Batch, halves, make_batch, token_rows, with_logps
+from markovia.algos.preference.data import Batch, entries, halves, make_batch, token_rows, with_logps
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.metrics import pair_statistics, ranking_accuracy, top_k
 from markovia.algos.preference.pieces import sides
 from markovia.algos.preference.scores import TokenScores
-from markovia.algos.preference.sources import FileItems, JudgedSamples
+from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples
 from markovia.algos.preference.token_level import kl_ref_policy, log_collision
 from markovia.algos.statistics import Statistics
 from markovia.algos.trainer import Trainer, part
@@ -40,10 +40,20 @@ def moving_reference(agent: Agent) -> Agent:
     return frozen
 
 
+def _check_law(agent: Agent, source: FileItems | JudgedSamples) -> None:
+    """Raises ValueError where samples are drawn from part of the vocabulary: they are evaluated over all of it, so that log pi / old is not 0."""
+    top_p = agent.options.top_p  # type: ignore[attr-defined]
+    if isinstance(source, JudgedSamples | OwnSamples) and top_p < 1.0:
+        raise ValueError(f"rounds draw from the policy itself, over the whole vocabulary, and top_p is {top_p}; leave it at 1 in the agent options")
+    if isinstance(source, JudgedSamples) and source.task.allowed is not None:
+        raise ValueError("rounds draw from the policy itself, over the whole vocabulary, and the task allows some tokens only; drop its `allowed`")
+
+
 class PreferenceDriver(Trainer):
     """Trains a language agent on items of a source.
 
-    Raises ValueError at construction for an agent of another kind, and for stored log-probs where the method needs the anchor itself.
+    Raises ValueError at construction for an agent of another kind, for stored log-probs where the method needs the anchor itself, and for samples
+    of another law than the policy's.
     """
 
     method: Preference
@@ -57,6 +67,7 @@ class PreferenceDriver(Trainer):
             method = replace(method, num_env_steps=method.passes * len(source.items))
         if "value" in method.needs and agent.critic is None:
             raise ValueError("this method learns V(x), but the agent has no value head; build it with value_head=True")
+        _check_law(agent, source)
         self.source = source
         self.pad = agent.tokenizer.pad_token_id  # type: ignore[attr-defined]
         self.steps = 0  # of the optimiser
@@ -122,7 +133,7 @@ class PreferenceDriver(Trainer):
                 batch = make_batch([items[i] for i in micro.tolist()], self.source.kind, self.method.needs, self.pad, self.agent.device, generator)
                 scores = self.scores(batch)
                 loss = self.method(scores, batch.views).mean()
-                (loss * (len(micro) / len(index))).backward()
+                (loss * (self._entries(items, micro) / self._entries(items, index))).backward()
                 stats.add({"loss": loss.detach(), **self.describe(scores, batch)})
             stats.add({"grad_norm": self.move(lambda index=index: self.whole(items, index))})
             self.steps += 1
@@ -130,6 +141,9 @@ class PreferenceDriver(Trainer):
                 if isinstance(sync, Sync) and self.steps % sync.every == 0:
                     self._move(anchor, sync.rate)
         return stats.means()
+
+    def _entries(self, items: list[Item], index: Tensor) -> int:
+        return entries([items[i] for i in index.tolist()], self.source.kind, self.method.needs)
 
     def whole(self, items: list[Item], index: Tensor) -> dict[str, Any]:
         """A minibatch in one, with the texts of its items, for whoever wants to look at it."""

@@ -10,19 +10,29 @@ from torch import Tensor
 
 from markovia.agents.interface import Agent
 from markovia.agents.records import masked_mean
-from markovia.algos.preference.data import token_rows, totals, with_logps
+from markovia.algos.preference.data import tied, token_rows, totals, with_logps
 from markovia.algos.preference.metrics import top_k
 from markovia.algos.preference.token_level import kl_ref_policy
 from markovia.envs.text.preferences import Item, Kind, PreferenceData
 from markovia.envs.text.tasks import TextTask
 
 
+def ordered(items: Sequence[Item], kind: Kind) -> list[Item]:
+    """The items less the lists of equal scores, which have no better and no worse response."""
+    return [i for i in items if kind != "lists" or not tied(i)]
+
+
 class HeldOut:
-    """Items that are not trained on, with the log-probs of the policy at the start. `agent` at construction is that policy."""
+    """Items that are not trained on, with the log-probs of the policy at the start. `agent` at construction is that policy.
+
+    Lists of equal scores are left out. Raises ValueError where nothing remains.
+    """
 
     def __init__(self, agent: Agent, items: Sequence[Item], kind: Kind) -> None:
         self.kind, self.pad = kind, agent.tokenizer.pad_token_id  # type: ignore[attr-defined]
-        self.items = with_logps(agent, items, self.pad, anchor="start")
+        if not (told := ordered(items, kind)):
+            raise ValueError("there is nothing to judge by: every list has equal scores")
+        self.items = with_logps(agent, told, self.pad, anchor="start")
         # Adapters off is the start again; a second copy of a whole network would be too dear for a statistic.
         self.start = agent.reference() if getattr(agent.options, "lora", None) else None  # type: ignore[attr-defined]
 
@@ -76,18 +86,33 @@ def unscored(prompts: list[str], completions: list[str], **columns: Any) -> list
 SAMPLE_TOKENS = 64  # of a sampled text, where the data's responses are not shorter
 
 
-def prompt_task(data: PreferenceData, tokenizer: Any, judge: Any, held_out: Sequence[Item], limit: int | None = None) -> TextTask | None:
+def prompt_task(
+    data: PreferenceData, tokenizer: Any, judge: Any, held_out: Sequence[Item], limit: int | None = None, max_new_tokens: int | None = None
+) -> TextTask | None:
     """The data's prompts as a text task, for samples and for rounds; None where they have none of their own. `limit` prompts at most.
 
-    Prompts that had to be cut are left out, since a task reads texts whole.
+    The judge gets the file's other columns, of the first row with a prompt. Prompts that had to be cut are left out, since a task reads texts whole.
+    Texts have at most `max_new_tokens`, or are as long as the data's responses, up to SAMPLE_TOKENS.
     """
     bos = getattr(getattr(tokenizer, "inner", None), "bos_token", None) or ""
 
-    def texts(items: Sequence[Item]) -> list[str]:
+    def texts(items: Sequence[Item]) -> dict[str, Item]:
         # A template wrote the BOS token as text; the task's tokenizer puts it there by itself.
-        return list(dict.fromkeys(i.prompt_text.removeprefix(bos) for i in items if i.prompt_text and not i.prompt_cut))[:limit]
+        found: dict[str, Item] = {}
+        for item in items:
+            if item.prompt_text and not item.prompt_cut:
+                found.setdefault(item.prompt_text.removeprefix(bos), item)
+        return dict(list(found.items())[:limit])
+
+    def columns(found: dict[str, Item]) -> dict[str, Sequence[Any]]:
+        return {c: [i.told[c] for i in found.values()] for c in data.items[0].told} if found else {}
 
     away = {id(i) for i in held_out}
     train, rest = texts([i for i in data.items if id(i) not in away]), texts(held_out)
+    if not train:
+        return None
     longest = max((len(r) for i in data.items for r in i.responses), default=SAMPLE_TOKENS)
-    return TextTask(train, tokenizer, judge, max_new_tokens=min(SAMPLE_TOKENS, longest), held_out=rest) if train else None
+    return TextTask(
+        list(train), tokenizer, judge, max_new_tokens=max_new_tokens or min(SAMPLE_TOKENS, longest), columns=columns(train),
+        held_out=list(rest), held_out_columns=columns(rest),
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """The preference methods: every row is a setting of one loop (`Preference`); where a row is silent, DPO's setting holds.
 
 Anchors: ref is the reference that `reference` moves, old the policy that sampled the round, proposal another sampler, stage0, stage1, ... the
-policies of earlier rounds. gold is a third row of each pair; which response that is says the row's comment.
+policies of earlier rounds, whose log-probs a file has to hold: the loop keeps none of them. gold is a third row of each pair; which response that
+is says the row's comment.
 """
 
 from __future__ import annotations
@@ -128,9 +129,8 @@ PREFERENCE = table(
              "as much reference as it orders the pair rightly", f"pieces:ReferenceGap {PHI}"),
         _row("modpo", Preference(Pairwise(margin=OtherRewards((0.0, 0.5)), temperature=0.5)), "dpo", "2310.03708",
              "other rewards enter as a margin; any weighting of them", f"pieces:OtherRewards {PHI}"),
-        _row("spo-seq", Preference(Pairwise(0.1, Difference(Score(anchors=(("stage1", 1.0),))), margin=EarlierRounds((1.0,))),
-                                   EachRound(stages=True)), "modpo", "2405.12739", "dimension after dimension, keeping what earlier rounds learnt",
-             f"pieces:EarlierRounds {PHI}"),
+        _row("spo-seq", Preference(Pairwise(0.1, Difference(Score(anchors=(("stage1", 1.0),))), margin=EarlierRounds((1.0,)))),
+             "modpo", "2405.12739", "dimension after dimension, keeping what earlier rounds learnt", f"pieces:EarlierRounds {PHI}"),
         _row("iopo", Preference(Pairwise(diff=Crossed())), "dpo", "2411.06208", "answers of two prompts against the answers swapped",
              f"pairwise:Crossed {PHI}", TEXT),
         # -- with a likelihood term
@@ -210,10 +210,9 @@ PREFERENCE = table(
         _row("nash-mp", Preference(SelfPlay((("ref", 0.1), ("target", 0.5)), "others", max_ratio=10.0), target=Sync(0.05, 1), sampler=FromPolicy(4)),
              "ipo/nash-md", "2505.19731", "self-play near a policy that lags: prices beta on the reference, beta / eta on the target",
              "game:self_play anchors:soft_sync"),
-        _row("spac", Preference(Pairwise(0.5, Difference(OLD), coef=10.0, terms=(
-            LogRatio(0.5, "gold", "old", 20.0), LogRatio(-0.25, "chosen", "old", 20.0), LogRatio(-0.25, "rejected", "old", 20.0))),
-            sampler=FromPolicy(1)), "dpo", "2406.04274", "an adversarial critic lowers own samples (gold) against the data: pessimism",
-             f"pieces:LogRatio {PHI}"),
+        _row("spac", _several_steps(Pairwise(0.5, Difference(OLD), coef=10.0, terms=(
+            LogRatio(0.5, "gold", "old", 20.0), LogRatio(-0.25, "chosen", "old", 20.0), LogRatio(-0.25, "rejected", "old", 20.0))), 1),
+             "dpo", "2406.04274", "an adversarial critic lowers own samples (gold) against the data: pessimism", f"pieces:LogRatio {PHI}"),
         # -- anchors over time
         _row("tr-dpo", Preference(Pairwise(0.05), Sync(0.6, 512)), "dpo", "2404.09656", "the reference follows in weight space",
              f"anchors:soft_sync {PHI}"),

@@ -210,7 +210,7 @@ class OtherRewards:
 
 @dataclass(frozen=True)
 class EarlierRounds:
-    """Sequential PO: margin = sum_i lam_i D R_i, with the implicit rewards of the rounds before, read from their anchors stage0, stage1, ...
+    """Sequential PO: margin = sum_i lam_i D R_i, with the implicit rewards of the rounds before, read from their anchors stage0, ... of a file
 
     R_i = beta log(pi_i / pi_(i-1)) - sum_{j<i} lam_j R_j;  optimum pi_n ~ pi_(n-1) e^((R_n + sum_i lam_i R_i) / beta)     [arXiv 2405.12739, derived]
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from markovia.agents.reward_model import RewardModel
 from markovia.algos.on_policy.method import Descent
+from markovia.algos.preference.data import totals
 from markovia.algos.preference.method import FromPreferences
 from markovia.algos.preference.sources import FileItems
 from markovia.algos.setup import Request, Setup
@@ -58,7 +59,7 @@ class RewardTraining(FromPreferences):
 
 def pairs_of(item: Item, ranked: bool) -> list[tuple[int, int]]:
     """(better, worse) responses of an item: chosen and rejected, or every two of a ranked list with different scores."""
-    score = item.score or []
+    score = totals(item)
     return [(i, j) for i in range(len(score)) for j in range(len(score)) if score[i] > score[j]] if ranked else [(0, 1)]
 
 

@@ -9,7 +9,7 @@ import gymnasium as gym
 from markovia.agents.interface import Agent
 from markovia.algos.preference.anchors import Dataset
 from markovia.algos.preference.data import prepare, samples_beside
-from markovia.algos.preference.evaluation import HeldOut, prompt_task, unscored
+from markovia.algos.preference.evaluation import HeldOut, ordered, prompt_task, unscored
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples
 from markovia.algos.setup import Request, Setup, evaluate_sequences, sample_sequences
@@ -40,20 +40,24 @@ def build_preference(method: Preference, request: Request) -> Setup:
     like_task = {"temperature": task.temperature, "max_new_tokens": task.max_new_tokens} if task is not None and data is None else {}
     agent = LanguageAgent.from_name(base, value_head="value" in method.needs, **{"packed": True, **like_task, **options})
     agent.to(request.device)
-    found = None if data is None else load_preferences(data["path"], agent.tokenizer, DataOptions(**data.get("options", {})))
+    reading = DataOptions(**(data or {}).get("options", {}))
+    found = None if data is None else load_preferences(data["path"], agent.tokenizer, reading)
     judge = None if data is None or data.get("judge") is None else resolve(data["judge"])
     note = "" if found is None else str(found.report)
     prompts_only = found is not None and found.kind == "prompts"
     if not isinstance(method.sampler, Dataset) and (judged or prompts_only):
-        return _online(method, agent, task, found, judge, note)
-    assert found is not None and data is not None
+        if task is None:
+            task = _prompts(found, agent.tokenizer, judge, reading, options.get("max_new_tokens"))
+        return _online(method, agent, task, note)
+    assert found is not None
     prepare(method, found)
-    train, held_out = found.parts(DataOptions(**data.get("options", {})).held_out)
-    held = HeldOut(agent, held_out or train[:32], found.kind)
-    task = task or prompt_task(found, agent.tokenizer, judge or unscored, held_out, SAMPLED_PROMPTS)
+    train, held_out = found.parts(reading.held_out)
+    seen = not ordered(held_out, found.kind)
+    held = HeldOut(agent, ordered(train, found.kind)[:32] if seen else held_out, found.kind)
+    task = task or prompt_task(found, agent.tokenizer, judge or unscored, held_out, SAMPLED_PROMPTS, options.get("max_new_tokens"))
 
     def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
-        out = {**held(agent), "held_out": bool(held_out)}
+        out = {**held(agent), "held_out": not seen}
         if task is not None:
             rollout = sample_sequences(agent, task, episodes, seed)
             out |= {"prompts": rollout.outcome["prompt_text"], "completions": rollout.outcome["completion_text"]}
@@ -74,17 +78,21 @@ def _text_task(env_id: str, env_kwargs: dict[str, Any], model: str | None) -> Te
     return make_task(**{**kwargs, **named})
 
 
-def _online(method: Preference, agent: Any, task: TextTask | None, found: PreferenceData | None, judge: Any, note: str) -> Setup:
-    """Rounds of judged samples on the task's prompts, or on the file's with a judge of one's own."""
+def _prompts(found: PreferenceData | None, tokenizer: Any, judge: Any, reading: DataOptions, max_new_tokens: int | None) -> TextTask:
+    """A file's prompts as the task of rounds. Raises ValueError without a judge or prompts."""
+    if found is None or judge is None:
+        raise ValueError(
+            "this method samples its own responses, so it needs prompts and a judge: --env with a text task, or --data with a column prompt and "
+            "--judge module:function, called as (prompts, completions, **columns) -> list of numbers"
+        )
+    task = prompt_task(found, tokenizer, judge, found.parts(reading.held_out)[1], max_new_tokens=max_new_tokens)
     if task is None:
-        if found is None or judge is None:
-            raise ValueError(
-                "this method samples its own responses, so it needs prompts and a judge: --env with a text task, or --data with a column prompt and "
-                "--judge module:function, called as (prompts, completions, **columns) -> list of numbers"
-            )
-        task = prompt_task(found, agent.tokenizer, judge, found.parts(DataOptions().held_out)[1])
-        if task is None:
-            raise ValueError(f"{found.report.source} has no prompts; rounds of samples need a column prompt")
+        raise ValueError(f"{found.report.source} has no prompts; rounds of samples need a column prompt")
+    return task
+
+
+def _online(method: Preference, agent: Any, task: TextTask, note: str) -> Setup:
+    """Rounds of judged samples on the task's prompts."""
 
     def evaluate(agent: Agent, episodes: int, seed: int) -> dict[str, Any]:
         return evaluate_sequences(agent, task, episodes, seed)

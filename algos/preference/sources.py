@@ -14,12 +14,11 @@ from markovia.agents.language import LanguageAgent
 from markovia.agents.records import Rollout
 from markovia.algos.collect import rewards_of
 from markovia.algos.preference.anchors import Dataset, FromMixture, FromPolicy
-from markovia.algos.preference.data import with_logps
+from markovia.algos.preference.data import reads_win_rates, with_logps
 from markovia.algos.preference.game import SelfPlay
-from markovia.algos.preference.listwise import LambdaRank, Listwise
+from markovia.algos.preference.listwise import Listwise
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.mixture import mixture
-from markovia.algos.preference.unpaired import Pointwise, WinRate
 from markovia.algos.streams import stream
 from markovia.envs.text.preferences import Item, Kind
 from markovia.envs.text.tokens import left_pad
@@ -54,6 +53,7 @@ def win_rates(reward: Tensor, itself: bool = False) -> Tensor:
     """P(y beats a response of its group) of rewards (G, K): mean of s(r_i - r_j) over the K - 1 others j.
 
     `itself` takes the mean over all K, the response itself counted 1/2: SPPO's estimate.                                    [arXiv 2405.00675]
+    Less the mean of the others' rates that is P - 1/2 over the K - 1 others, SelfPlay's unbiased advantage.
     """
     wins = torch.sigmoid(reward[:, :, None] - reward[:, None])
     return wins.mean(2) if itself else (wins.sum(2) - 0.5) / (reward.shape[1] - 1)
@@ -61,12 +61,12 @@ def win_rates(reward: Tensor, itself: bool = False) -> Tensor:
 
 def judged(method: Preference, reward: Tensor) -> Tensor:
     """What the loss reads as scores of responses with rewards (G, K): win rates or the rewards themselves."""
+    if not reads_win_rates(method):
+        return reward
     loss = method.loss
-    if isinstance(loss, Pointwise) and isinstance(loss.point, WinRate):
-        return win_rates(reward, itself=True)
-    if isinstance(loss, SelfPlay) or (isinstance(loss, Listwise) and isinstance(loss.loss, LambdaRank)):
-        return win_rates(reward)
-    return reward
+    # The others' rates hold their wins over y_i, which as y_i's baseline would count its own K / (K - 1) times; with itself in each they cancel.
+    alone = isinstance(loss, Listwise) or (isinstance(loss, SelfPlay) and loss.baseline == "half")
+    return win_rates(reward, itself=not alone)
 
 
 class JudgedSamples:
@@ -83,7 +83,9 @@ class JudgedSamples:
             raise ValueError("this method learns from pairs of a file (and sets samples beside them); give it --data with chosen and rejected")
         self.task, self.method = task, method
         self.duel = isinstance(sampler, FromMixture) and not sampler.both  # one response of the policy against one of the mixture
-        self.kind: Kind = "single" if self.duel else "lists" if "groups" in method.needs else "pairs"
+        needs = set(method.needs)
+        each = "groups" in needs or {"unpaired", "score"} <= needs  # every response has a score of its own to learn from
+        self.kind: Kind = "single" if self.duel else "lists" if each else "pairs"
 
     def _samplers(self, agent: LanguageAgent, reference: Agent | None) -> list[tuple[LanguageAgent, int]]:
         """Who samples how many responses to each prompt."""
@@ -181,5 +183,5 @@ def _extremes(item: Item, reward: Tensor) -> Item:
 
 def _with_third(pair: Item, other: Item) -> Item:
     """The pair with another item's response as gold; log-probs of two samplers are not those of one anchor, so they are dropped."""
-    score = None if pair.score is None else [*pair.score, 0.0]  # nothing reads the third one's
+    score = None if pair.score is None else [*pair.score, pair.score[-1]]  # nothing reads the third one's
     return replace(pair, responses=[*pair.responses[:2], other.responses[0]], score=score, logps={})

@@ -26,7 +26,8 @@ def shared_subset(mask: Tensor, pairs: Tensor, generator: torch.Generator | None
 def differing(tokens: Tensor, mask: Tensor, pairs: Tensor) -> Tensor:
     """BMC's views.diff (B, T): response tokens outside the longest matching blocks of the two responses of a pair.    [arXiv 2408.07471]
 
-    tokens (B, T) int64, mask (B, T) bool, pairs (P, 2); one alignment per pair on the CPU.
+    tokens (B, T) int64, mask (B, T) bool, pairs (P, 2); one alignment per pair on the CPU. The authors' code leaves stop words out of the differing
+    tokens; here they count, since a list of them belongs to one language and tokenizer.
     """
     out = torch.zeros_like(mask)
     for w, l in pairs.tolist():

@@ -56,6 +56,8 @@ class Item:
     line: int = 0  # of the file, from 1
     prompt_cut: bool = False  # the prompt lost its beginning
     other: Item | None = None  # the two responses the other way round, under the prompt for which the rejected one is good
+    rank: list[float] | None = None  # what the responses of a list are ordered by, where that is not the sum of their scores' dimensions
+    told: dict[str, Any] = field(default_factory=dict)  # the row's columns that nothing here reads, for a judge
 
 
 @dataclass
@@ -89,10 +91,23 @@ class PreferenceData:
     report: Report
 
     def parts(self, held_out: int) -> tuple[list[Item], list[Item]]:
-        """(training, held-out) items: whole prompts are drawn, always the same, until `held_out` items or a tenth are reached."""
+        """(training, held-out) items: whole prompts are drawn, always the same, until `held_out` items or a tenth are reached.
+
+        Two prompts that an item crosses count as one.
+        """
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}  # prompt -> one that it is joined with, in the end itself
+
+        def first(prompt: tuple[int, ...]) -> tuple[int, ...]:
+            while (to := same.setdefault(prompt, prompt)) != prompt:
+                same[prompt] = prompt = same[to]  # halves the way for the next one
+            return prompt
+
+        for item in self.items:
+            if item.other is not None:
+                same[first(tuple(item.other.prompt))] = first(tuple(item.prompt))
         by_prompt: dict[tuple[int, ...], list[Item]] = {}
         for item in self.items:
-            by_prompt.setdefault(tuple(item.prompt), []).append(item)
+            by_prompt.setdefault(first(tuple(item.prompt)), []).append(item)
         groups = list(by_prompt.values())
         rest: list[Item] = []
         out: list[Item] = []
@@ -111,11 +126,15 @@ def _parts(row: Mapping[str, Any], format: str, options: DataOptions) -> tuple[A
         chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
         if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
             raise BadRow("chosen and rejected are not two texts or two chats")
+        gold = [row["gold"]] if "gold" in row else []
         if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
             prompt, chosen, rejected = implicit_prompt(chosen, rejected, options.prompt_end)
+            if any(not isinstance(g, type(prompt)) or g[: len(prompt)] != prompt for g in gold):
+                raise BadRow("gold does not begin with the prompt of chosen and rejected")
+            gold = [g[len(prompt) :] for g in gold]
         elif isinstance(prompt, str) and isinstance(chosen, list):
             prompt = [{"role": "user", "content": prompt}]
-        return prompt, [chosen, rejected, *([row["gold"]] if "gold" in row else [])]
+        return prompt, [chosen, rejected, *gold]
     if format == "ranked":
         if not isinstance(row["completions"], list) or len(row["completions"]) < 2:
             raise BadRow("fewer than two completions")
@@ -146,7 +165,9 @@ def _scores(row: Mapping[str, Any], kind: Kind, count: int) -> list[Any] | None:
     if kind == "pairs":
         if "score_chosen" not in row or "score_rejected" not in row:
             return None
-        found = [row["score_chosen"], row["score_rejected"], *([row.get("score_gold", 0.0)] if count == 3 else [])]
+        first = row["score_chosen"]
+        nothing = [0.0] * len(first) if isinstance(first, list) else 0.0
+        found = [first, row["score_rejected"], *([row.get("score_gold", nothing)] if count == 3 else [])]
     elif kind == "lists":
         found = row["scores"]
     elif "score" in row:
@@ -156,7 +177,18 @@ def _scores(row: Mapping[str, Any], kind: Kind, count: int) -> list[Any] | None:
     if not isinstance(found, list) or len(found) != count:
         raise BadRow("scores are not one number per response")
     what = "scores are not one number per response: one of them"
-    return [[_finite(x, what) for x in s] if isinstance(s, list) else _finite(s, what) for s in found]
+    scores = [[_finite(x, what) for x in s] if isinstance(s, list) else _finite(s, what) for s in found]
+    if any(s == [] or _dimensions(s) != _dimensions(scores[0]) for s in scores):
+        raise BadRow(_UNEQUAL)
+    return scores
+
+
+_UNEQUAL = "a score has another number of dimensions than the first one"
+
+
+def _dimensions(score: Any) -> int | None:
+    """How many numbers a score has; None: it is one."""
+    return len(score) if isinstance(score, list) else None
 
 
 def anchor_columns(columns: set[str], kind: Kind) -> dict[str, list[str]]:
@@ -249,10 +281,13 @@ def load_preferences(path: str | Path, tokenizer: Any, options: DataOptions | No
             if not report.format:
                 report.format = detect(set(row))
                 wanted = set(row)
-            if missing := sorted({c for c in wanted if c in _READ or c.endswith(("_logps", "weights"))} - row.keys()):
+            read = {c for c in wanted if c in _READ or c.endswith(("_logps", "weights"))}
+            if missing := sorted(read - row.keys()):
                 raise BadRow(f"no column {missing[0]!r}")
             item = _item({k: v for k, v in row.items() if k in wanted}, report.format, tokenizer, options, changed)
-            items.append(replace(item, line=number))
+            if item.score and items and items[0].score and _dimensions(item.score[0]) != _dimensions(items[0].score[0]):
+                raise BadRow(_UNEQUAL)
+            items.append(replace(item, line=number, told={c: row.get(c) for c in sorted(wanted - read)}))
         except BadRow as reason:
             report.dropped.setdefault(str(reason), []).append(number)
             continue

@@ -7,6 +7,7 @@ from preference_pieces import ROWS, load, pairs
 from markovia.agents.language import LanguageAgent
 from markovia.algos.preference.data import check_needs, make_batch, prepare
 from markovia.algos.preference.sources import FileItems
+from markovia.algos.presets import override
 
 
 def test_rows_and_views_of_a_pair_with_gold(tmp_path):
@@ -97,3 +98,60 @@ def test_lists_without_a_best_response_are_counted(tmp_path):
     assert len(data.items) == 1 and data.report.dropped == {"all scores are equal": [2]} and data.report.kept == 1
     with pytest.raises(ValueError, match="no list has a best and a worst"):
         prepare(ROWS["dpo"].value, load(tmp_path, ranked[1:]))
+
+
+def test_demonstrations_are_the_good_responses(tmp_path):
+    """A method that imitates reads no label, so responses that are labelled bad are no demonstrations."""
+    labelled = [{"prompt": "1+1=", "completion": c, "label": c == "2"} for c in "235"]
+    data = load(tmp_path, labelled)
+    prepare(ROWS["sft-bridge"].value, data)
+    assert [i.line for i in data.items] == [1] and data.report.dropped == {"labelled bad, and the method imitates": [2, 3]} and data.report.kept == 1
+    kept = load(tmp_path, labelled)
+    prepare(ROWS["kto"].value, kept)
+    assert len(kept.items) == 3
+    with pytest.raises(ValueError, match="no response is labelled good"):
+        prepare(ROWS["sft-bridge"].value, load(tmp_path, labelled[1:]))
+
+
+def test_lists_with_several_rewards_are_ranked_by_the_labelled_one(tmp_path):
+    """MODPO's label is that of the dimension whose weight is 0: the sum has another best and another worst response."""
+    ranked = [{"prompt": "1+1=", "completions": ["2", "3", "4"], "scores": [[0, 9], [1, 5], [2, 0]]}]
+    data, text = load(tmp_path, ranked), LanguageAgent.from_name("arithmetic").tokenizer
+    modpo = ROWS["modpo"].value
+    prepare(modpo, data)
+    batch = make_batch(data.items, "lists", modpo.needs, 0)
+    assert [text.decode(r[:1]) for r in batch.record.action.tolist()] == ["4", "2"] and batch.views.score.tolist() == [[2.0, 0.0], [0.0, 9.0]]
+    tied = load(tmp_path, [*ranked, {**ranked[0], "scores": [[1, 9], [1, 5], [1, 0]]}])
+    prepare(modpo, tied)
+    assert tied.report.dropped == {"all scores are equal": [2]}
+    for weights, temperature in (((0.1, 0.4), 0.5), ((0.0, 0.0), 1.0)):
+        several = override(modpo, {"loss": {"margin": {"weights": list(weights)}, "temperature": temperature}})
+        with pytest.raises(ValueError, match="the labelled dimension is the one whose weight is 0"):
+            prepare(several, load(tmp_path, ranked))
+        prepare(several, load(tmp_path, pairs(score_chosen=[1, 0], score_rejected=[0, 0])))  # a pair has its label
+    with pytest.raises(ValueError, match=r"margin\.weights weigh 2 rewards"):
+        prepare(modpo, load(tmp_path, [{**ranked[0], "scores": [0, 1, 2]}]))
+
+
+@pytest.mark.parametrize("row", ["sppo", "ipo/nash-md", "nash-mp", "lipo"])
+def test_win_rates_of_a_file_are_win_rates(tmp_path, row):
+    def judged(*scores):
+        if row in ("nash-mp", "lipo"):
+            lists = [{"prompt": "1+1=", "completions": ["2", "3"], "scores": list(s)} for s in scores]
+            return load(tmp_path, [{**r, "old_logps": [[-0.5] * 2] * 2} for r in lists])
+        return load(tmp_path, [{**pairs()[0], "score_chosen": a, "score_rejected": b} | OLD for a, b in scores])
+
+    prepare(ROWS[row].value, judged((1, 0), (0.3, 0.7)))
+    for bad in ((7.5, 0), (-2, 1)):
+        with pytest.raises(ValueError, match=r"line 2 has the score.* the method reads win rates, .* in \[0, 1\]"):
+            prepare(ROWS[row].value, judged((1, 0), bad))
+    prepare(ROWS["exo"].value, judged((1, 0), (7.5, -2)))  # reads rewards
+
+
+OLD = {"old_chosen_logps": [-0.5] * 2, "old_rejected_logps": [-0.5] * 2}
+
+
+def test_an_anchor_that_the_method_moves_is_not_a_files(tmp_path):
+    ranked = [{"prompt": "1+1=", "completions": ["2", "3"], "scores": [1, 0], "old_logps": [[-0.5] * 2] * 2, "target_logps": [[-0.5] * 2] * 2}]
+    with pytest.raises(ValueError, match="the method moves its own anchor 'target'"):
+        check_needs(ROWS["nash-mp"].value, load(tmp_path, ranked))

@@ -18,7 +18,9 @@ from markovia.algos.preference.pairwise import Difference, Pairwise, Residual, S
 from markovia.algos.preference.pieces import Given, OtherRewards, ScoreGap
 from markovia.algos.preference.population import bandit_scores, minimise, total_variation, tree_scores, weighted_mean
 from markovia.algos.preference.scores import Score, TokenScores
+from markovia.algos.preference.sources import judged
 from markovia.algos.preference.unpaired import DRO, Pointwise, WinRate
+from markovia.algos.presets import override
 from markovia.envs.exact import EnumerableTokenMDP, PreferenceBandit, PreferenceGame
 
 torch.set_num_threads(1)
@@ -297,6 +299,24 @@ def test_self_play_near_a_target_that_follows_ends_at_the_regularised_equilibriu
             logits -= grad
             target = soft_sync(target, logits, rate=0.05)
     assert total_variation(torch.log_softmax(logits.detach(), -1), at(game.equilibrium(tau))) < 1e-4
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("baseline", ["others", "half"])
+def test_rounds_of_self_play_have_the_gradient_of_the_win_rate_against_oneself(K: int, baseline: str) -> None:
+    """nash-mp on every group of K responses, judged as a round's are: its mean gradient is that of P(y > pi) exactly, prices left out."""
+    method = override(PREFERENCE["nash-mp"].value, {"loss": {"price": [["ref", 0.0], ["target", 0.0]], "baseline": baseline}})
+    reward, logits = at([0.7, -0.3, 1.1, 0.0]), torch.randn(4, generator=torch.Generator().manual_seed(3), dtype=F64).requires_grad_()
+    logp = torch.log_softmax(logits, -1)
+    groups = torch.cartesian_prod(*[torch.arange(4)] * K)
+    rows = torch.arange(groups.numel())
+    anchors = {name: logp.detach()[groups].view(-1, 1) for name in ("ref", "target", "old")}
+    scores = TokenScores(logp[groups].view(-1, 1), torch.ones(len(rows), 1, dtype=torch.bool), anchors)
+    surrogate = method(scores, Views(groups=rows.view(-1, K), unpaired=rows, score=judged(method, reward[groups]).flatten()))
+    each = surrogate if baseline == "others" else surrogate.view(-1, K).mean(1)
+    (found,) = torch.autograd.grad((logp.detach()[groups].sum(1).exp() * each).sum(), logits, retain_graph=True)
+    rate = torch.sigmoid(reward[:, None] - reward) @ logp.detach().exp()
+    torch.testing.assert_close(found, -torch.autograd.grad((logp.exp() * rate).sum(), logits)[0], rtol=0, atol=1e-12)
 
 
 def test_the_self_play_surrogate_pays_for_the_future_on_trees() -> None:

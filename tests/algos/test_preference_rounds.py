@@ -12,7 +12,7 @@ from markovia.algos.preference.data import make_batch, prepare
 from markovia.algos.preference.driver import PreferenceDriver
 from markovia.algos.preference.method import Preference
 from markovia.algos.preference.mixture import mixture
-from markovia.algos.preference.sources import JudgedSamples, OwnSamples, win_rates
+from markovia.algos.preference.sources import FileItems, JudgedSamples, OwnSamples, win_rates
 from markovia.algos.presets import override
 from markovia.envs.text.tasks import arithmetic
 
@@ -66,6 +66,14 @@ def sampled(row, **changes):
     task.rewards, task.solved = [noisy], None
     agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
     return PreferenceDriver(method, agent, JudgedSamples(task, method), seed=0)
+
+
+def beside(folder, row, **changes):
+    """A driver of a method that sets its samples beside the pairs of a file."""
+    method, data = method_of(row, **changes), load(folder, pairs())
+    prepare(method, data)
+    agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
+    return PreferenceDriver(method, agent, OwnSamples(data.items, "pairs"), seed=0)
 
 
 SAMPLED = ["ipo/online", "rebel", "irepo", "sppo", "sppo/hard", "inpo", "nash-mp", "brain", "ipo/ipo-md", "ipo/nash-md", "vpo/online"]
@@ -169,17 +177,46 @@ def test_a_duel_is_won_by_the_policys_own_response():
 
 
 def test_own_samples_stand_beside_the_pairs_of_a_file(tmp_path):
-    data, method = load(tmp_path, pairs()), method_of("spac")
-    prepare(method, data)
-    agent = LanguageAgent.from_name("arithmetic", temperature=3.0, packed=True)
-    driver = PreferenceDriver(method, agent, OwnSamples(data.items, "pairs"), 0)
-    items, _ = driver.source.draw(agent, None, 0, 4, 0, torch.Generator().manual_seed(0))
-    assert all(len(i.responses) == 3 and len(i.logps["old"]) == 3 for i in items) and all(len(i.responses) == 2 for i in data.items)
-    batch = make_batch(items, "pairs", method.needs, 0)
+    driver = beside(tmp_path, "spac", solver=override(method_of("spac").solver, {"epochs": 1}))
+    items, _ = driver.source.draw(driver.agent, None, 0, 4, 0, torch.Generator().manual_seed(0))
+    assert all(len(i.responses) == 3 and len(i.logps["old"]) == 3 for i in items) and all(len(i.responses) == 2 for i in driver.source.items)
+    batch = make_batch(items, "pairs", driver.method.needs, 0)
     assert batch.views.gold.tolist() == [2, 5, 8, 11]
-    assert torch.allclose(agent.evaluate(batch.record, ["logp"]).logp, batch.logps["old"], atol=1e-5)
-    # All log-ratios are 0 at the start: coef log 2 = 10 log 2, the terms vanish.
-    assert driver.step()["loss"] == pytest.approx(6.93147, abs=1e-3)
+    assert torch.allclose(driver.agent.evaluate(batch.record, ["logp"]).logp, batch.logps["old"], atol=1e-5)
+    # All log-ratios are 0 at a round's first step: coef log 2 = 10 log 2, the terms vanish. Those after it fall.
+    assert driver.step()["loss"] == pytest.approx(6.93147, abs=1e-3) == driver.step()["loss"]
+    assert beside(tmp_path, "spac").step()["loss"] < 6.9
+
+
+@pytest.mark.parametrize("row", ["rebel", "spac"])
+def test_samples_of_another_law_than_the_policys_are_refused(tmp_path, row):
+    """Log-probs over a nucleus or the tokens that a task allows are not those of the whole vocabulary, which the ratio would be taken to."""
+    agent, task = LanguageAgent.from_name("arithmetic", top_p=0.9), arithmetic()
+    source = OwnSamples(load(tmp_path, pairs()).items, "pairs") if row == "spac" else JudgedSamples(task, method_of(row))
+    with pytest.raises(ValueError, match=r"top_p is 0\.9"):
+        PreferenceDriver(method_of(row), agent, source)
+    PreferenceDriver(method_of("dpo"), agent, FileItems(load(tmp_path, pairs()).items, "pairs"))  # nothing is sampled
+    task.allowed = lambda prompt, response: response
+    with pytest.raises(ValueError, match="task allows some tokens only"):
+        PreferenceDriver(method_of("rebel"), LanguageAgent.from_name("arithmetic"), JudgedSamples(task, method_of("rebel")))
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "kind"),
+    [
+        ("nash-mp", {}, "lists"), ("nash-mp", {"baseline": "half"}, "lists"), ("ipo/nash-md", {}, "single"), ("sppo", {}, "pairs"),
+        ("sppo", {"view": "unpaired"}, "lists"), ("sppo/hard", {"view": "unpaired"}, "pairs"), ("sppo/hard", {}, "pairs"), ("brain", {}, "lists"),
+    ],
+)  # fmt: skip
+def test_what_a_round_makes_of_its_samples(row, loss, kind):
+    """All responses where each is scored by itself, best and worst where the loss is about pairs or labels."""
+    driver = sampled(row, loss=override(method_of(row).loss, loss))
+    assert driver.source.kind == kind
+    items, _ = driver.source.draw(driver.agent, driver.reference, 0, 4, 0, torch.Generator().manual_seed(0))
+    drawn = {"pairs": 2, "single": 1}.get(kind) or driver.method.sampler.per_prompt
+    assert items and all(len(i.responses) == len(i.score) == drawn for i in items)
+    stats = driver.step()
+    assert stats["loss"] == stats["loss"]
 
 
 def test_rounds_alone_have_no_pairs_of_a_file():

@@ -172,6 +172,19 @@ def test_micro_batches_give_the_gradient_of_the_whole(tmp_path):
     assert (found[0] - found[1]).abs().max() < 1e-6 and (found[0] - found[2]).abs().max() < 1e-6
 
 
+def test_micro_batches_of_ragged_lists_give_the_gradient_of_the_whole(tmp_path):
+    """DRO has a loss per response, so a list of five counts more than one of two, however the minibatch is cut."""
+    rows = [{"prompt": f"{n}+1=", "completions": [str(n + k) for k in range(n)], "scores": [k / 2 for k in range(n)]} for n in (2, 5, 3)]
+    found = []
+    for micro in (None, 2, 1):
+        solver = dataclasses.replace(method_of("dro").solver, micro=micro, max_grad_norm=1e6)
+        driver = make(method_of("dro", num_envs=3, num_env_steps=3, solver=solver), load(tmp_path, rows))
+        driver.move = lambda batch, driver=driver: found.append(driver.optimizer.grad.clone()) or torch.zeros(())
+        driver.step()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_kto_needs_another_prompt(tmp_path):
     with pytest.raises(ValueError, match="no mismatched responses"):
         make(method_of("kto", num_envs=1), load(tmp_path, pairs())).step()
@@ -244,6 +257,8 @@ def test_verdicts_on_held_out_lists_and_single_responses(tmp_path):
         hidden = agent.evaluate(make_batch(demos.items, "single", ("unpaired",), 0).record, ["hidden"]).hidden[0, 0]
         start[agent.tokenizer.encode("5")[0]] += hidden / hidden.norm()
     found = {kind: held(agent) for kind, held in parts.items()}
+    tied = load(tmp_path, [{"prompt": "1+1=", "completions": ["2", "5"], "scores": s} for s in ([1, 1], [0, 2])])
+    assert len(HeldOut(agent, tied.items, "lists")(agent)["returns"]) == 1  # of equal responses none is the better one
     assert found["lists"]["returns"] == [1.0] and found["lists"]["log_ratio_chosen"] > found["lists"]["log_ratio_rejected"]
     assert found["labels"]["returns"] == [1.0, 1.0]  # 5 rose, 2 fell
     assert found["demos"]["returns"] == [found["demos"]["log_ratio"]] and found["demos"]["log_ratio"] > 0.0

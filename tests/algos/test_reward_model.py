@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -93,6 +94,7 @@ def test_a_ranked_list_counts_once() -> None:
     tok = CharTokenizer("0123456789+=")
     item = Item([3], [[*tok.encode(x), 2] for x in ("1", "2", "3")], score=[2.0, 0.0, 2.0])
     assert pairs_of(item, True) == [(0, 1), (2, 1)]  # the two best are equal
+    assert pairs_of(dataclasses.replace(item, score=[[0.0, 3.0], [2.0, 0.0], [1.0, 1.0]]), True) == [(0, 1), (0, 2)]  # by the sums, as elsewhere
     driver = made([item, item], kind="lists")
     score = driver.model.scores([item.prompt + r for r in item.responses])
     expected = (bradley_terry(score[0], score[1]) + bradley_terry(score[2], score[1])) / 2

@@ -1,6 +1,7 @@
 """Preference files: TRL's formats and the conversational form, truncation, stored log-probs, and a report that drops nothing silently."""
 
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -73,6 +74,7 @@ def test_columns_and_stored_log_probs(tmp_path):
 
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+PLAIN = {"prompt": "a", "completion": "b"}
 RANKED = {"prompt": "a", "completions": ["b", "c"], "scores": [0, 1]}
 
 
@@ -94,6 +96,11 @@ RANKED = {"prompt": "a", "completions": ["b", "c"], "scores": [0, 1]}
         (RANKED, {**RANKED, "completions": ["b"]}, "fewer than two"),
         (RANKED, {**RANKED, "completions": ["b", "b"]}, "all responses are equal"),
         (RANKED, {**RANKED, "scores": [0]}, "scores are not one number"),
+        (RANKED, {**RANKED, "scores": [[0, 1], [1, 0]]}, "another number of dimensions"),
+        (RANKED, {**RANKED, "scores": [0, [1]]}, "another number of dimensions"),
+        ({**RANKED, "scores": [[0, 1], [1, 0]]}, {**RANKED, "scores": [[0, 1], [1, 0, 2]]}, "another number of dimensions"),
+        ({**GOOD, "score_chosen": [1], "score_rejected": [0]}, {**GOOD, "score_chosen": 1, "score_rejected": 0}, "another number of dimensions"),
+        ({**PLAIN, "score": 1}, {**PLAIN, "score": []}, "another number of dimensions"),
         ({"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": "good"}, "label is neither"),
         (
             {**GOOD, "ref_chosen_logps": [-1.0, -1.0], "ref_rejected_logps": [-1.0, -1.0]},
@@ -176,6 +183,30 @@ def test_conversations_go_through_the_template(tmp_path, row):
     assert ["".join(map(chr, r)) for r in item.responses] == ["yo|", "no|"]  # what follows the last EOS is the next turn's
 
 
+def test_gold_is_cut_by_the_implicit_prompt(tmp_path):
+    data = load(tmp_path, [{"chosen": "a b", "rejected": "a c", "gold": g} for g in ("a d", "d", "c a d")])
+    assert data.items[0].prompt == ids("a") and data.items[0].responses == [[*ids(r), EOS] for r in (" b", " c", " d")]
+    assert data.report.dropped == {"gold does not begin with the prompt of chosen and rejected": [2, 3]}
+    so = {"role": "assistant", "content": "so"}
+    chats = [{"chosen": [HI, YO], "rejected": [HI, NO], "gold": g} for g in ([HI, so], [so], "so")]
+    data = load_preferences(write(tmp_path, chats), Chat())
+    assert ["".join(map(chr, r)) for r in data.items[0].responses] == ["yo|", "no|", "so|"]
+    assert data.report.dropped == {"gold does not begin with the prompt of chosen and rejected": [2, 3]}
+    (item,) = load(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c", "gold": "a d"}]).items
+    assert item.responses[2] == [*ids("a d"), EOS]  # with a prompt of its own it is an answer, as the others are
+
+
+def test_rewards_per_dimension_leave_room_for_gold(tmp_path):
+    (item,) = load(tmp_path, [{**GOOD, "gold": "d", "score_chosen": [1, 2], "score_rejected": [0, 1]}]).items
+    assert item.score == [[1.0, 2.0], [0.0, 1.0], [0.0, 0.0]]
+
+
+def test_other_columns_stay_with_their_rows(tmp_path):
+    """Those that nothing here reads: for a judge of one's own. The first row names them."""
+    data = load(tmp_path, [{**GOOD, "answer": 3, "topic": "x", "q": 0.5}, {**GOOD, "answer": 4, "more": 1, "q": 0.5}])
+    assert [i.told for i in data.items] == [{"answer": 3, "topic": "x"}, {"answer": 4, "topic": None}]
+
+
 def test_messages_are_a_prompt_and_its_last_answer(tmp_path):
     row = {"messages": [HI, YO]}
     data = load_preferences(write(tmp_path, [row, {"messages": row["messages"][:1]}]), Chat())
@@ -207,6 +238,16 @@ def test_held_out_items_share_no_prompt_with_the_others(tmp_path):
     rest, out = load(tmp_path, rows).parts(32)
     assert len(out) == 6 and len(rest) == 58 and not {tuple(i.prompt) for i in rest} & {tuple(i.prompt) for i in out}
     assert load(tmp_path, rows).parts(32)[1] == out
+
+
+def test_prompts_that_a_row_crosses_stay_on_one_side(tmp_path):
+    """Each row's second prompt is the next row's first: four chains of fifteen, and rows whose prompts meet in no other."""
+    chains = [[f"{c}{'abcdefgh'[n // 8]}{'abcdefgh'[n % 8]}" for n in range(16)] for c in "abcd"]
+    rows = [{**GOOD, "prompt": a, "other_prompt": b} for chain in chains for a, b in itertools.pairwise(chain)]
+    rows += [{**GOOD, "prompt": f"e{a}{b}", "other_prompt": f"f{a}{b}"} for a in "abcdefgh" for b in "abcdefgh"]
+    rest, out = load(tmp_path, rows).parts(12)
+    prompts = [{tuple(i.prompt) for item in part for i in (item, item.other)} for part in (rest, out)]
+    assert len(out) == 12 and not prompts[0] & prompts[1]
 
 
 def test_log_probs_can_be_written_and_read_back(tmp_path):
