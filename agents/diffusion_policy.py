@@ -191,9 +191,20 @@ class DiffusionPolicyAgent(StepAgent):
         return cls(config, network)
 
     def tuned(self, **changes: Any) -> DiffusionPolicyAgent:
-        """A new agent with the weights and the normaliser of this one and other options (kernel, tuned_steps, critic_hidden, reduce, ...)."""
+        """A new agent with the weights and the normaliser of this one and other options (kernel, tuned_steps, critic_hidden, reduce, ...).
+
+        Raises ValueError for another tuned_steps, or kernel of other steps, where the first ones have a frozen network of their own.
+        """
         config = {**self.config(), **{k: v.to_config() if isinstance(v, GaussianKernel) else v for k, v in changes.items()}}
         agent = DiffusionPolicyAgent(config, copy.deepcopy(self.net["policy"]))
+        if "base" in self.net:
+            now, given = ((a.tuned_steps, a.kernel.num_steps) for a in (self, agent))
+            if now != given:
+                raise ValueError(
+                    f"this policy was tuned at the last {now[0]} of {now[1]} denoising steps, the others have a frozen network of their own, so it "
+                    f"can't go on with the last {given[0]} of {given[1]}; set tuned_steps={now[0]}, or start from the policy that was cloned"
+                )
+            agent.net["base"].load_state_dict(self.net["base"].state_dict())
         if "normalizer" in self.net:
             agent.net["normalizer"].load_state_dict(self.net["normalizer"].state_dict())
         agent.to(self.device)

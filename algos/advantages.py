@@ -29,23 +29,47 @@ def _suffix_sums(delta: np.ndarray, decay: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(out.T)
 
 
+def _backwards(delta: Tensor, decay: Tensor) -> Tensor:
+    """`_suffix_sums` of tensors, detached."""
+    return torch.from_numpy(_suffix_sums(delta.detach().cpu().numpy(), decay.detach().cpu().numpy())).to(delta.device)
+
+
 def gae(
-    reward: Tensor, value: Tensor, continuation: Tensor, truncated: Tensor, boot_value: Tensor | None, *, gamma: float | Tensor, lam: float
+    reward: Tensor,
+    value: Tensor,
+    continuation: Tensor,
+    truncated: Tensor,
+    boot_value: Tensor | None,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation with termination and truncation kept apart.
 
     delta_t = r_t + gamma c_t V'_t - V_t,   A_t = delta_t + gamma lam c_t (1 - trunc_t) A_{t+1},   ret = A + V        [arXiv 1506.02438, eq. 16]
     c = continuation; V'_t is V_{t+1}, or boot_value_t (value of the final observation) where truncated. A fractional c is the mean over coin
     flips that end the episode. All (B, T); gamma a number or (B, T).
+
+    Over `skipped` steps (bool) the return goes on as if they were one with the step before: there V_t is r_t + gamma c_t V'_t, and lam is 1.
     """
+    flow = gamma * continuation
+    if skipped is not None and bool(skipped.any()):
+        paid = reward if boot_value is None else reward + torch.where(truncated, flow * boot_value, 0.0)
+        value = _backwards(torch.where(skipped, paid, value), torch.where(skipped & ~truncated, flow, 0.0))
+        lam = torch.where(skipped, 1.0, lam).to(reward)
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], dim=1)
     if boot_value is not None:
         next_value = torch.where(truncated, boot_value, next_value)
-    flow = gamma * continuation
     delta = reward + flow * next_value - value
     decay = flow * lam * (~truncated).to(reward.dtype)
-    adv = torch.from_numpy(_suffix_sums(delta.detach().cpu().numpy(), decay.detach().cpu().numpy())).to(delta.device)
+    adv = _backwards(delta, decay)
     return adv, adv + value
+
+
+def skipped_steps(rollout: Rollout) -> Tensor:
+    """(B, T) bool: steps that exist and don't count, such as the last of a denoising chain where its noise is 0. No critic is fitted there."""
+    return rollout.valid & ~rollout.mask
 
 
 def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
@@ -73,7 +97,7 @@ def normalise(adv: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GAE:
-    """Discounted TD errors, exponentially averaged; needs a critic."""
+    """Discounted TD errors, exponentially averaged; needs a critic, at the steps that count."""
 
     gamma: float = 0.99  # discount per decision
     lam: float = 0.95  # exponential average over horizons; 1 is Monte Carlo minus V
@@ -87,7 +111,8 @@ class GAE:
         assert rollout.value is not None
         gamma = self.gamma if rollout.discount is None else rollout.discount
         boot = None if rollout.boot_value is None else rollout.boot_value[..., 0]
-        return gae(reward, rollout.value[..., 0], rollout.continuation, rollout.truncated, boot, gamma=gamma, lam=self.lam)
+        args = (reward, rollout.value[..., 0], rollout.continuation, rollout.truncated, boot)
+        return gae(*args, gamma=gamma, lam=self.lam, skipped=skipped_steps(rollout))
 
 
 @dataclass(frozen=True)
@@ -293,7 +318,8 @@ class FrozenQ:
     """DVPO: A_t = Q(s_t, a_t) of a critic that was fitted on the first batches and then stays; Q = r_t + V(s_{t+1}), since transitions append.
 
     While the critic is fitted, its targets are the lam-returns; lam = 0 is SARSA.                                   [arXiv 2502.16944, eqs. 5, 8]
-    Q holds no baseline: standardise the advantages over the batch.
+    Q holds no baseline: standardise the advantages over the batch. A text agent's critic is a head on the policy's own trunk; there only the head is
+    frozen, and its features move with the policy, while the paper's critic is a network of its own.
     """
 
     gamma: float = 1.0
@@ -305,8 +331,8 @@ class FrozenQ:
         assert rollout.value is not None
         boot = None if rollout.boot_value is None else rollout.boot_value[..., 0]
         args = (reward, rollout.value[..., 0], rollout.continuation, rollout.truncated, boot)
-        q = gae(*args, gamma=self.gamma, lam=0.0)[1]
-        return q, gae(*args, gamma=self.gamma, lam=self.lam)[1]
+        q, target = (gae(*args, gamma=self.gamma, lam=lam, skipped=skipped_steps(rollout))[1] for lam in (0.0, self.lam))
+        return q, target
 
 
 @dataclass(frozen=True)

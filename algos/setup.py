@@ -193,21 +193,29 @@ def sequence_setup(kind: str, agent: Agent, collector: Any, task: Any) -> Setup:
 
 
 def evaluate_stepped(
-    agent: Policy, env_id: str, episodes: int, seed: int, env_kwargs: dict[str, Any] | None = None, deterministic: bool = True
+    agent: Policy,
+    env_id: str,
+    episodes: int,
+    seed: int,
+    env_kwargs: dict[str, Any] | None = None,
+    deterministic: bool = True,
+    columns: bool = False,
 ) -> dict[str, Any]:
     """Raw returns, lengths and, where the task tells some or the agent learnt to value them, costs of `episodes` greedy episodes, each of its own
-    environment and seed (no bias towards short ones); with deterministic=False of sampled actions."""
+    environment and seed (no bias towards short ones); with deterministic=False of sampled actions. The costs of an episode are added up, with
+    `columns` each cost for itself."""
     venv = make_vec(env_id, episodes, seed=seed, kwargs=env_kwargs or {})
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
-    costs = np.zeros(episodes) if getattr(agent, "num_costs", 0) else None
+    costs = np.zeros((episodes, 1)) if getattr(agent, "num_costs", 0) else None
     for step in first_episodes(venv, agent, stream_seed(seed, "evaluation") % 2**31, deterministic):
         returns += step.reward * step.running
         step_cost = cost_of(step.infos, step.terminated | step.truncated, episodes)
         if step_cost is not None:
-            costs = (0.0 if costs is None else costs) + step_cost.sum(1) * step.running
+            costs = (0.0 if costs is None else costs) + step_cost * step.running[:, None]
         lengths += step.running
     venv.close()
-    return {"returns": returns.tolist(), "lengths": lengths.tolist(), **({} if costs is None else {"costs": costs.tolist()})}
+    out: dict[str, Any] = {"returns": returns.tolist(), "lengths": lengths.tolist()}
+    return out if costs is None else {**out, "costs": (costs if columns else costs.sum(1)).tolist()}
 
 
 def sample_sequences(agent: Agent, task: Any, n: int, seed: int, per_prompt: int = 1) -> Rollout:

@@ -14,7 +14,8 @@ def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, 
     """Episode costs and returns of a run's newest checkpoint, sampling actions as in training ("sampled") and greedily ("greedy"); of a run with a
     shield also of sampled actions behind it ("shielded"), which is what training executed.
 
-    `limit` is the sum of the run's own limits, else the task's `cost_limit`, else None; `over` the share of episodes above it.
+    Costs are plain sums over an episode. `limit` is the sum of the run's own limits, else the task's `cost_limit`, else None; `over` the share of
+    episodes above it. Both are None where that limit bounds a discounted cost (`cost_gamma` < 1), of which plain sums say nothing.
     Raises ValueError for text and denoising runs, and for tasks that tell no cost.
     """
     import torch
@@ -52,11 +53,7 @@ def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, 
 
 def _limit(config: dict[str, Any], env: Any) -> float | None:
     constraint = config["settings"].get("constraint")
-    if constraint is not None:
-        return float(sum(constraint["cost_limit"]))
-    try:
-        return float(env.get_wrapper_attr("cost_limit"))
-    except AttributeError:
-        return None
-    finally:
-        env.close()
+    task = {name: env.get_wrapper_attr(name) for name in ("cost_limit", "cost_gamma") if env.has_wrapper_attr(name)}
+    env.close()
+    told = task if constraint is None else constraint
+    return float(np.sum(told["cost_limit"])) if "cost_limit" in told and told.get("cost_gamma", 1.0) == 1 else None

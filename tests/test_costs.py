@@ -20,7 +20,7 @@ ONE_ITERATION = {"eval_episodes": 0, "progress": False, "compile": False, "callb
 def run(tmp_path_factory):
     settings = override(
         configure("ppo-lag", "markovia/SafeGrid-v0"),
-        {"num_env_steps": 320, "num_envs": 4, "num_steps": 40, "constraint": {"cost_limit": [3.0]}},
+        {"num_env_steps": 320, "num_envs": 4, "num_steps": 40, "constraint": {"cost_limit": [3.0], "cost_gamma": 1.0}},
     )
     folder = tmp_path_factory.mktemp("runs") / "grid"
     return train(settings, "markovia/SafeGrid-v0", out=folder, method_id="ppo-lag", eval_episodes=2, progress=False).run
@@ -78,6 +78,18 @@ def test_a_run_without_a_shield_has_none(run):
 def test_the_tasks_own_limit_counts_where_the_method_has_none(tmp_path):
     out = train("ppo", "markovia/SafePendulum-v0", out=tmp_path / "plain", **ONE_ITERATION)
     assert cost_of(out.run, episodes=1)["limit"] == 25.0
+
+
+def test_a_limit_of_the_discounted_cost_is_none_of_plain_sums(tmp_path, capsys):
+    """Neither the run's own nor the task's says anything of the costs that are told."""
+    small = {"num_env_steps": 60, "num_envs": 1, "num_steps": 60}
+    for method_id in ("ppo-lag", "ppo"):
+        settings = override(configure(method_id, "markovia/SafeGrid-v0"), small)
+        out = train(settings, "markovia/SafeGrid-v0", out=tmp_path / method_id, method_id=method_id, **ONE_ITERATION)
+        found = cost_of(out.run, episodes=2)
+        assert found["limit"] is None and found["sampled"]["over"] is None and found["sampled"]["cost"] >= 0
+    cli.run(["cost-of", str(out.run), "--episodes", "1"])
+    assert "no limit known" in capsys.readouterr().out
 
 
 class Below(gym.Env):

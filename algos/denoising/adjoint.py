@@ -81,12 +81,13 @@ def check_memoryless(kernel: GaussianKernel, limit: float = 0.05) -> None:
         )
 
 
-def check_solver(solver: Descent) -> None:
-    """Raise ValueError for settings of the on-policy loop that the trainers of chains do not read."""
+def check_solver(solver: Descent, *unread: str, who: str = "trainers of denoising chains") -> None:
+    """Raise ValueError for settings of the on-policy loop that no trainer of denoisers reads, and for `unread`, further ones that `who` does not."""
     usual = Descent()
-    given = [name for name in ("micro", "kl_stop_nats", "recompute_advantage", "warmup") if getattr(solver, name) != getattr(usual, name)]
+    names = ("micro", "kl_stop_nats", "recompute_advantage", "value_lr", *unread)
+    given = [name for name in names if getattr(solver, name) != getattr(usual, name)]
     if given:
-        raise ValueError(f"solver.{', solver.'.join(given)} has no meaning for trainers of denoising chains; leave it at its default.")
+        raise ValueError(f"solver.{', solver.'.join(given)} has no meaning for {who}; leave it at its default.")
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,16 @@ def ranking(distance: Tensor, temperature: float = 20.0) -> Tensor:
 
 
 def pulled(kernel: GaussianKernel, predict: Predict, distance: Callable[[Tensor], Tensor], rho: float) -> Predict:
-    """Guided diffusion: every prediction is pushed down the gradient of a distance at the noisy sample.
+    """Guided diffusion: every prediction but the last step's is pushed down the gradient of a distance at the noisy sample.
 
     eps <- eps + rho grad_x d(x),   adding to eps because the mean falls with eps                        [Wang 2024, 2411.16627]
     d is a mean over H points, so that the same rho pulls half as hard on paths of twice the length.
     """
 
     def push(x: Tensor, k: int) -> Tensor:
+        # The official code pulls while t > 0: all steps but the last, whose timestep is 0 there; with trailing spacing it is not.
+        if k == kernel.num_steps - 1:
+            return predict(x, k)
         with torch.enable_grad():
             at = x.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(distance(at).sum(), at)
@@ -64,7 +67,7 @@ class ITPS:
     op  output perturbation: the policy starts anew with cond = sketch_0, where the sketch starts (a network whose condition is the position)
     pr  post-hoc ranking: the best of `candidates` samples
     bi  biased initialisation: the chain starts half-way, at the sketch plus noise
-    gd  guided diffusion: `rho` times the distance's gradient at every step
+    gd  guided diffusion: `rho` times the distance's gradient at every step but the last
     ss  stochastic sampling: as gd, and every noise level is visited `repeats` times
     """
 

@@ -45,7 +45,7 @@ DENOISING = table(
                "particles:log_potential particles:last_log_potential particles:resample particles:FKSteering.sample"),
         _steer("itps", ITPS(), "itps/gd", _PATHS, "a pull towards a sketch, every noise level visited several times (stochastic sampling)",
                "itps:pulled itps:alignment sampling:denoise itps:ITPS.sample"),
-        _steer("itps/gd", ITPS(strategy="gd", rho=20.0), "itps/rs", _PATHS, "a pull towards a sketch at every step (guided diffusion)",
+        _steer("itps/gd", ITPS(strategy="gd", rho=20.0), "itps/rs", _PATHS, "a pull towards a sketch at every step but the last (guided diffusion)",
                "itps:pulled itps:alignment", "itps"),
         _steer("itps/bi", ITPS(strategy="bi"), "itps/rs", _PATHS, "the chain starts half-way, at the noised sketch (biased initialisation)",
                "itps:ITPS itps:resample_path", "itps"),

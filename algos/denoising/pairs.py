@@ -1,7 +1,7 @@
 """From denoising records to the scores that preference losses read, and the pairs that they compare.
 
     ratio   (B, T)  log p/p_ref of each step under the kernel: the control pair's difference, nats with gradient
-    error   (B, T)  squared error of the predicted noise at a noised clean sample
+    error   (B, T)  squared error of the network's output at a noised clean sample
     pairs   (P, 2)  rows of the preferred and of the other sample
 
 The losses are those of text (`algos.preference`): a chain, or a single step, takes the place of a response.
@@ -41,17 +41,17 @@ def clipped(ratio: Tensor, clip: float | None) -> Tensor:
 
 
 def noise_error(agent: DenoisingAgent, record: Rollout) -> Tensor:
-    """Denoising error of each row at its noised sample, e = |eps - eps_theta(x_t, t, c)|^2, whatever the network predicts.            (B, T)
+    """Denoising error of each row at its noised sample, e = |eps - eps_theta(x_t, t, c)|^2; of x0, v or the velocity if so parametrised. (B, T)
 
-    The noise is in columns["noise"]. Summed or averaged over the sample's entries as the agent was told (`reduce`).
+    The error of eps would weigh the levels otherwise, and is 0 where a flow has no signal.                              [Wallace 2023, 2311.12908]
+    What should be predicted is in columns["target"]. Summed or averaged over the sample's entries as the agent was told (`reduce`).
     """
     assert isinstance(record.obs, dict)
     B, T = record.shape
     x, step = record.obs["x"].flatten(0, 1), record.obs["step"].flatten()
     cond = record.obs["cond"].flatten(0, 1) if "cond" in record.obs else None
     output = agent.network(x, agent.kernel.timestep(step), cond)
-    wrong = agent.kernel.eps_from(output, x, step) - record.columns["noise"].flatten(0, 1)
-    return reduce_entries(wrong.square(), agent.reduce).reshape(B, T)
+    return reduce_entries((output - record.columns["target"].flatten(0, 1)).square(), agent.reduce).reshape(B, T)
 
 
 def anchor_rule(chosen: Tensor, otherwise: float) -> Tensor:

@@ -53,7 +53,7 @@ class DenoisingPreference:
             raise ValueError(f"clip={self.clip}; expected a half-width in (0, 1), or None for no clip.")
         if isinstance(self.source, SemiPolicy) and isinstance(self.reference, EachRound):
             raise ValueError("a semi-policy source brings its own anchor, the checkpoint that sampled; leave reference at Frozen().")
-        check_solver(self.solver)
+        check_solver(self.solver, "unit")
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -170,8 +170,8 @@ class DenoisingPreferenceDriver(ChainTrainer):
         return each.mean(), found
 
     def ratio(self, record: Rollout) -> Tensor:
-        """What a row's score is made of, (B, T): the step's log-ratio under the kernel, or by how much the noise is predicted better than by the
-        anchor; for a semi-policy pair the second row has the sign of `anchor_rule`."""
+        """What a row's score is made of, (B, T): the step's log-ratio under the kernel, or by how much better than the anchor the network
+        predicts; for a semi-policy pair the second row has the sign of `anchor_rule`."""
         if isinstance(self.method.source, SameStart | Candidates):
             return clipped(control_ratio(self.agent, self.reference, record), self.method.clip)
         with torch.no_grad():

@@ -116,7 +116,7 @@ def noised_pairs(agent: DenoisingAgent, x: Tensor, cond: Tensor | None, generato
     step = torch.randint(kernel.num_steps, (count,), generator=generator, device=x.device).repeat_interleave(2)
     noise = torch.randn(count, *x.shape[1:], dtype=x.dtype, generator=generator, device=x.device).repeat_interleave(2, 0)
     noised = kernel.add_noise(x, noise, step)
-    return step_record(noised, step, cond, noised, noise=noise)
+    return step_record(noised, step, cond, noised, target=kernel.target(x, noise, step))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def chunk_data(data: Transitions, settings: Logged, agent: DiffusionPolicyAgent)
     Raises ValueError when observations or actions are not those of the agent's spaces.
     """
     check_fits(data, agent)  # type: ignore[arg-type]
-    data = data.best(settings.fraction)
+    data = data.best(settings.fraction, settings.fraction_gamma)
     if "normalizer" in agent.net:
         fix_normalizer(agent.net["normalizer"], ObsTransform.fit(data), len(data))  # type: ignore[arg-type]
     assert isinstance(data.obs, np.ndarray)

@@ -16,11 +16,9 @@ def diffused(kernel: GaussianKernel, x0: Tensor, eps: Tensor, step: Tensor) -> t
     """Noised chunk, timestep and target of a diffusion at the kernel's noise levels.
 
     x = sqrt(ab) x0 + sqrt(1 - ab) eps;   target: eps (epsilon), x0 (sample), sqrt(ab) eps - sqrt(1 - ab) x0 (v_prediction)
-    [Ho 2020, arXiv 2006.11239, eq. 14; v: 2202.00512, appendix D]
+    [Ho 2020, arXiv 2006.11239, eq. 14; v: 2202.00512, appendix D]                                              (GaussianKernel.target)
     """
-    x = kernel.add_noise(x0, eps, step)
-    targets = {"epsilon": lambda: eps, "sample": lambda: x0, "v_prediction": lambda: kernel.add_noise(eps, -x0, step)}
-    return x, kernel.timestep(step), targets[kernel.prediction_type]()
+    return kernel.add_noise(x0, eps, step), kernel.timestep(step), kernel.target(x0, eps, step)
 
 
 def flowed(x0: Tensor, eps: Tensor, sigma: Tensor, *, time_scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from markovia.algos.advantages import ChainGAE
+from markovia.algos.denoising.adjoint import check_solver
 from markovia.algos.offline.method import Logged
 from markovia.algos.on_policy.method import Descent, OnPolicy
 
@@ -29,7 +30,7 @@ class DiffusionNoise:
     sample_steps: int = 16  # K, denoising steps of a chain
     sampler: Literal["ddim", "ddpm"] = "ddim"
     eta: float = 1.0  # noise of sampled ddim chains; greedy chains have none
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # linear ones: betas 1e-4 to 0.02, times 1000/T
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network gives
     clip_x0: float | None = 1.0  # bound of the clean estimate while sampling; eps is recomputed from it
 
@@ -51,10 +52,13 @@ class DiffusionNoise:
         from markovia.envs.denoising.kernel import GaussianKernel
 
         cls = DDPMScheduler if sampler == "ddpm" else DDIMScheduler
-        # Trailing: the chain begins at the noisiest level, which is what its starting noise is.
+        # Trailing: the chain begins at the noisiest level, which is what its starting noise is. diffusers' usual betas, 1e-4 to 0.02, reach noise in
+        # 1000 steps; fewer steps need larger ones (squaredcos makes its own).
+        shorter = 1000 / self.train_steps
         scheduler = cls(
-            self.train_steps, beta_schedule=self.beta_schedule, timestep_spacing="trailing", clip_sample=False, prediction_type=self.prediction
-        )
+            self.train_steps, beta_start=1e-4 * shorter, beta_end=min(0.02 * shorter, 0.999), beta_schedule=self.beta_schedule,
+            timestep_spacing="trailing", clip_sample=False, prediction_type=self.prediction,
+        )  # fmt: skip
         return GaussianKernel.from_scheduler(scheduler, steps, eta=eta, clip_x0=clip, recompute_eps=clip is not None)
 
     def kernels(self) -> tuple[GaussianKernel, GaussianKernel]:
@@ -140,7 +144,7 @@ class Imitation:
     noise: DiffusionNoise | FlowNoise = field(default_factory=DiffusionNoise)
     network: MLPNet | UNet1DNet = field(default_factory=MLPNet)
     average: Average = field(default_factory=Average)
-    solver: Descent = field(default_factory=lambda: Descent(lr=1e-4, anneal=True, eps=1e-8, weight_decay=1e-6, max_grad_norm=1.0))
+    solver: Descent = field(default_factory=lambda: Descent(lr=1e-4, anneal=True, eps=1e-8, weight_decay=1e-6, max_grad_norm=1.0))  # warmup: updates
     data: Logged = field(default_factory=Logged)
 
     def __post_init__(self) -> None:
@@ -149,8 +153,13 @@ class Imitation:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 1 <= self.act_steps <= self.horizon:
             raise ValueError(f"act_steps of the horizon's actions are executed: expected 1 to {self.horizon}, got {self.act_steps}")
-        if self.data.next_action or self.data.returns_to_go is not None or self.data.reward != "none":
-            raise ValueError("cloning reads observations and actions alone: leave data.reward, data.next_action and data.returns_to_go as they are")
+        kept = {name: getattr(self.data, name) for name in ("fraction", "fraction_gamma", "normalize_obs", "horizon", "terminate_at")}
+        if self.data != Logged(**kept):
+            raise ValueError(
+                "cloning reads observations and actions alone, of whole episodes: leave data.reward, data.next_action, data.returns_to_go and "
+                "data.compat as they are"
+            )
+        check_solver(self.solver, "minibatch", "epochs", "unit", who="cloning, where each update draws batch_size rows anew")
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from markovia.algos.diffusion_policy.collect import ChainCollector
 from markovia.algos.diffusion_policy.data import chunk_data
 from markovia.algos.diffusion_policy.driver import Logs
 from markovia.algos.diffusion_policy.method import Imitation, TwoLayer, UNet1DNet
-from markovia.algos.offline.setup import describe, reference_of
+from markovia.algos.offline.setup import describe, read, reference_of
 from markovia.algos.setup import Request, Setup, evaluate_stepped, stepped_setup
 from markovia.envs.control.chunks import make_chunk_vec
 from markovia.envs.control.vector import make_env
 from markovia.envs.denoising.networks import MLPDenoiser
-from markovia.envs.offline.sources import load
 
 
 def make_network(method: Imitation, observation_space: gym.Space, action_space: gym.Space) -> nn.Module:
@@ -39,7 +38,7 @@ def build_imitation(method: Imitation, request: Request) -> Setup:
     """Everything for cloning a dataset; the environment is that of the evaluation. Raises ValueError when data and task do not fit."""
     assert request.dataset is not None
     env_id, env_kwargs, device = request.task, request.env_kwargs, request.device
-    data = load(request.dataset, horizon=method.data.horizon)
+    data = read(request.dataset, method.data)
     env = make_env(env_id, **env_kwargs)
     observation_space, action_space, spec = env.observation_space, env.action_space, env.spec
     env.close()

@@ -100,6 +100,11 @@ class KL:
             raise ValueError("k1 as a loss has zero expected gradient; use estimator='k2' (KL to the reference) or place='reward'")
         if self.place == "reward" and self.estimator in ("exact", "rho-k3"):
             raise ValueError(f"estimator={self.estimator!r} is a penalty on the loss; use place='loss', or estimator='k1' in the reward")
+        if self.estimator == "exact" and (self.reference != "ref" or self.level != "token"):
+            raise ValueError(
+                f"the exact KL is that of each decision to the reference 'ref', got reference={self.reference!r}, level={self.level!r}; "
+                "use estimator='k2'"
+            )
         if self.place == "reward" and (self.level == "sequence" or self.reference in ("old", "min-p")):
             raise ValueError(
                 f"a penalty in the reward is taken per token against ref or teacher, got level={self.level!r}, reference={self.reference!r}"

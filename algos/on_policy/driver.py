@@ -6,6 +6,7 @@ This is the only place with loops, optimisers and side effects.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -157,7 +158,7 @@ class OnPolicyDriver(Budget):
         if not isinstance(refresh, Fixed) and any(ref.net is self.agent.net for ref in self.references.values()):
             raise ValueError(
                 f"a {type(refresh).__name__} reference needs weights of its own, but a LoRA agent's reference is its base model; "
-                "use full weights or Fixed()"
+                "train all weights (the agent option lora=null, and a smaller learning rate), or use refresh=Fixed()"
             )
         if isinstance(refresh, Soup):
             mix(self.references["ref"], self._given["other"], share=refresh.share)
@@ -283,18 +284,23 @@ class OnPolicyDriver(Budget):
         """Recompute V and the advantages with the current critic (boot values keep those of the collection)."""
         if self.method.advantage.needs_critic:
             rollout.value = self.agent.evaluate(rollout, ("value",)).value
-        state = dict(self.advantage_state)
+        state, constraint = dict(self.advantage_state), self.constraint
+        costs = [] if constraint is None else copy.deepcopy(constraint.advantage_states)
         self.advantages(rollout, reward)
         self.advantage_state = state
+        if constraint is not None:
+            constraint.advantage_states = costs
 
     # -- between iterations ------------------------------------------------------------------------------------------------------------
 
     def _set_lr(self) -> None:
+        """Warmup and annealing, of each run that is merged on its own: the average weighs them alike."""
+        iteration, progress = (self.iteration, self.progress) if self.merger is None else self.merger.within(self.progress)
         for update in self.updates.values():
-            rising = min(1.0, (self.iteration + 1) / max(1, update.solver.warmup))
-            update.optimizer.scale_lr(rising * (1.0 - self.progress if update.solver.anneal else 1.0))
+            rising = min(1.0, (iteration + 1) / max(1, update.solver.warmup))
+            update.optimizer.scale_lr(rising * (1.0 - progress if update.solver.anneal else 1.0))
         if isinstance(self.method.controller, MirrorStep):
-            self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - self.progress)
+            self.coef = self.method.controller.coef / max(self.method.controller.floor, 1.0 - progress)
 
     def _after_iteration(self, stats: dict[str, float], num_rows: int) -> None:
         controller = self.method.controller
@@ -305,7 +311,7 @@ class OnPolicyDriver(Budget):
                 self.coef /= 2.0
         divergence = self.method.divergence
         if divergence is not None and num_rows:
-            kl_nats = stats.get("kl_ref", 0.0)
+            kl_nats = stats.get(f"kl_{divergence.reference}", 0.0)
             self.beta = divergence.schedule.after(self.beta, divergence.beta, self.progress, kl_nats, num_rows)
         if "ref" in self.references:
             self._refresh(stats.get("kl_ref", 0.0))
@@ -343,10 +349,11 @@ class OnPolicyDriver(Budget):
             out["return"] = sum(self.collector.episodes) / len(self.collector.episodes)
             self.collector.episodes.clear()
         out |= drain_costs(self.collector) | ({} if self.constraint is None else self.constraint.describe())
-        if "ref" in rollout.logp_ref:
-            d = torch.where(rollout.mask, rollout.logp_old - rollout.logp_ref["ref"], 0.0)
-            out["kl_ref"] = float(d.sum(1).mean())
-            out["kl_ref_k3"] = float((k3(d) * rollout.mask).sum(1).mean())
+        logp_ref = {name: rollout.logp_ref[name] for name in ("ref", "teacher") if name in rollout.logp_ref}
+        log_ratio = {name: torch.where(rollout.mask, rollout.logp_old - logp, 0.0) for name, logp in logp_ref.items()}
+        out |= {f"kl_{name}": float(d.sum(1).mean()) for name, d in log_ratio.items()}
+        if "ref" in log_ratio:
+            out["kl_ref_k3"] = float((k3(log_ratio["ref"]) * rollout.mask).sum(1).mean())
             out["logp_ref_mean"] = float(masked_mean(torch.where(rollout.mask, rollout.logp_ref["ref"], 0.0), rollout.mask))
         if rollout.value is not None:
             out["explained_variance"] = explained_variance(rollout.columns["ret"], rollout.value[..., 0], rollout.mask)

@@ -21,10 +21,12 @@ def group_means(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class AccuracyBand:
-    """Keep a prompt when the mean reward of its responses lies in the band; draw more prompts until the batch is full.
+    """Keep a prompt when the share of solved responses lies in the band; draw more prompts until the batch is full.
 
-    DAPO's dynamic sampling drops means of exactly 0 and 1 (strict bounds), the balanced filter keeps [0.25, 0.75]. [arXiv 2503.14476, eq. 11;
+    DAPO's dynamic sampling drops shares of exactly 0 and 1 (strict bounds), the balanced filter keeps [0.25, 0.75]. [arXiv 2503.14476, eq. 11;
     2504.03380, eq. 4]. Prompts then come with weight P(kept): 1 - p^G - (1 - p)^G for strict bounds, a success rate of p and G responses.
+    Where the task doesn't tell what is solved, the band is one of mean rewards; but strict bounds of 0 and 1 then keep prompts whose responses'
+    rewards differ, as DAPO's code does for any metric, for rewards have no scale of their own.
     """
 
     low: float = 0.0
@@ -38,9 +40,12 @@ class AccuracyBand:
         if self.max_rounds < 1:
             raise ValueError(f"max_rounds must be >= 1, got {self.max_rounds}")
 
-    def keep(self, returns: Tensor, group: Tensor) -> Tensor:
-        """(B,) bool."""
-        mean, index = group_means(returns, group)
+    def keep(self, returns: Tensor, group: Tensor, solved: Tensor | None = None) -> Tensor:
+        """(B,) bool; `solved` (B,) bool says which responses are right, None: the task can't tell."""
+        mean, index = group_means(returns if solved is None else solved.to(returns), group)
+        if solved is None and self.strict and (self.low, self.high) == (0.0, 1.0):
+            least, most = (torch.zeros_like(mean).scatter_reduce(0, index, returns, how, include_self=False) for how in ("amin", "amax"))
+            return (least < most)[index]
         inside = (mean > self.low) & (mean < self.high) if self.strict else (mean >= self.low) & (mean <= self.high)
         return inside[index]
 
@@ -88,7 +93,8 @@ def filled(collect: Callable[[], Rollout], band: AccuracyBand, num_rows: int, co
         if rollout.group is None:
             raise ValueError("a group filter needs several responses per prompt: set group_size >= 2 and use a task with prompts")
         drawn += count(rollout)
-        index = torch.nonzero(band.keep(rollout.returns(), rollout.group)).squeeze(1)[: num_rows - kept]
+        keep = band.keep(rollout.returns(), rollout.group, rollout.outcome.get("solved"))
+        index = torch.nonzero(keep).squeeze(1)[: num_rows - kept]
         parts.append(chosen(rollout, index))
         kept += len(index)
         if kept >= num_rows:

@@ -48,6 +48,11 @@ PPO_MAX = replace(
     RLHF, reward=(Scaled(5.0),), surrogate=Clip(0.2), divergence=KL(0.02), refresh=OnPolicy().refresh,
     value=ValueLoss(1.0, 0.2, replace(WHOLE, lr=1.5e-6, minibatch=16), pretrain=1),
 )  # fmt: skip
+# The official code's settings (microsoft/RLHF-APA): its adv_coeff_sq = 10 multiplies the advantage, so lam is a tenth.
+APA = replace(
+    RLHF, surrogate=Regress(0.1), divergence=KL(0.05, schedule=AdaptiveKL(6.0, 10_000.0)), refresh=Fixed(), value=ValueLoss(1.0),
+    solver=replace(RLHF.solver, epochs=2),
+)  # fmt: skip
 P3O = replace(
     GRPO, group_size=2, advantage=LeaveOneOut(), ratio_level="sequence", divergence=KL(0.05), tokens=Partner(),
     solver=replace(WHOLE, epochs=4, minibatch=16),
@@ -77,10 +82,9 @@ LANGUAGE = table(
              "pairs: each response's clipped ratio is weighted by the other's", "tokens:partner_ratio loss:sequence_ratio"),
         _row("p3o/joint", replace(P3O, surrogate=LogRatio(), tokens=JointClip()), "p3o", "2310.00212",
              "one trust region for the pair: its term is dropped once both log-ratios are too far apart", "tokens:joint_weight loss:sequence_ratio"),
-        _row("apa", replace(RLHF, surrogate=Regress(1.0), refresh=OnPolicy().refresh, solver=replace(RLHF.solver, epochs=2)), "ppo-rlhf",
-             "2306.02231", "the log-ratio to the sampling policy is regressed on the advantage", "surrogates:regress"),
-        _row("apa/initial", replace(RLHF, surrogate=Regress(1.0, "ref"), refresh=OnPolicy().refresh, solver=replace(RLHF.solver, epochs=2)), "apa",
-             "2306.02231", "the log-ratio to the initial policy is regressed", "surrogates:regress"),
+        _row("apa", APA, "ppo-rlhf", "2306.02231", "the log-ratio to the sampling policy is regressed on the advantage", "surrogates:regress"),
+        _row("apa/initial", replace(APA, surrogate=Regress(0.1, "ref")), "apa", "2306.02231",
+             "the log-ratio to the initial policy is regressed", "surrogates:regress"),
         _row("rto", replace(RLHF, reward=(ImplicitReward(0.05, 0.05),), divergence=KL(0.01), refresh=Fixed()), "ppo-rlhf", "2404.18922",
              "the log-ratio of a DPO-trained policy is paid at every token", "rewards:implicit_reward surrogates:clip_drift"),
         _row("dvpo", replace(

@@ -12,7 +12,7 @@ from markovia.agents.interface import Agent, Evaluation
 from markovia.agents.records import Rollout, masked_mean
 from markovia.algos.on_policy.divergence import KL, Divergence, k3
 from markovia.algos.on_policy.method import OnPolicy
-from markovia.algos.on_policy.surrogates import ChainClip, KLDrift, tsallis_bregman
+from markovia.algos.on_policy.surrogates import ChainClip, KLDrift, chain_clip, tsallis_bregman
 from markovia.algos.table import nearest
 
 
@@ -94,9 +94,11 @@ def levelled(method: OnPolicy, log_ratio: Tensor, mask: Tensor) -> Tensor:
     return log_ratio if method.ratio_level == "token" else sequence_ratio(log_ratio, mask, mean=method.ratio_level == "sequence-mean")
 
 
-def clip_fraction(method: OnPolicy, log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Share of the decisions whose ratio has left the surrogate's clipping range, [0.8, 1.2] for surrogates without one; ()."""
+def clip_fraction(method: OnPolicy, log_ratio: Tensor, mask: Tensor, stage: Tensor | None = None) -> Tensor:
+    """Share of the decisions whose ratio has left the surrogate's clipping range (at its `stage`), [0.8, 1.2] for surrogates without one; ()."""
     low = getattr(method.surrogate, "clip", 0.2)
+    if stage is not None and isinstance(method.surrogate, ChainClip):
+        low = chain_clip(stage, clip=low, base=method.surrogate.base, rate=method.surrogate.rate)
     high = getattr(method.surrogate, "high", low)
     rho = levelled(method, log_ratio, mask).exp()
     return masked_mean(((rho < 1.0 - low) | (rho > 1.0 + high)).to(log_ratio.dtype), mask)
@@ -154,7 +156,7 @@ def policy_loss(
     with torch.no_grad():
         stats: dict[str, Tensor] = {
             "approx_kl": (omega * k3(-log_ratio)).sum() / omega.sum().clamp(min=1e-12),
-            "clip_fraction": clip_fraction(method, log_ratio, m),
+            "clip_fraction": clip_fraction(method, log_ratio, m, part.columns.get("stage")),
         }
         stats["policy_loss"] = (omega * per_step).sum().detach()
     if method.loss_divergence is not None:

@@ -37,21 +37,26 @@ def merged(start: list[Tensor], ends: list[list[Tensor]]) -> list[Tensor]:
 
 
 class Merger:
-    """What WARP keeps between parts: the round's start, and the ends of the runs since."""
+    """What WARP keeps between parts: the round's start, the ends of the runs since, and how far the present one has come."""
 
     def __init__(self, warp: Warp, trained: list[nn.Parameter]) -> None:
         self.warp, self.trained = warp, trained
         self.start = [p.detach().clone() for p in trained]
         self.ends: list[list[Tensor]] = []
-        self.part = 0
+        self.part, self.iterations = 0, 0  # parts that have ended, and iterations of the present one
+
+    def within(self, progress: float) -> tuple[int, float]:
+        """Iterations of the present part, and the share of its budget that is spent; `progress` is that of the whole budget."""
+        return self.iterations, self.warp.runs * self.warp.rounds * progress - self.part
 
     @torch.no_grad()
     def end_of_part(self, progress: float) -> bool:
         """Whether a part of the budget has just ended; the policy then stands at the start of the next."""
         part = int(self.warp.runs * self.warp.rounds * progress)
+        self.iterations += 1
         if part == self.part:
             return False
-        self.part = part
+        self.part, self.iterations = part, 0
         self.ends.append([p.detach().clone() for p in self.trained])
         if len(self.ends) == self.warp.runs:
             self.start = lerp(self.start, merged(self.start, self.ends), eta=self.warp.eta)
@@ -64,11 +69,11 @@ class Merger:
         """Everything that a resumed run needs, as tensors and JSON."""
         tensors = {f"start.{i}": w for i, w in enumerate(self.start)}
         tensors |= {f"end.{k}.{i}": w for k, end in enumerate(self.ends) for i, w in enumerate(end)}
-        return tensors, {"part": self.part, "ends": len(self.ends)}
+        return tensors, {"part": self.part, "ends": len(self.ends), "iterations": self.iterations}
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Put `state()` back."""
         count = range(len(self.start))
         self.start = [tensors[f"start.{i}"].to(w) for i, w in zip(count, self.start, strict=True)]
         self.ends = [[tensors[f"end.{k}.{i}"].to(self.start[i]) for i in count] for k in range(meta["ends"])]
-        self.part = meta["part"]
+        self.part, self.iterations = meta["part"], meta.get("iterations", 0)  # which checkpoints of before did not keep

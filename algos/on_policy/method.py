@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from markovia.algos.advantages import GAE, Advantage
+from markovia.algos.advantages import GAE, Advantage, FrozenQ
 from markovia.algos.on_policy.auxiliary import Auxiliary
-from markovia.algos.on_policy.divergence import Divergence
+from markovia.algos.on_policy.divergence import KL, Divergence, FDivergence
 from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.merging import Warp
 from markovia.algos.on_policy.references import Fixed, Refresh
 from markovia.algos.on_policy.rewards import RewardTransform
+from markovia.algos.on_policy.schedules import AdaptiveKL
 from markovia.algos.on_policy.surrogates import Clip, Regress, Surrogate
 from markovia.algos.on_policy.tokens import Partner, TokenRule, TopCov, Unlikely
 from markovia.algos.safe.constraint import Constraint
@@ -153,17 +154,12 @@ class OnPolicy:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_envs % self.group_size:
             raise ValueError(f"num_envs={self.num_envs} must be a multiple of group_size={self.group_size}")
-        if isinstance(self.solver, NaturalGradient) and self.surrogate.needs_kl != "none":
-            raise ValueError("a natural-gradient step already bounds the KL; use a surrogate without a KL penalty (PolicyGradient)")
-        if isinstance(self.solver, NaturalGradient) and self.advantage.needs_critic and self.value.separate is None:
-            raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
-        if isinstance(self.solver, NaturalGradient) and self.normalize_advantage == "minibatch":
-            raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
-        if isinstance(self.solver, NaturalGradient) and (self.aux is not None or self.merge is not None):
-            raise ValueError("an auxiliary loss and merged runs need first-order steps; use solver=Descent()")
+        if isinstance(self.solver, NaturalGradient):
+            self._check_natural_gradient()
         if self.merge is not None and self.num_env_steps < self.num_envs * self.merge.runs * self.merge.rounds:
             raise ValueError(f"num_env_steps={self.num_env_steps} is less than a batch for each of {self.merge.rounds} x {self.merge.runs} runs")
         self._check_sequences()
+        self._check_references()
         if isinstance(self.controller, DualAscent) and self.surrogate.needs_kl != "old_new":
             raise ValueError("DualAscent bounds KL(old || new); use KLDrift(needs_kl='old_new')")
         if isinstance(self.controller, Doubling) and self.surrogate.needs_kl == "none":
@@ -173,6 +169,20 @@ class OnPolicy:
             )
         if self.constraint is not None:
             self._check_constraint(self.constraint)
+
+    def _check_natural_gradient(self) -> None:
+        """The step reads the surrogate, the advantage and the mask of the whole batch, and would pass over whatever else a loss can hold."""
+        if self.surrogate.needs_kl != "none":
+            raise ValueError("a natural-gradient step already bounds the KL; use a surrogate without a KL penalty (PolicyGradient)")
+        if self.advantage.needs_critic and self.value.separate is None:
+            raise ValueError("a natural-gradient step moves the policy only; give value.separate a Descent to fit the critic")
+        if self.normalize_advantage == "minibatch":
+            raise ValueError("a natural-gradient step uses the whole batch; set normalize_advantage='batch' or 'none'")
+        names = ("entropy_coef", "tokens", "anchor", "ratio_level", "aggregation", "aux", "merge")
+        unread = [f"{name}={value!r}" for name in names if (value := getattr(self, name)) != getattr(OnPolicy, name)]
+        unread += [] if self.loss_divergence is None else ["a divergence with place='loss'"]
+        if unread:
+            raise ValueError(f"a natural-gradient step would not read {', '.join(unread)}: leave that out, or take solver=Descent()")
 
     def _check_constraint(self, constraint: Constraint) -> None:
         if self.normalize_advantage == "minibatch":
@@ -187,11 +197,15 @@ class OnPolicy:
         """Terms that count once per response, and rules that need whole groups or the right place."""
         whole = [("a sequence ratio", self.ratio_level != "token")]
         whole += [("a sequence-level divergence", self.loss_divergence is not None and self.loss_divergence.level == "sequence")]
+        by_row = [*whole, (f"aggregation={self.aggregation!r}", self.aggregation != "token-mean"), ("EntropyAnchor", self.anchor is not None)]
         for what, present in whole:
             if present and self.aggregation != "seq-mean-token-mean":
                 raise ValueError(
                     f"{what} is one term per row; aggregation={self.aggregation!r} would count it per decision, use 'seq-mean-token-mean'"
                 )
+        for what, present in by_row:
+            if present and isinstance(self.solver, Descent) and self.solver.unit != "row":
+                raise ValueError(f"{what} is about whole rows, and minibatches of single decisions have none: set solver.unit='row'")
         if isinstance(self.tokens, Partner):
             if self.group_size != 2 or not isinstance(self.solver, Descent) or self.solver.unit != "row":
                 raise ValueError(f"pairs of responses need group_size=2 and a solver with unit='row', got group_size={self.group_size}")
@@ -201,6 +215,20 @@ class OnPolicy:
             raise ValueError(f"{type(self.tokens).__name__} says which tokens a divergence applies to; give one with place='loss'")
         if isinstance(self.tokens, Unlikely) != (self.divergence is not None and self.divergence.reference == "min-p"):
             raise ValueError("the reference 'min-p' and the token rule Unlikely need each other")
+
+    def _check_references(self) -> None:
+        """References, and what is fitted beforehand, that the loop would not use or does not have."""
+        divergence, refresh = self.divergence, type(self.refresh).__name__
+        if not isinstance(self.refresh, Fixed) and "ref" not in self.references:
+            raise ValueError(f"{refresh} moves the reference 'ref', which nothing here reads; give a divergence to it, or use refresh=Fixed()")
+        if divergence is not None and isinstance(divergence.schedule, AdaptiveKL) and divergence.reference not in ("ref", "teacher"):
+            raise ValueError(f"AdaptiveKL follows the KL to 'ref' or 'teacher'; to {divergence.reference!r} none is measured, use another schedule")
+        if isinstance(divergence, FDivergence) and divergence.sampler == "reference":
+            raise ValueError("this loop's samples are the policy's own; sampler='reference' needs those of the reference, use sampler='policy'")
+        if isinstance(divergence, KL) and divergence.estimator == "exact" and isinstance(self.tokens, TopCov | Unlikely):
+            raise ValueError(f"{type(self.tokens).__name__} selects terms of sampled tokens; the exact KL has none, use estimator='k2'")
+        if isinstance(self.advantage, FrozenQ) and self.value.separate is None:
+            raise ValueError("FrozenQ's critic is fitted before the policy moves; give value.separate a Descent, and value.pretrain its iterations")
 
     @property
     def loss_divergence(self) -> Divergence | None:

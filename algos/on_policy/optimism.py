@@ -57,9 +57,10 @@ class Judge:
         return optimistic_advantage(adv, self.constraint.mix(older, last, self.method.advantage, before=True))
 
     def state(self) -> dict[str, Tensor]:
-        """The remembered weights by number, in the order of `agent.parameters("value")`."""
-        return {f"{i:04d}": w for i, w in enumerate(self.before or [])}
+        """The remembered weights by number, in the order of `agent.parameters("value")`, and that there was an iteration: without a critic it has
+        no weights to be known by."""
+        return {} if self.before is None else {"seen": torch.ones(()), **{f"{i:04d}": w for i, w in enumerate(self.before)}}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put `state()` back."""
-        self.before = [state[name] for name in sorted(state)] or None
+        self.before = [state[name] for name in sorted(state) if name != "seen"] if state else None

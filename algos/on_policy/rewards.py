@@ -102,7 +102,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class SoftOverlong:
-    """DAPO's length penalty near the longest response."""
+    """DAPO's length penalty near the longest response, which must be longer than the buffer."""
 
     buffer: int = 4  # tokens before the end over which the penalty grows
     penalty: float = 1.0  # at the full length, reward units
@@ -116,6 +116,11 @@ class SoftOverlong:
     def __call__(self, reward: Tensor, rollout: Rollout, memory: dict[str, Any]) -> Tensor:
         length = rollout.mask.sum(1).to(reward.dtype)
         longest = rollout.shape[1] if self.max_length is None else self.max_length
+        if self.penalty and self.buffer >= longest:
+            raise ValueError(
+                f"reward: SoftOverlong's buffer of {self.buffer} tokens is no less than the longest response of {longest}, so every response would "
+                "be punished; take a smaller buffer, longer responses (max_new_tokens), or penalty=0"
+            )
         return reward + at_end(overlong(length, max_length=longest, buffer=self.buffer, penalty=self.penalty), rollout)
 
 

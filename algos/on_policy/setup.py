@@ -10,15 +10,25 @@ import torch
 from markovia.agents.interface import Agent
 from markovia.algos.collect import SequenceCollector, StepCollector
 from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.safe.constraint import check_task_limit
 from markovia.algos.setup import Request, Setup, sequence_setup, stepped_setup
 from markovia.envs.control.vector import make_vec
 from markovia.envs.registry import kind_of
 
 
 def build(method: OnPolicy, request: Request) -> Setup:
-    """Everything for one run of the on-policy loop, by the kind of its task. Raises ValueError for spaces that no agent serves."""
-    by_kind = {"denoising": denoising_setup, "language": _language}
-    return by_kind.get(kind_of(request.task), _stepped)(method, request)
+    """Everything for one run of the on-policy loop, by the kind of its task. Raises ValueError for spaces that no agent serves, for limits that
+    the task does not know or has otherwise, and for groups where a task has no prompts."""
+    by_kind, kind, constraint = {"denoising": denoising_setup, "language": _language}, kind_of(request.task), method.constraint
+    check_task_limit(constraint, request.task, request.env_kwargs)
+    if kind in by_kind and constraint is not None and constraint.cost_gamma < 1:
+        raise ValueError(f"a sequence is paid for as a whole, with no steps to discount; set cost_gamma=1 for {request.task}")
+    if kind != "language" and method.group_size > 1:
+        raise ValueError(
+            f"group_size={method.group_size} asks for several responses to each prompt, which text tasks have; in {request.task} all rows are one "
+            "group: set group_size=1"
+        )
+    return by_kind.get(kind, _stepped)(method, request)
 
 
 def num_costs(method: Any) -> int:

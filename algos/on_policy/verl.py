@@ -65,6 +65,8 @@ def _check(method: OnPolicy) -> None:
         why = "its entropy anchor reads whole distributions"
     elif method.loss_divergence is not None and method.loss_divergence.reference not in ("ref", "old"):
         why = f"its divergence is to {method.loss_divergence.reference!r}, which verl does not hand over"
+    elif method.aux is not None:
+        why = f"its auxiliary loss {type(method.aux).__name__} is on a record of its own"
     if why is not None:
         raise ValueError(f"this row can't be a verl policy loss: {why}; rows such as grpo, grpo/dapo, grpo/gspo, rloo, clip-cov and kl-cov can")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from markovia.algos.safe.dual import Dual, FixedDual, TrustRegionDual, gradient
 from markovia.algos.safe.termination import SoftTermination
+from markovia.envs.registry import kind_of
 
 Mix = Literal["sum", "plain", "difference"]
 
@@ -26,14 +27,19 @@ def limits(cost_limit: float | Sequence[float]) -> np.ndarray:
     return out
 
 
-def discounted_limit(limit: float | np.ndarray, gamma: float, horizon: int) -> float | np.ndarray:
-    """The limit of an episode as a limit of the discounted cost, for an even stream of cost.
-
-    D(d, gamma, T) = d (1 - gamma^T) / ((1 - gamma) T); d itself for gamma = 1
-    """
+def effective_horizon(gamma: float, horizon: float) -> float:
+    """What a cost of 1 a step comes to, in steps: H(gamma, T) = sum_{t<T} gamma^t = (1 - gamma^T) / (1 - gamma); T for gamma = 1."""
     if not (0 <= gamma <= 1 and horizon >= 1):
         raise ValueError(f"expected gamma in [0, 1] and horizon >= 1, got gamma={gamma}, horizon={horizon}")
-    return limit if gamma == 1 else limit * (1 - gamma**horizon) / ((1 - gamma) * horizon)
+    return horizon if gamma == 1 else (1 - gamma**horizon) / (1 - gamma)
+
+
+def discounted_limit(limit: float | np.ndarray, gamma: float, horizon: int, cost_gamma: float = 1.0) -> float | np.ndarray:
+    """The limit of an episode, itself one of a cost discounted by cost_gamma, as a limit of the discounted cost, for an even stream of cost.
+
+    D(d, gamma, T) = d H(gamma, T) / H(cost_gamma, T); d itself where both discounts are the same
+    """
+    return limit * (effective_horizon(gamma, horizon) / effective_horizon(cost_gamma, horizon))
 
 
 def mix_advantages(adv: Tensor, cost_adv: Tensor, weight: Tensor, how: Mix = "sum") -> Tensor:
@@ -99,14 +105,14 @@ class Constraint:
     """max J(pi) subject to J_c^i(pi) <= cost_limit_i for every cost column i.
 
     J_c is measured as the mean over the episodes that finished since the last iteration. Cost advantages come from the method's own advantage
-    estimator, on one critic column per cost. Raises ValueError for a negative limit.
+    estimator without its scale, on one critic column per cost. Raises ValueError for a negative limit.
     """
 
     cost_limit: tuple[float, ...] = (25.0,)  # what an episode may cost, one number per cost of info["cost"]; a plain number is taken as one
     aim: float = 1.0  # share of the limit that learning aims at; below 1 leaves room for the noise of sampled costs
     dual: Dual = field(default_factory=gradient)
     mix: Mix = "sum"
-    cost_gamma: float = 1.0  # discount of the measured episode cost; 1: the plain sum
+    cost_gamma: float = 1.0  # discount of the measured episode cost, in which the limit is given; 1: the plain sum
     termination: SoftTermination | None = None
     shield: ChanceShield | None = None  # moves actions of a Box on their way to the environment while learning
     optimistic: bool = False  # improve on 2 A_k - A_{k-1}, A_{k-1} the mixed advantage by the critic and weights of the iteration before (ReLOAD)
@@ -117,6 +123,8 @@ class Constraint:
             raise ValueError(f"aim is a share of the limit in (0, 1], got {self.aim}")
         if not 0 <= self.cost_gamma <= 1:
             raise ValueError(f"cost_gamma must lie in [0, 1], got {self.cost_gamma}")
+        if self.shield is not None and self.cost_gamma < 1:
+            raise ValueError(f"a shield learns from episodes whose plain sum of costs meets the limit; set cost_gamma=1, got {self.cost_gamma}")
         if self.termination is not None and not isinstance(self.dual, FixedDual):
             raise ValueError("constraints as terminations need no multiplier: set dual=FixedDual(0.0)")
         if isinstance(self.dual, TrustRegionDual) and self.optimistic:
@@ -137,6 +145,22 @@ class Constraint:
     @property
     def num_costs(self) -> int:
         return len(self.cost_limit)
+
+
+def check_task_limit(constraint: Constraint | None, env_id: str, env_kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where the task's arguments name another limit than the learner keeps to (`limit` is what the tabular tasks call it).
+
+    Of several limits nobody knows which one is meant.
+    """
+    name = "limit" if kind_of(env_id) == "tabular" else "cost_limit"
+    if constraint is None or constraint.num_costs > 1 or name not in env_kwargs:
+        return
+    told, kept = float(env_kwargs[name]), constraint.cost_limit[0]
+    if told != kept:
+        raise ValueError(
+            f"the task is given {name}={told:g}, but the learner keeps to the limit of its constraint, {kept:g}; give both the same number: "
+            f"--constraint.cost-limit {told:g}, or leave {name} out"
+        )
 
 
 def checked_cost(cost: Tensor | None, num_costs: int) -> Tensor:

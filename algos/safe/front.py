@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from markovia.algos.on_policy.driver import OnPolicyDriver
@@ -13,8 +14,8 @@ from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.safe.constraint import Constraint
 from markovia.algos.safe.dual import BarrierDual, FixedDual
 from markovia.algos.safe.pareto import crowding_distance, expected_utility, floors, hypervolume, nondominated, simplex_grid, sparsity
-from markovia.algos.setup import build
-from markovia.algos.streams import stream
+from markovia.algos.setup import build, evaluate_stepped
+from markovia.algos.streams import stream_seed
 
 FREE = 1e9  # a limit that never binds
 
@@ -59,10 +60,22 @@ def extension_limits(returns: np.ndarray, objective: int, *, beta: float, best: 
 
 
 @dataclass(frozen=True)
+class Task:
+    """What the runs of a search have in common: costs of an episode add up to length best - G."""
+
+    env_id: str
+    kwargs: dict[str, Any]
+    best: np.ndarray  # (n,) what a step pays at most
+    length: int  # T, steps of an episode
+    charged: bool  # the environment charges the steps that an early end leaves out
+
+
+@dataclass(frozen=True)
 class FrontLearning:
     """Settings of C-MORL with learnt policies: `FrontLearning().search("markovia/TwoGoals-v0")`.
 
-    The task takes `weights` and tells the shortfalls of its n objectives as costs, like `TwoGoalsEnv` and `Scalarised`.
+    The task takes `weights` and tells the shortfalls of its n objectives as costs, like `TwoGoalsEnv` and `Scalarised`. Where its episodes can
+    terminate early it charges the missing steps, and says so by an attribute `length`, like `Scalarised(..., length=T)`.
     """
 
     policy: OnPolicy = field(
@@ -77,29 +90,29 @@ class FrontLearning:
     beta: float = 0.9  # share of the other returns that an extension keeps
     t: float = 20.0  # sharpness of the barrier
     capacity: int = 200  # points kept
+    episodes: int = 40  # whole ones with sampled actions, whose mean return is a policy's point
 
     def __post_init__(self) -> None:
         if self.policy.constraint is not None:
             raise ValueError("the stages set the constraint themselves; give a policy with constraint=None")
         if min(self.rounds, self.picks) < 0 or self.updates < 1:
             raise ValueError(f"rounds and picks must be >= 0 and updates >= 1, got {self.rounds}, {self.picks} and {self.updates}")
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be >= 1, those that a policy is judged by, got {self.episodes}")
 
     def search(self, env_id: str, env_kwargs: dict[str, Any] | None = None, best: np.ndarray | None = None, seed: int = 0) -> LearntFront:
-        """The front of a task; `best` (n,) is what a step pays at most, None: the environment's own attribute."""
-        from markovia.envs.control.vector import make_env
+        """The front of a task; `best` (n,) is what a step pays at most, None: the environment's own attribute.
 
-        kwargs = dict(env_kwargs or {})
-        if best is None:
-            env = make_env(env_id, **kwargs)
-            best = np.asarray(env.get_wrapper_attr("best"), dtype=np.float64)
-            env.close()
-        n = len(best)
+        Raises ValueError where an episode has no limit or terminates early without being charged for it.
+        """
+        task = self._task(env_id, dict(env_kwargs or {}), best)
+        n = len(task.best)
         front = LearntFront(np.zeros((0, n)), ())
         for w in simplex_grid(n, self.step):
-            run = self._run(env_id, {**kwargs, "weights": w.tolist()}, Constraint((FREE,) * n, dual=FixedDual(0.0)), seed)
+            run = self._run(task, w, Constraint((FREE,) * n, dual=FixedDual(0.0)), seed)
             while not run.finished:
                 run.step()
-            front = front.merged(*self._judged(run, best, seed), self.capacity)
+            front = front.merged(*self._judged(run, task, seed), self.capacity)
         used: set[tuple[float, ...]] = set()
         for _ in range(self.rounds):
             order = np.argsort(-crowding_distance(front.points), kind="stable")
@@ -107,51 +120,51 @@ class FrontLearning:
             used |= {tuple(front.points[i]) for i in chosen}
             for point, start in [(front.points[i], front.policies[i]) for i in chosen]:
                 for objective in range(n):
-                    front = front.merged(*self._extended(env_id, kwargs, point, start, objective, best, seed), self.capacity)
+                    front = front.merged(*self._extended(task, point, start, objective, seed), self.capacity)
         return front
 
-    def _run(self, env_id: str, kwargs: dict[str, Any], constraint: Constraint, seed: int) -> OnPolicyDriver:
-        method = replace(self.policy, constraint=replace(constraint, mix="plain"))
-        setup = build(env_id, method, seed, kwargs)
-        return OnPolicyDriver(method, setup.agent, setup.collector, seed)
-
-    def _judged(self, run: OnPolicyDriver, best: np.ndarray, seed: int) -> tuple[np.ndarray, tuple[dict[str, Tensor], ...]]:
-        """Mean returns (1, n) of the episodes of one more collection with sampled actions, and the policy's state. Raises ValueError without any."""
-        collector: Any = run.collector
-        collector.reset(seed)
-        for told in (collector.episodes, collector.episode_costs, collector.episode_lengths):
-            told.clear()
-        collector.collect(run.agent, stream(seed, "front", run.iteration))
-        if not collector.episode_costs:
-            raise ValueError(f"no episode ends within num_steps={self.policy.num_steps} steps, so that no return is known; raise policy.num_steps")
-        costs, lengths = np.array(collector.episode_costs), np.array(collector.episode_lengths)
-        returns = (lengths[:, None] * best - costs).mean(0)
-        for told in (collector.episodes, collector.episode_costs, collector.episode_lengths):
-            told.clear()
-        return returns[None], ({k: v.detach().clone() for k, v in run.agent.state().items()},)
-
-    def _extended(
-        self, env_id: str, kwargs: dict[str, Any], point: np.ndarray, start: dict[str, Tensor], objective: int, best: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, tuple[dict[str, Tensor], ...]]:
-        """Every policy of one extension: max G_l by PPO, the other returns held by a barrier."""
-        n = len(best)
-        limits = extension_limits(point, objective, beta=self.beta, best=best, length=self._length(env_id, kwargs))
-        constraint = Constraint(tuple(limits.tolist()), dual=BarrierDual(t=self.t))
-        run = self._run(env_id, {**kwargs, "weights": np.eye(n)[objective].tolist()}, constraint, seed)
-        run.agent.load_state(start)
-        found = []
-        for _ in range(self.updates):
-            run.step()
-            found.append(self._judged(run, best, seed))
-        return np.concatenate([f[0] for f in found]), tuple(f[1][0] for f in found)
-
-    def _length(self, env_id: str, kwargs: dict[str, Any]) -> float:
-        """Steps of an episode."""
+    def _task(self, env_id: str, kwargs: dict[str, Any], best: np.ndarray | None) -> Task:
         from markovia.envs.control.vector import make_env
 
         env = make_env(env_id, **kwargs)
         limit = None if env.spec is None else env.spec.max_episode_steps
+        charged = env.get_wrapper_attr("length") if env.has_wrapper_attr("length") else None
+        best = np.asarray(env.get_wrapper_attr("best") if best is None else best, dtype=np.float64)
         env.close()
         if limit is None:
             raise ValueError(f"{env_id} has no max_episode_steps, so a floor under a return is no limit on a shortfall; register it with one")
-        return float(limit)
+        if charged is not None and charged != limit:
+            raise ValueError(f"{env_id} has length={charged} but episodes of {limit} steps; length and max_episode_steps must be the same")
+        return Task(env_id, kwargs, best, limit, charged is not None)
+
+    def _run(self, task: Task, weights: np.ndarray, constraint: Constraint, seed: int) -> OnPolicyDriver:
+        method = replace(self.policy, constraint=replace(constraint, mix="plain"))
+        setup = build(task.env_id, method, seed, {**task.kwargs, "weights": weights.tolist()})
+        return OnPolicyDriver(method, setup.agent, setup.collector, seed)
+
+    def _judged(self, run: OnPolicyDriver, task: Task, seed: int) -> tuple[np.ndarray, tuple[dict[str, Tensor], ...]]:
+        """Mean returns (1, n) of whole episodes with sampled actions, the same starts for every policy, and the policy's state."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "front", run.iteration))
+            found = evaluate_stepped(run.agent, task.env_id, self.episodes, seed, task.kwargs, deterministic=False, columns=True)
+        shortest = min(found["lengths"])
+        if shortest < task.length and not task.charged:
+            raise ValueError(
+                f"an episode of {task.env_id} ended after {shortest} of {task.length} steps, and nothing was charged for the rest: its shortfalls "
+                f"would be small however little it earned; pass length={task.length} to the task (Scalarised(..., length={task.length}))"
+            )
+        returns = (task.length * task.best - np.array(found["costs"])).mean(0)
+        return returns[None], ({k: v.detach().clone() for k, v in run.agent.state().items()},)
+
+    def _extended(
+        self, task: Task, point: np.ndarray, start: dict[str, Tensor], objective: int, seed: int
+    ) -> tuple[np.ndarray, tuple[dict[str, Tensor], ...]]:
+        """Every policy of one extension: max G_l by PPO, the other returns held by a barrier."""
+        limits = extension_limits(point, objective, beta=self.beta, best=task.best, length=task.length)
+        run = self._run(task, np.eye(len(task.best))[objective], Constraint(tuple(limits.tolist()), dual=BarrierDual(t=self.t)), seed)
+        run.agent.load_state(start)
+        found = []
+        for _ in range(self.updates):
+            run.step()
+            found.append(self._judged(run, task, seed))
+        return np.concatenate([f[0] for f in found]), tuple(f[1][0] for f in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 
 from markovia.agents.records import Rollout
-from markovia.algos.advantages import Advantage
-from markovia.algos.safe.constraint import Constraint, centred, checked_cost, mix_advantages
+from markovia.algos.advantages import Advantage, BatchReturn, ConflictAware, Consistency, Greedy, GroupNormalised
+from markovia.algos.safe.constraint import Constraint, centred, checked_cost, effective_horizon, mix_advantages
 from markovia.algos.safe.dual import FixedDual, TrustRegionDual
 from markovia.algos.safe.termination import soften
 
@@ -51,11 +53,12 @@ class ConstraintHandler:
 
     @property
     def step_violation(self) -> float | None:
-        """What CPO's step must make up for, margin included, in the cost surrogate's unit (a mean per step); None for other duals and before any
-        episode ended."""
+        """What CPO's step must make up for, margin included, in the cost surrogate's unit (a mean per step, so that of a discounted episode cost an
+        even stream); None for other duals and before any episode ended."""
         if not isinstance(self.constraint.dual, TrustRegionDual) or np.isnan(self.cost[0]):
             return None
-        return float(self.cost[0] - self.constraint.aims[0] + self.dual_state["margin"][0]) / self.horizon
+        steps = effective_horizon(self.constraint.cost_gamma, self.horizon)
+        return float(self.cost[0] - self.constraint.aims[0] + self.dual_state["margin"][0]) / steps
 
     @property
     def violation(self) -> np.ndarray:
@@ -97,12 +100,11 @@ class ConstraintHandler:
     def mix(self, rollout: Rollout, adv: Tensor, advantage: Advantage, before: bool = False) -> Tensor:
         """The advantage (B, T) to improve on; the record gets `cost_adv` (B, T, m), centred, and the cost critics' targets `cost_ret`.
 
-        `before` mixes with the weights of the iteration before.
+        `before` mixes with the weights of the iteration before, and leaves what the estimators keep between batches as it is.
         """
         assert rollout.cost is not None
-        pairs = [
-            advantage(rollout.cost[..., i] * self.unit, _column(rollout, 1 + i), state) for i, state in enumerate(self.advantage_states)
-        ]
+        estimator, states = cost_estimator(advantage), copy.deepcopy(self.advantage_states) if before else self.advantage_states
+        pairs = [estimator(rollout.cost[..., i] * self.unit, _column(rollout, 1 + i), state) for i, state in enumerate(states)]
         cost_adv = centred(torch.stack([a for a, _ in pairs], -1) / self.unit, rollout.mask)
         rollout.columns["cost_adv"] = cost_adv
         if advantage.needs_critic:
@@ -137,6 +139,16 @@ class ConstraintHandler:
         self.cost = np.array([np.nan if c is None else c for c in state["cost"]])
         self.horizon, self.above, self.advantage_states = state["horizon"], state["above"], state["advantage_states"]
         self.scale = None if state["scale"] is None else torch.tensor(state["scale"], dtype=torch.float64)
+
+
+def cost_estimator(advantage: Advantage) -> Advantage:
+    """The method's estimator as it serves costs, whose advantages keep their unit (`centred`): not divided by a deviation, not clipped, and without
+    what it makes of the reward alone (entropies, agreement of answers, the greedy response's reward)."""
+    if isinstance(advantage, BatchReturn):
+        return replace(advantage, scale=False, clip=math.inf)
+    if isinstance(advantage, GroupNormalised | Consistency | ConflictAware):
+        return GroupNormalised(scale="none")
+    return BatchReturn(scale=False, clip=math.inf, reward_to_go=True) if isinstance(advantage, Greedy) else advantage
 
 
 def finished(collector: Any) -> tuple[Sequence[Sequence[float]], Sequence[int]]:

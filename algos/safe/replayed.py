@@ -23,6 +23,7 @@ class ReplayConstraint(Constraint):
 
     A critic's cost is discounted, so the limit of an episode becomes D(d, gamma, T) (`discounted_limit`). With estimator="episodes" the violation
     is that of finished episodes, in cost per episode, and the multiplier moves once an iteration; with "critic" it moves with every update.
+    `shield` and `optimistic` belong to the on-policy loop.
     """
 
     dual: Dual = field(default_factory=log_augmented)
@@ -38,6 +39,8 @@ class ReplayConstraint(Constraint):
             raise ValueError("TrustRegionDual belongs to natural-gradient steps (cpo); a learner from a replay takes a PIDDual")
         if self.mix == "difference":
             raise ValueError("mix='difference' is not offered for learners from a replay; use 'plain' or 'sum'")
+        if self.shield is not None or self.optimistic:
+            raise ValueError("shield and optimistic are parts of the on-policy loop (acs/ppo, reload/ppo); a learner from a replay reads neither")
         if self.conservatism < 0 or (self.conservatism > 0 and self.critic.num < 2):
             raise ValueError(f"conservatism must be >= 0, and a spread needs 2 critics, got {self.conservatism} with critic.num={self.critic.num}")
         if self.horizon is not None and self.horizon < 1:
@@ -61,7 +64,7 @@ class ReplayHandler(ConstraintHandler):
             if np.isnan(self.cost[0]):
                 return None
             horizon = max(1, round(self.horizon))
-        return np.asarray(discounted_limit(self.constraint.aims, self.gamma, horizon))
+        return np.asarray(discounted_limit(self.constraint.aims, self.gamma, horizon, self.constraint.cost_gamma))
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
         """The minibatch with the weights as its column `cost_weight` (b, m), and softly terminated where the constraint does that.

@@ -21,12 +21,15 @@ def preference(weights: Sequence[float], n: int) -> np.ndarray:
 class Scalarised(gym.Wrapper):
     """An environment whose reward is a vector (mo-gymnasium's) as a Gymnasium one: the reward is weights . r.
 
-    `info["rewards"]` is r (n,) and `info["cost"]` the shortfall best - r >= 0, one column per objective, so that a floor under a return of T steps is
-    the cost limit T best - floor. `best` (n,) is what a step can pay at most; where it is None, `reward_space.high` must say so.
-    Raises ValueError for weights that do not fit, for unknown bounds, and for a reward above its bound.
+    `info["rewards"]` is r (n,) and `info["cost"]` the shortfall best - r >= 0, one column per objective, so that a floor under a return G of T steps
+    is the cost limit T best - floor. `best` (n,) is what a step can pay at most; where it is None, `reward_space.high` must say so.
+    Where episodes terminate early, `length` = T charges the steps that are missing: the cost of a termination at step t < T is
+    best - r + (T - t) best, so that an episode's costs add up to T best - G whatever its end, and a fall meets no floor.
+    Raises ValueError for weights that do not fit, for unknown bounds, for a reward above its bound, for a charge below 0, and for episodes that the
+    environment cuts off before `length`.
     """
 
-    def __init__(self, env: gym.Env, weights: Sequence[float], best: Sequence[float] | None = None) -> None:
+    def __init__(self, env: gym.Env, weights: Sequence[float], best: Sequence[float] | None = None, length: int | None = None) -> None:
         super().__init__(env)
         reward_space: Any = getattr(env.unwrapped, "reward_space", None)
         if not isinstance(reward_space, spaces.Box):
@@ -35,22 +38,41 @@ class Scalarised(gym.Wrapper):
         self.best = np.asarray(reward_space.high if best is None else best, dtype=np.float64)
         if self.best.shape != self.weights.shape or not np.isfinite(self.best).all():
             raise ValueError(f"best must be {len(self.weights)} finite numbers, what a step pays at most, got {self.best.tolist()}; pass best=[...]")
+        if length is not None and not (length >= 1 and (self.best >= 0).all()):
+            raise ValueError(
+                f"length must be >= 1, the steps of a full episode, and charges missing steps with best >= 0, got length={length} and "
+                f"best={self.best.tolist()}; pass a bound that is not negative"
+            )
+        self.length = length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._steps = 0
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         obs, rewards, terminated, truncated, info = self.env.step(action)
         r = np.asarray(rewards, dtype=np.float64)
         if (r > self.best + 1e-9).any():
             raise ValueError(f"a step paid {r.tolist()}, more than best={self.best.tolist()}; raise best")
-        return obs, float(self.weights @ r), bool(terminated), bool(truncated), {**info, "rewards": r, "cost": np.maximum(self.best - r, 0.0)}
+        cost = np.maximum(self.best - r, 0.0)
+        self._steps += 1
+        missing = 0 if self.length is None else max(self.length - self._steps, 0)
+        if terminated:
+            cost += missing * self.best
+        elif truncated and missing:
+            raise ValueError(f"{self.env} cut an episode off after {self._steps} steps, but length={self.length}; pass its own limit as length")
+        return obs, float(self.weights @ r), bool(terminated), bool(truncated), {**info, "rewards": r, "cost": cost}
 
 
-def from_mo_gymnasium(task: str, weights: Sequence[float], best: Sequence[float] | None = None, **kwargs: Any) -> Scalarised:
+def from_mo_gymnasium(
+    task: str, weights: Sequence[float], best: Sequence[float] | None = None, length: int | None = None, **kwargs: Any
+) -> Scalarised:
     """`mo_gymnasium.make(task)` with a preference. Raises ImportError naming the package where it is not installed."""
     try:
         import mo_gymnasium
     except ImportError as missing:
         raise ImportError("tasks of mo-gymnasium need it: pip install mo-gymnasium") from missing
-    return Scalarised(mo_gymnasium.make(task, **kwargs), weights, best)
+    return Scalarised(mo_gymnasium.make(task, **kwargs), weights, best, length)
 
 
 class TwoGoalsEnv(gym.Env):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from markovia.envs.denoising import likelihood, schedulers, tables
 from markovia.envs.denoising.likelihood import Reduce
-from markovia.envs.denoising.tables import FINALS, KINDS, PREDICTIONS, Tables, choose
+from markovia.envs.denoising.tables import FINALS, KINDS, PREDICTIONS, SCALED, Tables, choose
 
 
 class GaussianKernel:
@@ -103,14 +103,14 @@ class GaussianKernel:
         """Read the constants of a diffusers DDPM, DDIM, LCM or flow-matching Euler scheduler (it is copied, not changed).
 
         num_inference_steps   K; None takes the scheduler's timesteps as they are
-        eta                   noise scale: of ddim (default 1) or flow_sde (default 0.7); 0 is the deterministic sampler
+        eta                   noise scale: of ddim (default 1) or flow_sde (default 0.7); 0 is the deterministic sampler. Other kinds have none
         kind                  None: ddpm, ddim, consistency or flow_sde (flow_resample with `stochastic_sampling`) by the class
         final                 what to do where the last std is 0. drop: leave the step out of likelihoods. floor: std is at least
                               `min_std` at every step (DPPO). mid: ab' = (1 + ab)/2 at the last step (adjoint matching; sigma/2 for
                               flows). train0: ab' = alphas_cumprod[0] at the last step
         clip_x0               half-width of the clip of the x0 estimate; "scheduler" reads its clip_sample, None is no clip
         recompute_eps         recompute eps from the clipped x0 (`use_clipped_model_output` of diffusers)
-        Raises ValueError for unknown names, learned variances, thresholding and schedules without noise levels.
+        Raises ValueError for unknown names, an eta that the kind does not read, learned variances, thresholding and schedules without noise levels.
         """
         choose("final", final, FINALS)
         if kind is not None:
@@ -135,6 +135,8 @@ class GaussianKernel:
             eta = 0.7 if kind == "flow_sde" else 1.0
         if eta < 0:
             raise ValueError(f"eta={eta}; expected a noise scale >= 0.")
+        if kind not in SCALED and eta != 1.0:
+            raise ValueError(f"eta={eta} is the noise of {' and '.join(SCALED)}; a {kind} kernel's noise follows from its levels: leave eta out.")
         constants = schedulers.read_tables(scheduler, kind, prediction, eta, final)
         if final == "floor":
             if not min_std > 0:
@@ -158,7 +160,7 @@ class GaussianKernel:
         ddim with eta = 1, ddpm as it is, flow_sde with eta = sqrt(2): the noise for which KL-regularised control ends in exactly the tilted law
         p exp(r/beta) whatever the start.                                                   [Domingo-Enrich 2024, 2409.08861]
         """
-        eta = math.sqrt(2.0) if schedulers.is_flow(scheduler) else 1.0
+        eta = math.sqrt(2.0) if schedulers.kind_of(scheduler, options.get("kind")) == "flow_sde" else 1.0
         return cls.from_scheduler(scheduler, num_inference_steps, eta=eta, final=final, **options)
 
     @classmethod
@@ -270,11 +272,13 @@ class GaussianKernel:
     def add_to_eps(self, model_output: Tensor, change: Tensor, step: int | Tensor) -> Tensor:
         """The model output whose eps estimate is larger by `change`, in whatever the network predicts: eps = eps_x x + eps_m m, so m + change/eps_m.
 
+        Where eps_m = 0 (v and flow at a level without signal) eps is x, whatever the output is: nothing is added.
         Raises ValueError for a `direct` kernel, whose output is the mean and says nothing about eps.
         """
         if self.kind == "direct":
             raise ValueError("a direct kernel has no eps estimate to guide; use a kernel read from a scheduler.")
-        return model_output + change / self._at(self._estimate, step, model_output)[3]
+        eps_m = self._at(self._estimate, step, model_output)[3]
+        return model_output + change / eps_m.where(eps_m != 0, math.inf)
 
     def mean_std(self, model_output: Tensor, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Mean (*batch, *sample_shape) and std (*batch, 1, ...) of the next sample (equation 1)."""
@@ -297,3 +301,12 @@ class GaussianKernel:
             raise ValueError("a direct kernel has no forward process; use a kernel read from a scheduler.")
         signal, noise = self._at(self._level, step, x0)
         return signal * x0 + noise * eps
+
+    def target(self, x0: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
+        """What the network should give for `add_noise(x0, eps, step)`; what it does give is the conditional mean of that.
+
+        eps (epsilon), x0 (sample), signal eps - noise x0 (v_prediction), eps - x0 (flow: the velocity)
+        [Ho 2020, 2006.11239, eq. 14; v: 2202.00512, appendix D; flow: 2210.02747, eq. 23]
+        """
+        targets = {"epsilon": lambda: eps, "sample": lambda: x0, "v_prediction": lambda: self.add_noise(eps, -x0, step), "flow": lambda: eps - x0}
+        return targets[self.prediction_type]()

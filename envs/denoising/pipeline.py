@@ -32,7 +32,7 @@ from markovia.envs.denoising.pipeline_network import (
 )
 from markovia.envs.denoising.rewards import image_reward
 from markovia.envs.denoising.schedulers import SCHEDULERS, is_flow, kind_of
-from markovia.envs.denoising.tables import choose
+from markovia.envs.denoising.tables import SCALED, choose
 from markovia.envs.untrusted import lines, read_json
 
 TOLERANCE = 0.01  # of a pixel in [0, 1]: diffusers' constants are float32, and a network stretches their rounding
@@ -208,7 +208,7 @@ def difference_from_call(pipe: Any, task: DenoisingTask, eta: float | None = Non
         handle.remove()
         generator = torch.Generator().manual_seed(0)
         x = recorded_call(pipe, prompts, guidance, num_steps, generator=generator, **call)["sample"][: len(prompts or [0])]
-        kernel = GaussianKernel.from_scheduler(pipe.scheduler, eta=scale)
+        kernel = GaussianKernel.from_scheduler(pipe.scheduler, eta=scale if kind_of(pipe.scheduler, None) in SCALED else None)
     if len(calls) != kernel.num_steps:
         raise ValueError(
             f"{type(pipe).__name__} calls its {denoiser_of(pipe)[0]} {len(calls)} times in {kernel.num_steps} steps; a policy's step is one call. "

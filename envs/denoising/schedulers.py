@@ -69,17 +69,18 @@ def kind_of(scheduler: Any, kind: str | None) -> str:
     return kind
 
 
-def levels(scheduler: Any, final: str) -> list[Level]:
+def levels(scheduler: Any, kind: str, final: str) -> list[Level]:
     """The noise levels that the scheduler visits, the last step's end by the rule `final` (see GaussianKernel.from_scheduler)."""
-    return _flow_levels(scheduler, final) if is_flow(scheduler) else _diffusion_levels(scheduler, final)
+    return _flow_levels(scheduler, final) if is_flow(scheduler) else _diffusion_levels(scheduler, kind, final)
 
 
-def _diffusion_levels(scheduler: Any, final: str) -> list[Level]:
+def _diffusion_levels(scheduler: Any, kind: str, final: str) -> list[Level]:
     steps = [int(t) for t in scheduler.timesteps]
     alphas = scheduler.alphas_cumprod.double().tolist()
     now = [alphas[t] for t in steps]
     # The true next timestep; `timestep - T // K` of DDIMScheduler.step agrees where the spacing is even.
-    last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    # LCMScheduler's last step gives the consistency function itself, whatever its final_alpha_cumprod is.
+    last = 1.0 if kind == "consistency" else float(getattr(scheduler, "final_alpha_cumprod", 1.0))
     if final == "mid":
         last = (1 + now[-1]) / 2
     elif final == "train0":
@@ -95,6 +96,8 @@ def _diffusion_levels(scheduler: Any, final: str) -> list[Level]:
 def _flow_levels(scheduler: Any, final: str) -> list[Level]:
     sigmas = scheduler.sigmas.double().tolist()
     steps = scheduler.timesteps.double().tolist()
+    if math.isclose(sigmas[0], 1.0, abs_tol=1e-6):
+        sigmas[0] = 1.0  # a shift in float32 gives 0.99999994 too, and 1 - sigma divides
     if len(sigmas) == len(steps):
         sigmas.append(0.0)  # a flow scheduler before set_timesteps has no terminal sigma yet
     if final == "mid":
@@ -108,7 +111,7 @@ def _flow_levels(scheduler: Any, final: str) -> list[Level]:
 
 def read_tables(scheduler: Any, kind: str, prediction: str, eta: float, final: str) -> Tables:
     """The constants of every step. Raises ValueError for learned variances."""
-    rows = [_row(kind, prediction, level, eta, scheduler) for level in levels(scheduler, final)]
+    rows = [_row(kind, prediction, level, eta, scheduler) for level in levels(scheduler, kind, final)]
     return Tables(*(list(column) for column in zip(*rows, strict=True)))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from markovia.envs.names import nearest
 
 KINDS = ("ddpm", "ddim", "flow_sde", "flow_resample", "consistency", "direct")
+SCALED = ("ddim", "flow_sde")  # whose noise is scaled by eta; that of the others follows from their levels
 FINALS = ("drop", "floor", "mid", "train0")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 

@@ -1,4 +1,5 @@
-"""Tasks with a cost: every step's `info["cost"]` is a float >= 0, and `cost_limit` on the environment is what an episode may cost.
+"""Tasks with a cost: every step's `info["cost"]` is a float >= 0, and `cost_limit` on the environment is what an episode may cost, the bound that
+`markovia cost-of` reports against where a run has none of its own; where it bounds a discounted cost, `cost_gamma` is the discount.
 
 velocity.py   robots with a speed limit          point.py    a point robot among hazards (Goal, Circle, Run)
 tabular.py    problems with an exact optimum     adapters.py safety-gymnasium's six-value step, both ways

@@ -33,7 +33,8 @@ class SafePendulumEnv(PendulumEnv):
     Never terminates; the registered id is truncated after 200 steps.
 
     ## Arguments
-    `max_velocity=2.0` rad/s. `cost_limit=25.0`: what an episode may cost, for the learner. `g` and `render_mode` as in Pendulum-v1.
+    `max_velocity=2.0` rad/s. `cost_limit=25.0`: what an episode may cost, the bound that `markovia cost-of` reports against where a run has none of
+    its own; a learner's is `Constraint.cost_limit`. `g` and `render_mode` as in Pendulum-v1.
     """
 
     def __init__(self, render_mode: str | None = None, g: float = 10.0, max_velocity: float = 2.0, cost_limit: float = 25.0) -> None:

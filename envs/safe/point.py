@@ -145,8 +145,8 @@ class PointGoalEnv(_PointEnv):
     Never terminates; the registered id is truncated after 1000 steps of 0.02 s.
 
     ## Arguments
-    `level=1`: 8 hazards in a square of 3 m; `level=2`: 10 in 4 m. `cost_limit=25.0`: what an episode may cost, for the learner.
-    `render_mode`, `width=480`, `height=480`.
+    `level=1`: 8 hazards in a square of 3 m; `level=2`: 10 in 4 m. `cost_limit=25.0`: what an episode may cost, the bound that `markovia cost-of`
+    reports against where a run has none of its own; a learner's is `Constraint.cost_limit`. `render_mode`, `width=480`, `height=480`.
     """
 
     GOAL_RADIUS, HAZARD_RADIUS, REACH = 0.3, 0.2, 3.0
@@ -215,8 +215,8 @@ class PointCircleEnv(_PointEnv):
     Never terminates; the registered id is truncated after 500 steps of 0.02 s.
 
     ## Arguments
-    `level=1`: the strip |x| <= 1.125; `level=2`: |y| <= 1.125 too. `cost_limit=25.0`: what an episode may cost, for the learner.
-    `render_mode`, `width=480`, `height=480`.
+    `level=1`: the strip |x| <= 1.125; `level=2`: |y| <= 1.125 too. `cost_limit=25.0`: what an episode may cost, the bound that `markovia
+    cost-of` reports against where a run has none of its own; a learner's is `Constraint.cost_limit`. `render_mode`, `width=480`, `height=480`.
     """
 
     RADIUS, STRIP, REACH = 1.5, 1.125, 6.0
@@ -271,7 +271,8 @@ class PointRunEnv(_PointEnv):
     Never terminates; the registered id is truncated after 500 steps of 0.02 s.
 
     ## Arguments
-    `cost_limit=25.0`: what an episode may cost, for the learner. `render_mode`, `width=480`, `height=480`.
+    `cost_limit=25.0`: what an episode may cost, the bound that `markovia cost-of` reports against where a run has none of its own; a learner's is
+    `Constraint.cost_limit`. `render_mode`, `width=480`, `height=480`.
     """
 
     LANE, TARGET = 0.5, np.array([1000.0, 0.0])

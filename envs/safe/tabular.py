@@ -28,7 +28,7 @@ class SafeGridEnv(CMDPEnv):
 
     ## Rewards
     1.0 on entering the goal, else 0.0. `info["cost"]` is 1.0 on a step that ends in a hazard, else 0.0. Both are discounted by `gamma`, which is
-    the learner's to apply; `cost_limit` bounds the discounted cost of an episode.
+    the learner's to apply; `cost_limit` bounds the discounted cost of an episode, and `cost_gamma` is its discount.
 
     ## Starting State
     (0, 0).
@@ -37,12 +37,13 @@ class SafeGridEnv(CMDPEnv):
     Terminates at the goal; the registered id is truncated after 60 steps.
 
     ## Arguments
-    `limit=0.5`: the bound on the discounted cost. `gamma=0.95`. `slip=0.1`: probability of a random move.
+    `limit=0.5`: the bound on the discounted cost, the oracle's; a learner's is `Constraint.cost_limit`, which the presets set to 0.5 with
+    `cost_gamma` 0.95. `markovia cost-of` reports plain sums, against neither. `gamma=0.95`. `slip=0.1`: probability of a random move.
     """
 
     def __init__(self, limit: float = 0.5, gamma: float = 0.95, slip: float = 0.1) -> None:
         super().__init__(oracle=cmdp_grid(limit, gamma, slip))
-        self.cost_limit = check_limit(limit)
+        self.cost_limit, self.cost_gamma = check_limit(limit), gamma
 
     def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
         obs = super().step(action)[0]
@@ -67,7 +68,7 @@ class SafeTwoStateEnv(CMDPEnv):
 
     ## Rewards
     1.0 for staying in state 0, else 0.0. `info["cost"]` is 1.0 for staying in state 0 and for leaving state 1, else 0.0. `cost_limit` bounds the
-    discounted cost.
+    discounted cost, and `cost_gamma` is its discount.
 
     ## Starting State
     State 0.
@@ -76,9 +77,10 @@ class SafeTwoStateEnv(CMDPEnv):
     Never terminates; the registered id is truncated after 100 steps.
 
     ## Arguments
-    `limit=5.0`: the bound on the discounted cost, out of at most 1 / (1 - gamma). `gamma=0.9`.
+    `limit=5.0`: the bound on the discounted cost, out of at most 1 / (1 - gamma), the oracle's; a learner's is `Constraint.cost_limit`, which
+    the presets set to 5 with `cost_gamma` 0.9. `markovia cost-of` reports plain sums, against neither. `gamma=0.9`.
     """
 
     def __init__(self, limit: float = 5.0, gamma: float = 0.9) -> None:
         super().__init__(oracle=cmdp_two_state(limit, gamma))
-        self.cost_limit = check_limit(limit)
+        self.cost_limit, self.cost_gamma = check_limit(limit), gamma

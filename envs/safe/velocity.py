@@ -48,8 +48,8 @@ _DOC = """{robot} that runs as fast as it is allowed to.
     Terminates like {robot}-v5; the registered id is truncated after 1000 steps.
 
     ## Arguments
-    `max_speed={limit}` m/s (the older v0 task: {older}{older_note}). `cost_limit=25.0`: what an episode may cost, for the learner; the environment
-    does not act on it. All other arguments are {robot}-v5's.
+    `max_speed={limit}` m/s (the older v0 task: {older}{older_note}). `cost_limit=25.0`: what an episode may cost, the bound that `markovia cost-of`
+    reports against where a run has none of its own; a learner's is `Constraint.cost_limit`. All other arguments are {robot}-v5's.
     """
 
 

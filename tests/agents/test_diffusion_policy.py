@@ -117,6 +117,24 @@ def test_steps_before_the_tuned_ones_keep_the_frozen_network():
     assert not names & {id(p) for p in agent.net["base"].parameters()}
 
 
+def test_fine_tuning_goes_on_from_the_frozen_network_and_the_tuned_one():
+    agent = made("ddim", tuned_steps=2)
+    with torch.no_grad():
+        for p in agent.parameters("policy"):
+            p.add_(0.1)
+    again = agent.tuned(kernel=floored(agent.kernel, 0.2), reduce="mean", critic_hidden=[4])
+    window = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    one, two = (a.chain(window, True, torch.Generator().manual_seed(3)) for a in (agent, again))
+    assert torch.equal(one, two)
+    assert not {id(p) for p in agent.net.parameters()} & {id(p) for p in again.net.parameters()}
+    # the steps that one network denoises can't go over to the other
+    for changes in ({"tuned_steps": 3}, {"tuned_steps": None}, {"kernel": NOISES["flow"].kernels()[0], "tuned_steps": 1}):
+        with pytest.raises(ValueError, match="tuned_steps=2"):
+            agent.tuned(**changes)
+    every = made("ddim", tuned_steps=None)
+    assert every.tuned(tuned_steps=3).net["base"] is not None
+
+
 def test_value_and_sampling_noise():
     agent = made("ddim", noise_clip=0.5, tuned_steps=3)
     _, rollout = record(agent)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from denoising_pieces import F64, ddim, gen
+from denoising_pieces import F64, ddim, diffusers, gen
 from torch import Tensor
 
 from markovia.agents.denoising import DenoisingAgent
-from markovia.algos.denoising.itps import ITPS, STRATEGIES, alignment, ranking, resample_path
+from markovia.algos.denoising.itps import ITPS, STRATEGIES, alignment, pulled, ranking, resample_path
 from markovia.algos.denoising.methods import DENOISING
 from markovia.algos.denoising.particles import (
     POTENTIALS,
@@ -246,6 +246,33 @@ def test_a_pull_on_eps_is_the_same_whatever_the_network_predicts(prediction: str
     signal, noise = (torch.tensor(v, dtype=F64)[step][:, None] for v in (kernel.tables.signal, kernel.tables.noise))
     moved = (x - signal * kernel.x0_from(after, x, step)) / noise - (x - signal * kernel.x0_from(m, x, step)) / noise
     torch.testing.assert_close(moved, change, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.check("value", "itps", "itps/gd")
+def test_every_step_but_the_last_is_pulled() -> None:
+    """eps + 3 (x - 1), the gradient of 3/2 |x - 1|^2, written out; as in the official code, t = 0 is left alone, whatever the last timestep is."""
+    kernel = GaussianKernel.from_scheduler(ddim(), 10)
+    assert int(kernel.timestep(9)) == 99  # trailing: not 0
+    x = torch.randn(3, 2, dtype=F64, generator=gen())
+    push = pulled(kernel, lambda x, k: 0.5 * x, lambda x: 0.5 * (x - 1).square().sum(-1), 3.0)
+    for k in range(9):
+        torch.testing.assert_close(push(x, k), 0.5 * x + 3.0 * (x - 1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(push(x, 9), 0.5 * x)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+def test_where_the_output_says_nothing_about_eps_a_pull_adds_nothing(prediction: str) -> None:
+    """At a level without signal v is -x0, and a flow's velocity is x - x0: eps is x itself."""
+    noisy = ddim(prediction_type=prediction, rescale_betas_zero_snr=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.67) if prediction == "flow" else noisy
+    kernel = GaussianKernel.from_scheduler(scheduler, 6)
+    x, m, change = torch.randn(3, 4, 2, dtype=F64, generator=gen()).unbind(0)
+    assert torch.equal(kernel.add_to_eps(m, change, 0), m)
+    torch.testing.assert_close(kernel.eps_from(kernel.add_to_eps(m, change, 1), x, 1), kernel.eps_from(m, x, 1) + change, rtol=1e-9, atol=1e-9)
+    task = DenoisingTask(lambda x, t, c: 0.5 * x, kernel, lambda x, c: x.sum((1, 2)), (8, 2))
+    for strategy in ("gd", "ss"):
+        found, plain = (ITPS(s, rho=2.0).sample(task, SKETCH, 3, gen())["x"] for s in (strategy, "rs"))  # type: ignore[arg-type]
+        assert bool(found.isfinite().all()) and not torch.equal(found, plain)
 
 
 @pytest.mark.check("limit", "itps", "itps/gd", "itps/bi", "itps/pr")

@@ -147,6 +147,7 @@ def test_permutation_of_the_batch_does_not_change_the_loss() -> None:
         (lambda: AdjointMatching(index="nxt"), "did you mean 'next'"),
         (lambda: AdjointMatching(steps_per_chain=0), "at least 1"),
         (lambda: AdjointMatching(solver=Descent(micro=4, kl_stop_nats=0.1)), "solver.micro, solver.kl_stop_nats has no meaning"),
+        (lambda: AdjointMatching(solver=Descent(value_lr=0.1)), "solver.value_lr has no meaning"),
         (lambda: AdjointMatching(drop_quantile=1.0), r"share in \(0, 1\)"),
         (lambda: reward_gradient(point_task(lambda x, c: [0.0] * len(x)), torch.zeros(2, 1)), "no gradient.*it returned list"),
         (lambda: reward_gradient(point_task(lambda x, c: (x[:, 0] > 0).float()), torch.zeros(2, 1)), "Tensor without a graph"),

@@ -39,13 +39,15 @@ from markovia.envs.denoising.networks import MLPDenoiser
 from markovia.envs.denoising.tasks import make_task
 from markovia.envs.exact.denoisers import LinearGaussianDenoising
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 PAIRWISE = [name for name, row in DENOISING.items() if isinstance(row.value, DenoisingPreference)]
 SOLVER = Descent(lr=0.01, epochs=2, minibatch=16, max_grad_norm=10.0)
 
 
 def point_task(prediction: str = "epsilon", cond: bool = False) -> DenoisingTask:
     """Two numbers denoised in 6 steps by an untrained network; reward: their sum."""
-    scheduler = ddim(beta_schedule="linear", prediction_type=prediction)
+    flow = prediction == "flow"
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if flow else ddim(beta_schedule="linear", prediction_type=prediction)
     torch.manual_seed(0)
     network = MLPDenoiser((2,), 16, 1, cond_dim=3 if cond else 0)
     conditions = torch.eye(3) if cond else None
@@ -152,10 +154,10 @@ def test_rebel_value_by_hand() -> None:
     assert found.tolist() == pytest.approx([0.09])
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.check("value", "diffusion-dpo")
 def test_diffusion_dpo_value_against_the_published_form(prediction: str) -> None:
-    """-log s(-beta ((e_w - e_ref,w) - (e_l - e_ref,l))), e the mean squared error of the noise, written out here from the network's output."""
+    """-log s(-beta ((e_w - e_ref,w) - (e_l - e_ref,l))), e the mean squared error of what the network predicts, written out here."""
     task = point_task(prediction)
     agent, reference = agent_on(task, double=True, reduce="mean"), agent_on(task, double=True, reduce="mean")
     with torch.no_grad():
@@ -163,35 +165,66 @@ def test_diffusion_dpo_value_against_the_published_form(prediction: str) -> None
             p.add_(0.05 * torch.randn(p.shape, dtype=F64, generator=gen(1)))
     x = torch.randn(8, 2, dtype=F64, generator=gen(2))
     record = noised_pairs(agent, x, None, gen(3))
-    noise, step, at = record.columns["noise"][:, 0], record.obs["step"][:, 0], record.obs["x"][:, 0]  # type: ignore[index]
-    assert torch.equal(noise[::2], noise[1::2]) and torch.equal(step[::2], step[1::2])
-    ab = diffusers.DDIMScheduler().alphas_cumprod.double()[agent.kernel.timestep(step)][:, None]
-    torch.testing.assert_close(at, ab.sqrt() * x + (1 - ab).sqrt() * noise, rtol=1e-9, atol=1e-9)
+    step, at, t = record.obs["step"][:, 0], record.obs["x"][:, 0], agent.kernel.timestep(record.obs["step"][:, 0])  # type: ignore[index]
+    if prediction == "flow":
+        a, s = 1 - t.double()[:, None] / 1000, t.double()[:, None] / 1000
+    else:
+        ab = diffusers.DDIMScheduler().alphas_cumprod.double()[t][:, None]
+        a, s = ab.sqrt(), (1 - ab).sqrt()
+    noise = (at - a * x) / s
+    torch.testing.assert_close(noise[::2], noise[1::2], rtol=1e-6, atol=1e-6)
+    assert torch.equal(step[::2], step[1::2])
+    target = {"epsilon": noise, "sample": x, "v_prediction": a * noise - s * x, "flow": noise - x}[prediction]
 
-    def error(a: DenoisingAgent) -> Tensor:
-        m = a.net["policy"](at, a.kernel.timestep(step), None)
-        eps = {"epsilon": m, "sample": (at - ab.sqrt() * m) / (1 - ab).sqrt(), "v_prediction": ab.sqrt() * m + (1 - ab).sqrt() * at}[prediction]
-        return (eps - noise).square().mean(-1)
+    def error(agent: DenoisingAgent) -> Tensor:
+        return (agent.net["policy"](at, t, None) - target).square().mean(-1)
 
-    torch.testing.assert_close(noise_error(agent, record)[:, 0], error(agent), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(noise_error(agent, record)[:, 0], error(agent), rtol=1e-6, atol=1e-9)
     ratio = noise_error(reference, record) - noise_error(agent, record)
     found = Pairwise(7.0)(as_scores(ratio, record.mask, ("ref",)), views_of(4, None))
     change = error(agent) - error(reference)
     expected = -torch.nn.functional.logsigmoid(-7.0 * (change[::2] - change[1::2]))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_error_of_an_eps_network_is_that_of_its_noise_estimate_to_the_bit() -> None:
+    agent = agent_on(point_task())
+    x, noise = torch.randn(2, 8, 2, generator=gen(2)).unbind(0)
+    step = torch.arange(8) % 6
+    at = agent.kernel.add_noise(x, noise, step)
+    record = step_record(at, step, None, at, target=agent.kernel.target(x, noise, step))
+    eps = agent.kernel.eps_from(agent.network(at, agent.kernel.timestep(step)), at, step)
+    assert torch.equal(noise_error(agent, record)[:, 0], (eps - noise).square().sum(-1))
+
+
+def test_a_flow_learns_at_the_level_without_signal_too() -> None:
+    """At sigma = 1 the noise is the sample itself, which tells nothing about the network; its velocity is eps - x0 there as everywhere."""
+    agent = agent_on(point_task("flow"))
+    x, noise, step = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.zeros(1, dtype=torch.long)
+    at = agent.kernel.add_noise(x, noise, step)
+    assert torch.equal(at, noise)
+    m = agent.network(at, agent.kernel.timestep(step)).detach()
+    error = noise_error(agent, step_record(at, step, None, at, target=agent.kernel.target(x, noise, step)))
+    assert float(error.detach()) == pytest.approx(float((m[0, 0] + 3) ** 2 + (m[0, 1] - 1) ** 2), rel=1e-6)  # velocities -1 - 2 and 1 - 0
+    error.sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in agent.parameters("policy") if p.grad is not None)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.check("limit", "diffusion-dpo")
-def test_diffusion_dpo_is_the_step_ratio_integrated_over_the_forward_process() -> None:
-    """Delta is affine in x', so at the mean of q(x'|x, x0) it is w (e_ref - e)/2: the two ways to score differ by the weight alone."""
-    task = point_task()
+def test_diffusion_dpo_is_the_step_ratio_integrated_over_the_forward_process(prediction: str) -> None:
+    """Delta is affine in x', so at the mean of q(x'|x, x0) it is w (e_ref - e)/2: the two ways to score differ by the weight alone.
+
+    w = (d mean/d m)^2/s^2, m what the network predicts.
+    """
+    task = point_task(prediction)
     agent, reference = agent_on(task, double=True), agent_on(task, double=True)
     with torch.no_grad():
         for p in agent.net.parameters():
             p.add_(0.05 * torch.randn(p.shape, dtype=F64, generator=gen(1)))
     record = noised_pairs(agent, torch.randn(12, 2, dtype=F64, generator=gen(2)), None, gen(3))
-    x, step, noise = record.obs["x"][:, 0], record.obs["step"][:, 0], record.columns["noise"][:, 0]  # type: ignore[index]
-    q_mean, std = agent.kernel.mean_std(noise, x, step)
+    x, step, target = record.obs["x"][:, 0], record.obs["step"][:, 0], record.columns["target"][:, 0]  # type: ignore[index]
+    q_mean, std = agent.kernel.mean_std(target, x, step)
     slope = agent.kernel.mean_std(torch.ones_like(x), x, step)[0] - agent.kernel.mean_std(torch.zeros_like(x), x, step)[0]
     live = std[:, 0] > 0
     weight = (slope[:, 0] / std[:, 0]).square()[live]
@@ -327,6 +360,7 @@ def test_d3po_raises_the_exact_reward() -> None:
     [
         (lambda: DenoisingPreference(num_envs=3), "even and >= 2"),
         (lambda: DenoisingPreference(solver=Descent(recompute_advantage=True)), "solver.recompute_advantage has no meaning"),
+        (lambda: DenoisingPreference(solver=Descent(value_lr=0.1, unit="row")), "solver.value_lr, solver.unit has no meaning"),
         (lambda: DenoisingPreference(clip=1.0), r"half-width in \(0, 1\)"),
         (lambda: DenoisingPreference(source=SemiPolicy(), reference=EachRound()), "brings its own anchor"),
         (lambda: Candidates(count=1), "count >= 2"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from gymnasium import spaces
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
@@ -19,7 +20,7 @@ from markovia.algos.advantages import ChainGAE
 from markovia.algos.diffusion_policy.data import ChunkData, chunk_data
 from markovia.algos.diffusion_policy.loss import denoising_error, diffused, flowed, noise_level
 from markovia.algos.diffusion_policy.method import Average, Chain, DiffusionNoise, FlowNoise, Imitation, TwoLayer
-from markovia.algos.diffusion_policy.methods import DIFFUSION_POLICY, DPPO
+from markovia.algos.diffusion_policy.methods import DIFFUSION, DIFFUSION_POLICY, DPPO
 from markovia.algos.offline.method import Logged
 from markovia.algos.on_policy.surrogates import ChainClip
 from markovia.algos.presets import configure, override
@@ -27,6 +28,7 @@ from markovia.algos.setup import build, make_driver
 from markovia.algos.systems import Method, find
 from markovia.envs.control.chunks import make_chunk_vec
 from markovia.envs.exact.offline import obstacle_data, pointmass_data
+from markovia.envs.offline.sources import load
 from markovia.settings import from_json, to_json
 
 torch.set_num_threads(1)
@@ -67,6 +69,22 @@ def test_dataset_becomes_chunks_in_units_of_the_box():
     assert len(best) == 40
 
 
+def test_episodes_are_chosen_and_ended_as_for_the_other_methods():
+    """Of returns 10 at the end and 5 at the beginning the first is the larger, but not the one of larger discounted return."""
+    data, agent = pointmass_data("expert", episodes=2), build(POINT, tiny("diffusion-policy"), 0, dataset=DATASET).agent
+    reward = np.zeros_like(data.reward)
+    reward[39], reward[40] = 10.0, 5.0
+    data = dataclasses.replace(data, reward=reward)
+    for gamma, episode in ((1.0, data.obs[:40]), (0.5, data.obs[40:])):
+        kept = chunk_data(data, Logged(fraction=0.5, fraction_gamma=gamma), agent)
+        assert np.array_equal(kept.obs.numpy(), episode)
+    # a step that pays so much is its episode's last one: chunks from before repeat its action
+    paid = np.flatnonzero(load(DATASET).reward >= -0.03)
+    found = build(POINT, tiny("flow-policy", data={"terminate_at": -0.03}), 0, dataset=DATASET).collector.data
+    assert len(paid) > 1000 and np.array_equal(found.last[paid], paid)
+    assert not np.array_equal(build(POINT, tiny("flow-policy"), 0, dataset=DATASET).collector.data.last[paid], paid)
+
+
 # -- what is fitted -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +103,16 @@ def test_target_gives_back_chunk_and_noise(prediction):
     t = int(timestep[0])
     abar = math.prod(1 - min(1 - bar((i + 1) / 30) / bar(i / 30), 0.999) for i in range(t + 1))
     assert torch.allclose(x[0], math.sqrt(abar) * x0[0] + math.sqrt(1 - abar) * eps[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
+def test_the_noisiest_level_is_noise_whatever_the_number_of_levels(schedule):
+    """Chains start at N(0, I), so sqrt(abar_T) must be near 0: diffusers' betas are meant for T = 1000, and stay what they are there."""
+    for steps in (5, 20, 100, 1000):
+        tables = DiffusionNoise(train_steps=steps, sample_steps=4, beta_schedule=schedule).levels().tables
+        assert 0.0 < tables.signal[0] < 0.05
+    bar = DDIMScheduler(beta_schedule=schedule).alphas_cumprod
+    assert tables.signal[0] == pytest.approx(float(bar[-1].sqrt()), rel=1e-6)
 
 
 @pytest.mark.check("value", "flow-policy")
@@ -218,6 +246,10 @@ def test_half_and_half_equals_a_whole_when_cloning(method_id, tmp_path):
         (lambda: Average(limit=1.0), "limit < 1"),
         (lambda: Imitation(act_steps=17), "expected 1 to 16, got 17"),
         (lambda: Imitation(data=Logged(next_action=True)), "observations and actions alone"),
+        (lambda: Imitation(data=Logged(compat="d4rl")), "data.compat"),
+        *((lambda k=k, v=v: Imitation(solver=dataclasses.replace(DIFFUSION.solver, **{k: v})), rf"solver.{k} has no meaning.*batch_size")
+          for k, v in {"minibatch": 32, "epochs": 2, "micro": 8, "kl_stop_nats": 0.1, "recompute_advantage": True, "value_lr": 0.1,
+                       "unit": "row"}.items()),
         (lambda: Chain(tuned_steps=0), "tuned_steps must be >= 1"),
         (lambda: TwoLayer(), "must be ChainGAE"),
         (lambda: dataclasses.replace(DPPO, normalize_obs=True), "normalize_obs=False"),

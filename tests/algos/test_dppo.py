@@ -24,7 +24,7 @@ from markovia.algos.diffusion_policy.method import Chain, TwoLayer
 from markovia.algos.diffusion_policy.methods import DPPO
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.driver import OnPolicyDriver
-from markovia.algos.on_policy.loss import policy_loss
+from markovia.algos.on_policy.loss import clip_fraction, policy_loss
 from markovia.algos.on_policy.method import Descent, OnPolicy, ValueLoss
 from markovia.algos.on_policy.surrogates import ChainClip, Clip, chain_clip
 from markovia.algos.presets import configure, override
@@ -166,6 +166,22 @@ def test_clipping_schedule_by_hand():
     point = torch.tensor([[0.02, -0.03, 0.01]], dtype=F64, requires_grad=True)
     stage = torch.tensor([[0.0, 0.5, 1.0]], dtype=F64)
     assert torch.autograd.gradcheck(lambda x: ChainClip(clip=0.2, base=0.05)(x, adv, None, none, stage), (point,))
+
+
+def test_share_of_clipped_steps_goes_by_each_stages_range():
+    """Ranges .01, .0474 and .2 at stages 0, .5 and 1: of ratios 1.05 the first two have left theirs; a surrogate with one range counts by that."""
+    log_ratio, mask = torch.full((1, 3), math.log(1.05)), torch.ones(1, 3, dtype=torch.bool)
+    staged, stage = dataclasses.replace(DPPO, surrogate=ChainClip(clip=0.2, base=0.01)), torch.tensor([[0.0, 0.5, 1.0]])
+    assert float(clip_fraction(staged, log_ratio, mask, stage)) == pytest.approx(2 / 3)
+    assert float(clip_fraction(OnPolicy(surrogate=Clip(0.2)), log_ratio, mask, stage)) == 0.0
+    # and the loss reports it: a chunk of two denoising steps whose ratios are all 1.05
+    driver, _ = doubled()
+    rollout = driver.collector.collect(driver.agent, torch.Generator().manual_seed(0))
+    rollout.columns["adv"] = torch.zeros_like(rollout.reward)
+    rollout.logp_old = rollout.logp_old - math.log(1.05)
+    omega = torch.full(rollout.shape, 1 / 16, dtype=F64)
+    _, stats = policy_loss(staged, driver.agent, rollout, omega, torch.tensor(1.0), False)
+    assert float(stats["clip_fraction"]) == pytest.approx(0.5)
 
 
 @pytest.mark.check("limit", "dppo")
@@ -343,6 +359,13 @@ def test_a_run_clones_and_another_fine_tunes_it(tmp_path):
     assert all(torch.equal(base[k], start[k]) for k in start)
     assert not all(torch.equal(v, start[k]) for k, v in tuned.agent.net["policy"].state_dict().items())
     assert torch.equal(tuned.agent.net["normalizer"].norms[0].mean, cloned.agent.net["normalizer"].norms[0].mean)
+    # a third run goes on from the second one, its frozen steps included
+    onward = dataclasses.replace(method, chain=dataclasses.replace(method.chain, start=str(tmp_path / "tuned")))
+    again, window = build(POINT, onward, 0).agent, torch.zeros(3, tuned.agent.window_size)
+    chains = [a.chain(window, True, torch.Generator().manual_seed(0)) for a in (tuned.agent, again)]
+    assert torch.equal(*chains)
+    with pytest.raises(ValueError, match="tuned_steps=3"):
+        build(POINT, dataclasses.replace(onward, chain=dataclasses.replace(onward.chain, tuned_steps=2)), 0)
 
 
 

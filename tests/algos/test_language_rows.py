@@ -25,7 +25,7 @@ from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import policy_loss
 from markovia.algos.on_policy.method import ValueLoss
-from markovia.algos.on_policy.references import HardReset
+from markovia.algos.on_policy.references import Fixed, HardReset
 from markovia.algos.on_policy.rewards import LengthBudget, Matching, SoftOverlong
 from markovia.algos.on_policy.schedules import AdaptiveKL, DownThenUp
 from markovia.algos.on_policy.surrogates import Regress
@@ -104,7 +104,7 @@ def test_order_of_rows_padding_and_micro_batches_change_nothing(method_id: str) 
 
 @pytest.mark.parametrize("method_id", [m for m in ROWS if not LANGUAGE[m].value.advantage.needs_critic and m not in ("gtpo", "copo")])
 def test_a_group_of_equal_rewards_gives_no_gradient(method_id: str) -> None:
-    method = dataclasses.replace(small(method_id), reward=(), divergence=None, tokens=None, anchor=None, aux=None)
+    method = dataclasses.replace(small(method_id), reward=(), divergence=None, refresh=Fixed(), tokens=None, anchor=None, aux=None)
     rollout = collect(method)
     rollout = dataclasses.replace(rollout, reward=torch.where(rollout.continuation == 0, 1.0, 0.0).double() * rollout.valid)
     if method_id == "remax":
@@ -137,7 +137,18 @@ def test_merged_runs_resume_and_begin_anew(tmp_path: Any) -> None:
             driver.step()
     (a, meta_a), (b, meta_b) = straight.state(), resumed.state()
     assert meta_a == meta_b and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert meta_a["merger"] == {"part": 4, "ends": 0} and not torch.equal(own, start[0]) and torch.equal(own, a["merger.start.0"])
+    assert meta_a["merger"] == {"part": 4, "ends": 0, "iterations": 0} and not torch.equal(own, start[0]) and torch.equal(own, a["merger.start.0"])
+
+
+def test_learning_rates_of_merged_runs_fall_and_rise_in_each_run_alike() -> None:
+    # 2 x 2 runs of four batches of 12 responses, each of three tokens
+    method = small("warp", num_env_steps=2 * 2 * 4 * 12 * 3, solver={"anneal": True, "warmup": 2, "lr": 0.1})
+    driver = made(method, TreeCollector(trees(eos=None), 12, 1))
+    rates = []
+    while not driver.finished:
+        driver.step()
+        rates.append(driver.updates["main"].optimizer.groups[0].lr.item() / 0.1)
+    assert rates == pytest.approx([0.5, 0.75, 0.5, 0.25] * 4)
 
 
 @pytest.mark.usefixtures("traced_only")

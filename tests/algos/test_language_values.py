@@ -23,8 +23,17 @@ from markovia.algos.on_policy.filters import AccuracyBand
 from markovia.algos.on_policy.loss import sequence_ratio, value_error, weights
 from markovia.algos.on_policy.merging import Merger, Warp, merged
 from markovia.algos.on_policy.references import lerp, slerp
-from markovia.algos.on_policy.rewards import Matching, Scaled, at_most_length, exact_length, implicit_reward, matching_reward, overlong
-from markovia.algos.on_policy.schedules import Anneal, adaptive, down_then_up
+from markovia.algos.on_policy.rewards import (
+    Matching,
+    Scaled,
+    SoftOverlong,
+    at_most_length,
+    exact_length,
+    implicit_reward,
+    matching_reward,
+    overlong,
+)
+from markovia.algos.on_policy.schedules import AdaptiveKL, Anneal, adaptive, down_then_up
 from markovia.algos.on_policy.surrogates import Clip, Regress
 from markovia.algos.on_policy.tokens import ClipCov, TopCov, conflict_weights, covariance, damped, entropy_change, joint_weight, partner_ratio
 from markovia.algos.systems import find
@@ -57,9 +66,21 @@ def value_dr_grpo() -> None:
 def value_dapo() -> None:
     # L_max 10, the last 4 tokens: 6 costs nothing, 8 half, 10 all of it
     assert overlong(t(3, 6, 8, 10), max_length=10, buffer=4, penalty=2.0).tolist() == [0.0, 0.0, -1.0, -2.0]
+    # a buffer as long as the responses would punish all of them
+    given = record([[0.0] * 4], [[0.0] * 4])
+    with pytest.raises(ValueError, match="buffer of 4 tokens is no less than the longest response of 4"):
+        SoftOverlong(buffer=4)(given.reward, given, {})
+    assert SoftOverlong(buffer=3)(given.reward, given, {})[0].tolist() == [0.0, 0.0, 0.0, -1.0]
+    assert torch.equal(SoftOverlong(buffer=4, penalty=0.0)(given.reward, given, {}), given.reward)
     # groups with means 0, 1/2 and 1: only the middle one tells the responses apart
     keep = AccuracyBand().keep(t(0, 0, 1, 0, 1, 1), torch.tensor([0, 0, 1, 1, 2, 2]))
     assert keep.tolist() == [False, False, True, True, False, False]
+    # other rewards: those of the first group differ, whatever their mean, those of the second are alike
+    group = torch.arange(2).repeat_interleave(4)
+    assert AccuracyBand().keep(t(-0.9, -0.5, -0.2, 0.6, 0.1, 0.1, 0.1, 0.1), group).tolist() == [True] * 4 + [False] * 4
+    # told what is solved, only that counts: in the first group nothing is, for all that its rewards differ
+    solved = torch.tensor([False] * 4 + [True, False, True, True])
+    assert AccuracyBand().keep(t(-0.9, -0.5, -0.2, 0.6, 0.1, 0.1, 0.1, 0.1), group, solved).tolist() == [False] * 4 + [True] * 4
     # rho = 1.5, A = 1: clipped at 1.28, not at 1.2
     assert given_loss(find("grpo/dapo").value, [[math.log(1.5)]], [[1.0]]) == pytest.approx(-1.28)
 
@@ -104,6 +125,9 @@ def value_p3o() -> None:
 
 
 def value_apa() -> None:
+    # as published: ten times the advantage is regressed on, (.2 - 10)^2; and the critic's error counts whole beside it
+    assert given_loss(find("apa").value, [[0.2]], [[1.0]]) == pytest.approx(9.8**2)
+    assert find("apa").value.value.coef == 1.0
     # lam 2, A = 1, l - b = .2: (.2 - .5)^2
     assert given_loss(dataclasses.replace(find("apa").value, surrogate=Regress(2.0)), [[0.2]], [[1.0]]) == pytest.approx(0.09)
 
@@ -220,7 +244,7 @@ def value_siren() -> None:
 
 
 def value_prorl() -> None:
-    assert given_loss(dataclasses.replace(find("prorl").value, divergence=None), [[math.log(1.5)]], [[1.0]]) == pytest.approx(-1.4)
+    assert given_loss(find("prorl").value, [[math.log(1.5)]], [[1.0]]) == pytest.approx(-1.4)
     method = small("prorl", refresh={"every": 2}, filter=None)
     driver = made(method, TreeCollector(trees(), 12, method.group_size))
     ref, own = driver.references["ref"].net["policy"].table, driver.agent.net["policy"].table  # type: ignore[union-attr]
@@ -267,6 +291,15 @@ def value_kl_controller() -> None:
     # twice the target is clipped to +.2, nine tenths of it is -.1; 64 responses on a horizon of 10,000
     assert adaptive(0.2, 12.0, kl_target_nats=6.0, horizon=1e4, num_samples=64) == pytest.approx(0.2 * (1 + 0.2 * 0.0064))
     assert adaptive(0.2, 5.4, kl_target_nats=6.0, horizon=1e4, num_samples=64) == pytest.approx(0.2 * (1 - 0.1 * 0.0064))
+
+
+def test_the_adaptive_weight_follows_the_kl_to_the_divergences_own_reference() -> None:
+    schedule = AdaptiveKL(kl_target_nats=1e-3, horizon=12.0)
+    method = dataclasses.replace(small("kdrl"), divergence=KL(0.2, "k2", "loss", reference="teacher", schedule=schedule))
+    driver = made(method, TreeCollector(trees(), 12, 4))
+    found = driver.step()
+    assert found["kl_teacher"] > 1.2e-3 and "kl_ref" not in found
+    assert driver.beta == pytest.approx(0.2 * 1.2)  # 12 responses, the error cut to .2
 
 
 def value_ptx() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,15 @@ import torch
 from markovia.agents.distributions import Categorical, FixedStdGaussian, Gaussian, MultiCategorical, SquashedGaussian, kl, with_params
 from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
-from markovia.algos.advantages import GAE, gae, leave_one_out, normalise
-from markovia.algos.on_policy.divergence import KL, absolute, k1, k2, k3
+from markovia.algos.advantages import GAE, FrozenQ, gae, leave_one_out, normalise
+from markovia.algos.on_policy.auxiliary import Ptx
+from markovia.algos.on_policy.divergence import KL, FDivergence, absolute, k1, k2, k3
+from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.loss import clip_fraction, policy_loss, value_error, weights
 from markovia.algos.on_policy.method import Descent, DualAscent, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import conjugate_gradient
+from markovia.algos.on_policy.references import EMA, HardReset
+from markovia.algos.on_policy.schedules import AdaptiveKL
 from markovia.algos.on_policy.surrogates import (
     Clip,
     Discovered,
@@ -28,7 +34,9 @@ from markovia.algos.on_policy.surrogates import (
     learnt_drift,
     tsallis_bregman,
 )
+from markovia.algos.on_policy.tokens import Steer, TopCov
 from markovia.algos.statistics import explained_variance
+from markovia.algos.systems import find
 
 F64 = torch.float64
 
@@ -71,6 +79,51 @@ def test_soft_termination_is_the_mean_over_coin_flips() -> None:
         hard, _ = gae(r, v, c, trunc, boot, gamma=gamma, lam=lam)
         mean += p * hard
     torch.testing.assert_close(soft, mean, rtol=1e-12, atol=1e-12)
+
+
+def chain(value: list[float], mask: list[bool], reward: list[float], *, truncated: bool = False, boot: float = 0.0) -> Rollout:
+    """One row whose steps all exist; it ends with the last one, or is cut there."""
+    v, m = tensor(*value)[None], torch.tensor([mask])
+    last = torch.arange(len(value))[None] == len(value) - 1
+    ends, flat = (last & truncated), torch.zeros_like(v)
+    return Rollout(
+        flat, flat, flat, tensor(*reward)[None], torch.ones_like(m), m, (~last | truncated).double(), ends, value=v[..., None],
+        boot_value=torch.where(ends, boot, 0.0).double()[..., None],
+    )  # fmt: skip
+
+
+@pytest.mark.check("value", "a2c", "ppo")
+def test_gae_goes_over_steps_that_do_not_count_by_hand() -> None:
+    # the last step of a chain, its noise 0, pays 2: d_1 = 2 - .5, d_0 = .5 - 1, whatever the critic says there
+    chained = chain([1, 0.5, 99], [True, True, False], [0, 0, 2])
+    for lam, expected in ((0.0, [-0.5, 1.5]), (0.5, [-0.5 + 0.5 * 1.5, 1.5]), (1.0, [1.0, 1.5])):
+        adv, ret = GAE(1.0, lam)(chained.reward, chained, {})
+        assert adv[0, :2].tolist() == expected and ret[0, :2].tolist() == [1 + expected[0], 2.0]
+    # in the middle, gamma .5 and lam .5: V_1 = .5 + .5 * 3 = 2, d_0 = .5 * 2 - 1 = 0, A_1 = .5 A_2 (lam is not applied twice)
+    adv, _ = GAE(0.5, 0.5)((middle := chain([1, 99, 3], [True, False, True], [0, 0.5, 2])).reward, middle, {})
+    assert adv[0, [0, 2]].tolist() == [0.5 * 0.5 * 0.5 * (2 - 3), -1.0]
+    # cut behind it: the value of the final observation is what it leads to, 1 + .5 (2 + .5 * 4) - 1
+    cut = chain([1, 99], [True, False], [1, 2], truncated=True, boot=4.0)
+    assert GAE(0.5, 0.5)(cut.reward, cut, {})[0][0, 0] == 2.0
+    q, _ = FrozenQ(lam=0.0)(chained.reward, chained, {})
+    assert q[0, :2].tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
+def test_values_of_steps_that_do_not_count_are_not_read(lam: float) -> None:
+    rng = np.random.default_rng(1)
+    mask = [True, False, True, True, False, False, True, False]
+    value, reward = rng.normal(size=8), rng.normal(size=8).tolist()
+    shifted = np.where(mask, value, value + 7.0)
+    counted = [chain(v.tolist(), mask, reward, truncated=True, boot=0.3) for v in (value, shifted)]
+    (adv, ret), (again, ret_again) = (GAE(0.9, lam)(r.reward, r, {}) for r in counted)
+    assert torch.equal(adv[counted[0].mask], again[counted[0].mask]) and torch.equal(ret[counted[0].mask], ret_again[counted[0].mask])
+    # where every step counts the old numbers come out to the last bit
+    whole = chain(value.tolist(), [True] * 8, reward, truncated=True, boot=0.3)
+    plain = gae(
+        whole.reward, whole.value[..., 0], whole.continuation, whole.truncated, whole.boot_value[..., 0], gamma=0.9, lam=lam  # type: ignore[index]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(GAE(0.9, lam)(whole.reward, whole, {}), plain, strict=True))
 
 
 @pytest.mark.check("value", "rloo")
@@ -242,7 +295,7 @@ SEQ_ADV = torch.tensor([[2.0, 2.0, 7.0], [-4.0, 7.0, 7.0]], dtype=F64)
 def sequence_loss(log_ratio: torch.Tensor, surrogate: object, level: str = "sequence", aggregation: str = "seq-mean-token-mean") -> torch.Tensor:
     zeros = torch.zeros_like(SEQ_ADV)
     part = Rollout(zeros, zeros.long(), zeros, zeros, SEQ_MASK, SEQ_MASK, zeros, zeros > 0, columns={"adv": SEQ_ADV})
-    method = OnPolicy(surrogate=surrogate, ratio_level=level, aggregation=aggregation)  # type: ignore[arg-type]
+    method = OnPolicy(surrogate=surrogate, ratio_level=level, aggregation=aggregation, solver=Descent(unit="row"))  # type: ignore[arg-type]
     omega = weights(SEQ_MASK, aggregation).to(F64)
     return policy_loss(method, Scored(log_ratio), part, omega, torch.ones((), dtype=F64), False)[0]  # type: ignore[arg-type]
 
@@ -260,7 +313,7 @@ def test_clip_fraction_is_that_of_the_surrogates_own_range() -> None:
     # [0.8, 1.28] leaves out 1.35 of three; [0.9, 1.1] also 1.25; a row's ratio: 1.1875 in row 1, 1.35 in row 2, so one decision of three beyond 1.2.
     assert float(clip_fraction(OnPolicy(surrogate=Clip(0.2, 0.28)), log_ratio, mask)) == pytest.approx(1 / 3)
     assert float(clip_fraction(OnPolicy(surrogate=Clip(0.1)), log_ratio, mask)) == pytest.approx(2 / 3)
-    by_row = OnPolicy(surrogate=Clip(0.2), ratio_level="sequence", aggregation="seq-mean-token-mean")
+    by_row = OnPolicy(surrogate=Clip(0.2), ratio_level="sequence", aggregation="seq-mean-token-mean", solver=Descent(unit="row"))
     assert float(clip_fraction(by_row, log_ratio, mask)) == pytest.approx(1 / 3)
 
 
@@ -287,6 +340,10 @@ def test_value_error_by_hand() -> None:
     assert value_error(tensor(0.0), ret, old, clip=0.5).item() == pytest.approx(0.125)
 
 
+def natural(**changes: Any) -> OnPolicy:
+    return replace(find("trpo").value, **changes)  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -300,6 +357,24 @@ def test_value_error_by_hand() -> None:
         (lambda: OnPolicy(solver=NaturalGradient(), surrogate=PolicyGradient()), "fit the critic"),
         (lambda: OnPolicy(controller=DualAscent()), "old_new"),
         (lambda: OnPolicy(ratio_level="sequence"), "one term per row"),
+        (lambda: OnPolicy(ratio_level="sequence", aggregation="seq-mean-token-mean"), "sequence ratio is about whole rows.*solver.unit='row'"),
+        (lambda: OnPolicy(aggregation="seq-mean-token-sum"), "aggregation='seq-mean-token-sum' is about whole rows"),
+        (lambda: OnPolicy(anchor=EntropyAnchor()), "EntropyAnchor is about whole rows"),
+        (lambda: natural(entropy_coef=0.01), "would not read entropy_coef=0.01"),
+        (lambda: natural(divergence=KL(0.1, "k2", "loss")), "would not read a divergence with place='loss'"),
+        (lambda: natural(anchor=EntropyAnchor()), "would not read anchor=EntropyAnchor"),
+        (lambda: natural(tokens=Steer()), "would not read tokens=Steer"),
+        (lambda: natural(aggregation="seq-mean-token-sum"), "would not read aggregation='seq-mean-token-sum'"),
+        (lambda: natural(ratio_level="sequence", aggregation="seq-mean-token-mean"), "ratio_level='sequence', aggregation"),
+        (lambda: natural(aux=Ptx()), "would not read aux=Ptx"),
+        (lambda: OnPolicy(refresh=HardReset()), "HardReset moves the reference 'ref', which nothing here reads"),
+        (lambda: OnPolicy(refresh=EMA(), divergence=KL(reference="teacher")), "EMA moves the reference 'ref'"),
+        (lambda: OnPolicy(divergence=KL(0.1, "k2", "loss", reference="old", schedule=AdaptiveKL())), "to 'old' none is measured"),
+        (lambda: KL(0.1, "exact", "loss", reference="teacher"), "to the reference 'ref', got reference='teacher'"),
+        (lambda: KL(0.1, "exact", "loss", level="sequence"), "level='sequence'"),
+        (lambda: OnPolicy(divergence=KL(0.1, "exact", "loss"), tokens=TopCov()), "TopCov selects terms of sampled tokens"),
+        (lambda: OnPolicy(divergence=FDivergence(place="loss", level="token", sampler="reference")), "use sampler='policy'"),
+        (lambda: OnPolicy(advantage=FrozenQ()), "give value.separate a Descent"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, match: str) -> None:

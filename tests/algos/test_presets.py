@@ -12,8 +12,9 @@ from markovia.algos.advantages import GAE
 from markovia.algos.on_policy.divergence import KL
 from markovia.algos.on_policy.method import Descent, OnPolicy
 from markovia.algos.on_policy.methods import ON_POLICY
-from markovia.algos.on_policy.rewards import LengthBudget
+from markovia.algos.on_policy.rewards import LengthBudget, SoftOverlong
 from markovia.algos.presets import agent_options, configure, preset_sources
+from markovia.algos.setup import build
 from markovia.algos.systems import rows
 
 TREE, POLE, CHAIN = "markovia/TokenTree-v0", "CartPole-v1", "markovia/LinearGaussian-v0"
@@ -74,7 +75,7 @@ def test_what_a_row_has_otherwise_than_its_ancestor_stays(written: Any) -> None:
     assert configure("fixpo", POLE) == replace(row, advantage=GAE(lam=0.5), solver=replace(row.solver, lr=0.1))
     row = ON_POLICY["ddpo"].value
     assert configure("ddpo", CHAIN) == replace(row, num_steps=77, value=replace(row.value, coef=0.3), solver=replace(row.solver, lr=0.1))
-    written({POLE: {"a2c": {"solver": {"lr": 0.1}, "entropy_coef": 0.25}}})
+    written({POLE: {"a2c": {"solver": {"lr": 0.1}, "num_steps": 77}}})
     row = ON_POLICY["trpo/natural"].value
     assert configure("trpo/natural", POLE).solver == row.solver
 
@@ -117,6 +118,34 @@ def test_critics_of_text_tasks_learn_no_slower_than_their_policies(method_id: st
     method = configure(method_id, env)
     assert method.value.separate.lr >= method.solver.lr and method.value.separate.unit == "row"
     assert method.value.pretrain * method.num_envs <= method.num_env_steps / 2
+
+
+@pytest.mark.parametrize("env", ["markovia/Sentiment-v0", "markovia/Arithmetic-v0", "markovia/LengthControl-v0", "markovia/GSM8K-v0"])
+def test_prorl_resets_its_reference_several_times_in_every_ready_text_task(env: str) -> None:
+    method = configure("prorl", env)
+    assert 4 <= method.num_env_steps / method.num_envs / method.refresh.every <= 12
+    assert agent_options("prorl", env).get("lora") is None  # whose reference could not move
+
+
+@pytest.mark.parametrize("env", [TREE, CHAIN, "markovia/Digits-v0", "markovia/Tabular-v0"])
+def test_groups_are_asked_for_only_where_there_are_prompts(env: str) -> None:
+    method = configure("rloo", env)
+    assert method.group_size == 1 and method.solver == configure("rloo/reinforce", env).solver
+    with pytest.raises(ValueError, match=r"group_size=4 asks for several responses.*all rows are one group: set group_size=1"):
+        build(env, replace(method, group_size=4))
+
+
+def test_dapo_does_not_punish_the_short_responses_of_arithmetic() -> None:
+    """They have four tokens, no more than the penalty's buffer; otherwise its settings there are grpo's."""
+    dapo, grpo = configure("grpo/dapo", "markovia/Arithmetic-v0"), configure("grpo", "markovia/Arithmetic-v0")
+    assert dapo.reward == (SoftOverlong(penalty=0.0),) and (dapo.num_env_steps, dapo.solver) == (grpo.num_env_steps, grpo.solver)
+
+
+@pytest.mark.parametrize("env", ["markovia/Digits-v0", "markovia/Mixture2D-v0", "markovia/LinearGaussian-v0"])
+def test_the_reward_at_the_end_of_a_chain_is_not_discounted(env: str) -> None:
+    for row in ON_POLICY.values():
+        if "denoising" in row.kinds and isinstance(row.value.advantage, GAE):
+            assert configure(row.id, env).advantage.gamma == 1.0, row.id
 
 
 @pytest.mark.parametrize(("method_id", "beta"), [("d3po", 0.1), ("spo-step", 10.0), ("diffusion-dpo", 2500.0), ("se-ppo", 2500.0)])

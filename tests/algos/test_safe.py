@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from markovia.algos.advantages import gae
-from markovia.algos.safe.constraint import Constraint, centred, checked_cost, discounted_limit, limits, mix_advantages
+from markovia.algos.safe.constraint import (
+    ChanceShield,
+    Constraint,
+    centred,
+    checked_cost,
+    discounted_limit,
+    effective_horizon,
+    limits,
+    mix_advantages,
+)
 from markovia.algos.safe.dual import BarrierDual, FixedDual, PIDDual, TrustRegionDual, augmented, gradient, optimistic, pid
 from markovia.algos.safe.exact import (
     action_values,
@@ -122,6 +131,7 @@ def test_a_proportional_part_ends_the_swing_of_a_linear_problem():
         (lambda: limits(()), "one number per cost"),
         (lambda: Constraint(cost_limit=-5.0), "no policy meets"),
         (lambda: Constraint(cost_gamma=1.5), "cost_gamma must lie"),
+        (lambda: Constraint(cost_gamma=0.9, shield=ChanceShield()), "plain sum"),
         (lambda: Constraint(aim=0.0), "share of the limit"),
         (lambda: Constraint(cost_limit=(1.0, 2.0), dual=TrustRegionDual()), "serves one cost"),
         (lambda: TrustRegionDual(tolerance=-1.0), "tolerance and margin_lr"),
@@ -153,6 +163,10 @@ def test_limits_and_their_discounted_form_by_hand():
     assert discounted_limit(25.0, 1.0, 1000) == 25.0
     # It is the discounted cost of an even stream: 25 / 100 a step for 100 steps.
     assert discounted_limit(25.0, 0.9, 100) == pytest.approx(sum(0.25 * 0.9**t for t in range(100)))
+    assert effective_horizon(0.5, 2) == 1.5 and effective_horizon(1.0, 7.5) == 7.5 and effective_horizon(0.0, 9) == 1.0
+    # A limit of a discounted cost: the same stream, so nothing is left to do where both discounts are the same.
+    assert discounted_limit(100.0, 0.99, 1000, cost_gamma=0.99) == 100.0
+    assert discounted_limit(3.0, 1.0, 2, cost_gamma=0.5) == 4.0  # 2 a step cost 2 + 1
     assert Constraint(cost_limit=(25.0, 0.0)).num_costs == 2 and Constraint().limits.tolist() == [25.0]
 
 

@@ -2,13 +2,23 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from markovia.agents.records import Rollout
-from markovia.algos.advantages import GAE, LeaveOneOut
+from markovia.algos.advantages import (
+    GAE,
+    BatchReturn,
+    ConflictAware,
+    Consistency,
+    Greedy,
+    GroupNormalised,
+    LeaveOneOut,
+    MovingBaseline,
+)
 from markovia.algos.safe.constraint import Constraint
 from markovia.algos.safe.dual import FixedDual, PIDDual, TrustRegionDual
 from markovia.algos.safe.handler import PATIENCE, ConstraintHandler
@@ -122,6 +132,43 @@ def test_a_margin_and_an_aim_tighten_what_cpo_sees():
     assert handler.violation.tolist() == [0.0]  # what is reported is against the limit itself
     handler.measure([[0.0]], [100])  # 3 - 4 < 0
     assert handler.step_violation == pytest.approx(-0.08) and handler.state()["dual"] == {"margin": [0.0]}
+
+
+def test_a_discounted_violation_is_spread_over_the_discounted_steps():
+    handler = ConstraintHandler(Constraint(cost_limit=0.5, cost_gamma=0.95, dual=TrustRegionDual()), gamma=0.95)
+    handler.measure([[1.0]], [60])
+    assert handler.step_violation == pytest.approx(0.5 * 0.05 / (1 - 0.95**60)) == pytest.approx(0.0262, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        GAE(), LeaveOneOut(), MovingBaseline(), BatchReturn(), BatchReturn(reward_to_go=True), GroupNormalised(), GroupNormalised("batch"), Greedy(),
+        Consistency(), ConflictAware(),
+    ],
+    ids=lambda a: f"{type(a).__name__}-{getattr(a, 'scale', '')}",
+)  # fmt: skip
+def test_cost_advantages_grow_with_the_cost(advantage):
+    """Else the multiplier's unit would depend on the batch."""
+    handler, rng = ConstraintHandler(Constraint(dual=FixedDual(1.0)), gamma=1.0), torch.Generator().manual_seed(0)
+    cost, found = torch.rand(6, 3, 1, generator=rng), []
+    for size in (1.0, 100.0):
+        rollout = replace(record(size * cost), group=torch.tensor([0, 0, 0, 1, 1, 1]), outcome={"completion_text": list("abacca")})
+        rollout.columns |= {"greedy": torch.rand(6, 1, generator=rng).expand(6, 3), "entropy": torch.full((6, 3), 0.5)}
+        handler.mix(rollout, torch.zeros(6, 3, dtype=torch.float64), advantage)
+        found.append(rollout.columns["cost_adv"].std())
+        assert "adv_other" not in rollout.columns
+    assert found[0] > 0 and found[1] / found[0] == pytest.approx(100.0)
+
+
+def test_a_batch_enters_the_costs_baseline_once():
+    handler = ConstraintHandler(Constraint(cost_limit=(1.0, 1.0), dual=FixedDual(0.5)), gamma=1.0)
+    rollout, adv = record([[[2.0, 4.0]]]), torch.zeros(1, 1, dtype=torch.float64)
+    handler.mix(rollout, adv, MovingBaseline())
+    once = json.dumps(handler.advantage_states)
+    assert handler.advantage_states == [{"baseline": 2.0, "batches": 1}, {"baseline": 4.0, "batches": 1}]
+    handler.mix(rollout, adv, MovingBaseline(), before=True)
+    assert json.dumps(handler.advantage_states) == once
 
 
 def test_a_limit_that_is_never_met_is_told_once():

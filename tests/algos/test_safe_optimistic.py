@@ -12,11 +12,11 @@ from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
 from markovia.algos.presets import configure, override
 from markovia.algos.safe.constraint import Constraint, optimistic_advantage
-from markovia.algos.safe.dual import TrustRegionDual
+from markovia.algos.safe.dual import PIDDual, TrustRegionDual
 from markovia.algos.setup import build
 
 torch.set_num_threads(1)
-GRID = "markovia/SafeGrid-v0"
+GRID, GAUSSIAN = "markovia/SafeGrid-v0", "markovia/LinearGaussian-v0"
 SMALL: dict[str, Any] = {
     "num_envs": 4, "num_steps": 70, "num_env_steps": 100_000, "constraint": {"cost_limit": [0.5], "dual": {"kp": 0.05, "ki": 0.05}},
     "solver": {"minibatch": 80, "epochs": 2},
@@ -81,6 +81,21 @@ def test_nothing_changes_where_critic_and_weight_stay():
 def test_resumed_runs_give_the_same_numbers(tmp_path):
     expected = check_resume(driver, tmp_path)
     assert all(np.isfinite(s["policy_loss"]) for s in expected)
+
+
+def test_a_run_without_a_critic_goes_on_looking_back(tmp_path):
+    def make() -> OnPolicyDriver:
+        settings = configure("ddpo", GAUSSIAN)
+        constraint = Constraint(cost_limit=0.5, dual=PIDDual(kp=0.5, ki=0.5), mix="plain", optimistic=True)
+        method = replace(settings, num_envs=16, num_env_steps=1000, constraint=constraint, normalize_advantage="none")
+        setup = build(GAUSSIAN, method, 0)
+        setup.collector.cost = lambda r: r.outcome["x"].square().sum(-1)
+        return OnPolicyDriver(method, setup.agent, setup.collector, 0)
+
+    check_resume(make, tmp_path)
+    fresh = make()
+    fresh.judge.load_state(fresh.judge.state())
+    assert fresh.judge.before is None  # nothing to look back on
 
 
 @pytest.mark.check("bad_input", "reload/ppo")

@@ -21,6 +21,7 @@ from markovia.algos.off_policy.slots import Critics
 from markovia.algos.off_policy.update import Update
 from markovia.algos.offline.method import Offline
 from markovia.algos.presets import configure, override
+from markovia.algos.safe.constraint import ChanceShield
 from markovia.algos.safe.dual import FixedDual, PIDDual, TrustRegionDual, log_augmented
 from markovia.algos.safe.exact import primal_dual
 from markovia.algos.safe.replayed import ReplayConstraint, ReplayHandler
@@ -87,6 +88,8 @@ def test_upper_cost_and_discounted_limit_by_hand():
     assert torch.equal(upper_cost(q, k=0.0), q.mean(1))
     handler = ReplayHandler(ReplayConstraint(cost_limit=10.0, horizon=2), gamma=0.5)
     assert handler.discounted_limits.tolist() == [7.5]  # 10 (1 - 1/4) / (1/2 * 2)
+    handler = ReplayHandler(ReplayConstraint(cost_limit=100.0, cost_gamma=0.99, horizon=1000), gamma=0.99)
+    assert handler.discounted_limits.tolist() == [100.0]  # it is one already
     handler = ReplayHandler(ReplayConstraint(cost_limit=10.0), gamma=0.5)
     assert handler.discounted_limits is None  # nobody knows how long an episode is
     before = handler.weight.copy()
@@ -280,6 +283,9 @@ def test_costs_that_are_told_now_and_then_are_zero_in_between(tmp_path):
         (lambda: ReplayConstraint(mix="difference"), "'plain' or 'sum'"),
         (lambda: ReplayConstraint(conservatism=0.5, critic=Critics(num=1)), "a spread needs 2 critics"),
         (lambda: ReplayConstraint(horizon=0), "horizon must be"),
+        (lambda: ReplayConstraint(shield=ChanceShield()), "on-policy loop"),
+        (lambda: ReplayConstraint(optimistic=True), "on-policy loop"),
+        (lambda: build(ENV, short("cal"), 0, {"cost_limit": 7.0}), r"cost_limit=7.*25.*--constraint.cost-limit 7"),
         (lambda: override(find("cql").value, {"constraint": {"type": "ReplayConstraint"}}), "datasets hold no costs"),
         (lambda: dataclasses.replace(OffPolicy(), constraint=ReplayConstraint(), actor=find("awac").value.actor), r"needs actor=Ascent\(\)"),
         (lambda: stepped(None), "puts no 'cost' into info"),

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from markovia.agents.records import Rollout, masked_mean
 from markovia.agents.tabular import TabularAgent
-from markovia.algos.advantages import LeaveOneOut
+from markovia.algos.advantages import LeaveOneOut, MovingBaseline
 from markovia.algos.collect import SequenceCollector, StepCollector, check_cost
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.loss import critic_error
@@ -21,7 +21,7 @@ from markovia.algos.on_policy.method import Descent, NaturalGradient, OnPolicy
 from markovia.algos.on_policy.natural import natural_step
 from markovia.algos.presets import configure, override
 from markovia.algos.safe.constraint import Constraint
-from markovia.algos.safe.dual import FixedDual, TrustRegionDual
+from markovia.algos.safe.dual import FixedDual, PIDDual, TrustRegionDual
 from markovia.algos.safe.methods import SAFE
 from markovia.algos.setup import build, evaluate_stepped
 from markovia.algos.systems import find
@@ -31,7 +31,7 @@ from markovia.envs.exact.tabular import TabularMDP
 
 torch.set_num_threads(1)
 TRAINED = [k for k, row in SAFE.items() if isinstance(row.value, OnPolicy) and "tabular" in row.kinds]
-GRID = "markovia/SafeGrid-v0"
+GRID, GAUSSIAN = "markovia/SafeGrid-v0", "markovia/LinearGaussian-v0"
 SMALL: dict[str, Any] = {"num_envs": 4, "num_steps": 40, "num_env_steps": 100_000}
 
 
@@ -231,6 +231,37 @@ def test_episode_costs_are_discounted_on_request_and_told_per_column():
     assert "costs" not in evaluate_stepped(plain, "markovia/Tabular-v0", 1, 0, {"S": 2, "A": 2})
 
 
+@pytest.mark.parametrize("method_id", TRAINED)
+def test_presets_know_the_limits_of_the_exact_tasks(method_id):
+    for env_id, limit, gamma in ((GRID, 0.5, 0.95), ("markovia/SafeTwoState-v0", 5.0, 0.9)):
+        constraint, env = configure(method_id, env_id).constraint, make_vec(env_id).envs[0].unwrapped
+        assert constraint.cost_limit == (limit,) == (env.cost_limit,) and constraint.cost_gamma == gamma == env.cost_gamma
+
+
+def test_the_tasks_limit_and_the_learners_are_the_same():
+    settings = small("ppo-lag")
+    build(GRID, settings, env_kwargs={"limit": 0.5}), build(GRID, configure("ppo", GRID), env_kwargs={"limit": 0.7})
+    two = override(settings, {"constraint": {"cost_limit": [1.0, 2.0]}})
+    build(GRID, two, env_kwargs={"limit": 0.7})  # of several limits nobody knows which one is meant
+    with pytest.raises(ValueError, match=r"limit=0.7.*0\.5.*--constraint.cost-limit 0.7"):
+        build(GRID, settings, env_kwargs={"limit": 0.7})
+    with pytest.raises(ValueError, match=r"cost_limit=10.*25.*--constraint.cost-limit 10"):
+        build("markovia/SafePendulum-v0", configure("ppo-lag", "markovia/SafePendulum-v0"), env_kwargs={"cost_limit": 10.0})
+
+
+def test_each_pass_over_a_batch_leaves_the_baselines_alone():
+    settings = configure("ppo", GAUSSIAN)
+    constraint = Constraint(cost_limit=(0.5,), dual=PIDDual(ki=0.1), optimistic=True)
+    solver = replace(settings.solver, epochs=3, recompute_advantage=True)
+    settings = replace(settings, num_envs=16, advantage=MovingBaseline(), normalize_advantage="none", constraint=constraint, solver=solver)
+    setup = build(GAUSSIAN, settings)
+    setup.collector.cost = lambda r: r.outcome["x"].square().sum(-1)
+    run = OnPolicyDriver(settings, setup.agent, setup.collector)
+    for batches in (1, 2):
+        run.step()
+        assert [s["batches"] for s in (run.advantage_state, *run.constraint.advantage_states)] == [batches] * 2
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -240,6 +271,7 @@ def test_episode_costs_are_discounted_on_request_and_told_per_column():
         (lambda: override(configure("ppo-lag", GRID), {"constraint": {"dual": {"type": "TrustRegionDual"}}}), "set solver=NaturalGradient"),
         (lambda: override(configure("ppo-lag", GRID), {"constraint": {"cost_limit": [-1.0]}}), "no policy meets"),
         (lambda: configure("trpo-lag", "markovia/Sentiment-v0"), "serves control"),
+        (lambda: build(GAUSSIAN, override(configure("ppo-lag", GAUSSIAN), {"constraint": {"cost_gamma": 0.9}})), "no steps to discount"),
         (lambda: OnPolicyDriver(small("ppo-lag"), build(GRID, configure("ppo", GRID)).agent, None), "num_costs equal to the number of limits"),
         (lambda: check_cost([1.0, float("nan")], 2), "sequence 1"),
         (lambda: check_cost([1.0], 2), "2 numbers"),

@@ -115,8 +115,8 @@ def same(a: OnPolicyDriver, b: OnPolicyDriver, rtol: float, atol: float) -> None
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("method_id", FIRST_ORDER)
 def test_traced_update_equals_the_eager_one(method_id: str) -> None:
-    group = {"num_envs": 12, "group_size": 2} if "rloo" in method_id or "rlhf" in method_id else {}
-    eager, traced = (driver(method_id, TREE, c, {"dtype": "float64"}, **group) for c in (False, True))
+    rows = {"num_envs": 12} if "rloo" in method_id or "rlhf" in method_id else {}
+    eager, traced = (driver(method_id, TREE, c, {"dtype": "float64"}, **rows) for c in (False, True))
     for _ in range(3):
         left, right = eager.step(), traced.step()
         for key in left.keys() | right.keys():

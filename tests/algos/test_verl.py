@@ -145,6 +145,7 @@ def test_signature_is_verls():
 
 REFUSED = {
     "ppo/kl": "distributions", "steer": "Steer reads more", "siren": "anchor", "apa/initial": "a reference", "kdrl": "'teacher'", "p3o": "Partner",
+    "dph-rl": "auxiliary loss Rehearsal",
 }  # fmt: skip
 
 

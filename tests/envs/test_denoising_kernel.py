@@ -79,7 +79,7 @@ def test_fixed_large_log_reads_as_fixed_large():
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_flow_matching_matches_diffusers_step(stochastic):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=stochastic)
-    kernel = GaussianKernel.from_scheduler(scheduler, K, eta=0.0)
+    kernel = GaussianKernel.from_scheduler(scheduler, K, eta=None if stochastic else 0.0)
     assert kernel.kind == ("flow_resample" if stochastic else "flow_sde")
     scheduler.set_timesteps(K)
     x, m, step = batch(kernel, dtype=torch.float32)
@@ -91,8 +91,9 @@ def test_flow_matching_matches_diffusers_step(stochastic):
         torch.testing.assert_close(mean[k] + std[k] * noise, out, rtol=1e-4, atol=1e-5)
 
 
-def test_consistency_matches_lcm_step():
-    scheduler = diffusers.LCMScheduler(clip_sample=False)
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_consistency_matches_lcm_step(set_alpha_to_one):
+    scheduler = diffusers.LCMScheduler(clip_sample=False, set_alpha_to_one=set_alpha_to_one)
     kernel = GaussianKernel.from_scheduler(scheduler, 4)
     scheduler.set_timesteps(4)
     x, m, step = batch(kernel, dtype=torch.float32)
@@ -136,6 +137,17 @@ def test_flow_sde_formula_and_its_singular_start():
         expected = x[k] + (v[k] + g**2 / (2 * s) * (x[k] + (1 - s) * v[k])) * dt
         torch.testing.assert_close(mean[k], expected, rtol=1e-10, atol=1e-12)
         assert float(std[k].flatten()) == pytest.approx(g * (-dt) ** 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1.67, 1.18])
+def test_a_first_sigma_that_float32_rounds_below_one_is_one(shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    kernel = GaussianKernel.from_scheduler(scheduler, K, eta=0.7)
+    scheduler.set_timesteps(K)
+    assert 1 - 1e-6 < float(scheduler.sigmas[0]) < 1
+    # with sigma' in the place of 1: std = eta sqrt(1/(1-sigma')) sqrt(1-sigma') = eta; the output is eps - x0 and says nothing about eps alone
+    assert float(kernel.std[0]) == pytest.approx(0.7, rel=1e-12) and float(kernel.std.max()) < 1
+    assert (kernel.tables.signal[0], kernel.tables.eps_m[0]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim", "flow_sde", "flow_resample", "consistency"])
@@ -247,6 +259,16 @@ def test_log_prob_of_a_chain_is_the_product_of_its_densities(kind):
     assert total == pytest.approx(float(joint.log_prob(torch.cat(points))), abs=1e-6)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow"])
+def test_target_is_the_output_whose_estimates_are_right(prediction):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.67) if prediction == "flow" else ddim(prediction_type=prediction)
+    kernel = GaussianKernel.from_scheduler(scheduler, K)
+    x0, eps, step = batch(kernel)
+    x, target = kernel.add_noise(x0, eps, step), kernel.target(x0, eps, step)
+    torch.testing.assert_close(kernel.x0_from(target, x, step), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(kernel.eps_from(target, x, step), eps, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------- memorylessness
 @pytest.mark.parametrize("flow", [False, True])
 def test_memoryless_kernels_forget_the_start_and_have_a_density_everywhere(flow):
@@ -256,6 +278,13 @@ def test_memoryless_kernels_forget_the_start_and_have_a_density_everywhere(flow)
     kernel.require_density("a test", every_step=True)
     assert GaussianKernel.from_scheduler(scheduler, 50, eta=0.0).memory == pytest.approx(1.0, abs=1e-12)
     assert GaussianKernel.from_scheduler(scheduler, 50, eta=0.3).memory > 0.3
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow_resample"])
+def test_kinds_with_noise_of_their_own_may_be_memoryless_too(kind):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True) if kind == "flow_resample" else ddpm()
+    kernel = GaussianKernel.memoryless(scheduler, 50)
+    assert kernel.kind == kind and kernel.memory < 0.01 and bool(kernel.in_likelihood.all())
 
 
 def test_memory_of_ddpm_is_that_of_the_forward_process():
@@ -320,6 +349,8 @@ def test_the_scheduler_is_not_changed():
         ({"kind": "flow_sde"}, "does not fit DDIMScheduler"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"eta": -1.0}, "noise scale"),
+        ({"kind": "ddpm", "eta": 0.0}, "a ddpm kernel's noise follows from its levels"),
+        ({"kind": "consistency", "eta": 0.5}, "a consistency kernel's noise follows from its levels"),
         ({"clip_x0": -2.0}, "half-width"),
         ({"final": "floor", "min_std": 0.0}, "positive min_std"),
     ],
@@ -327,6 +358,15 @@ def test_the_scheduler_is_not_changed():
 def test_bad_arguments_are_explained(kwargs, message):
     with pytest.raises(ValueError, match=message):
         GaussianKernel.from_scheduler(ddim(), **{"num_inference_steps": K, **kwargs})
+
+
+def test_eta_of_a_kernel_with_noise_of_its_own_is_one_or_left_out():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="a flow_resample kernel's noise follows from its levels"):
+        GaussianKernel.from_scheduler(scheduler, K, eta=0.7)
+    for kind in ("ddpm", "consistency"):
+        one, none = (GaussianKernel.from_scheduler(ddim(), K, kind=kind, eta=eta) for eta in (1.0, None))
+        assert one.to_config() == none.to_config()
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])

@@ -211,6 +211,7 @@ def test_unets_take_images_with_and_without_channels_and_conditions(shape, cond_
         (lambda p: pipeline(ddim_pipeline(), prompts=["a"]), "DDIMPipeline is unconditional"),
         (lambda p: pipeline(dit_pipeline()), "give prompts, a list of class numbers"),
         (lambda p: pipeline(ddim_pipeline(), guidance=2.0), "no unconditional half"),
+        (lambda p: pipeline(ddpm_pipeline(), eta=0.5), "a ddpm kernel's noise follows from its levels"),
         (lambda p: pipeline(ddim_pipeline(), height=64), "DDIMPipeline takes no height"),
         (lambda p: pipeline(str(p)), "model_index.json is missing"),
         (lambda p: pipeline(ddim_pipeline(), reward="no_such"), "is unknown; expected one of brightness"),

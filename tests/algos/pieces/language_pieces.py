@@ -16,6 +16,8 @@ from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.language import LANGUAGE
 from markovia.algos.on_policy.loss import policy_loss, weights
 from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.on_policy.references import Fixed
+from markovia.algos.on_policy.rewards import SoftOverlong
 from markovia.algos.presets import override
 from markovia.algos.systems import find
 from markovia.algos.tree_records import TreeCollector
@@ -44,6 +46,8 @@ def small(method_id: str, **changes: Any) -> OnPolicy:
     base: dict[str, Any] = {"num_envs": 12, "group_size": group, "num_env_steps": 400, "solver": {"lr": 0.05, "epochs": 2, "minibatch": None}}
     if method.aggregation.endswith("norm"):
         base["max_length"] = 3
+    if any(isinstance(r, SoftOverlong) for r in method.reward):  # responses of three tokens
+        base["reward"] = {"0": {"buffer": 2}}
     if isinstance(method.aux, Rehearsal):  # a response of three tokens or fewer is seldom right each time: solved is more than a half
         base["aux"] = {"threshold": 0.5}
     if method.value.separate is not None:
@@ -162,5 +166,5 @@ def given_loss(method: OnPolicy, log_ratio: Any, adv: Any, ref: Any = None, beta
         part.logp_ref["ref"] = torch.tensor(ref, dtype=F64)
     omega = weights(part.mask, method.aggregation, method.max_length, F64)
     if method.loss_divergence is None or ref is None:
-        method = dataclasses.replace(method, divergence=None)
+        method = dataclasses.replace(method, divergence=None, refresh=Fixed())
     return float(policy_loss(method, Scored(torch.tensor(log_ratio, dtype=F64)), part, omega, ONE, False)[0])  # type: ignore[arg-type]
