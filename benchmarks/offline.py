@@ -6,7 +6,7 @@ come the fixtures, and OTHERS on the first set. The first cells of all are MAIN 
 offline methods beat cloning. Each cell is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded
 sets; what is in the results already is not run again. Recordings of two machines differ, because training does: results of another recording of a
 set are refused, and a grid of one's own set wants --out and --runs of its own. offline_second.json is such a grid, of a second
-recording of Hopper and one of HalfCheetah.
+recording of Hopper and one of HalfCheetah, and offline_pendulum.json another, of Pendulum's medium-replay with `--steps 20000`, its presets' number.
 
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
