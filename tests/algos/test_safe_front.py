@@ -60,7 +60,7 @@ def uneven(weights: Any = (1.0, 1.0), length: int | None = None) -> Scalarised:
 
 
 gym.register(UNEVEN, uneven, max_episode_steps=20)
-gym.register("test/Endless-v0", uneven)
+gym.register("test/EndlessGoals-v0", uneven)
 
 
 @pytest.mark.check("value", "c-morl/ppo")
@@ -195,7 +195,7 @@ def override(**changes: Any) -> FrontLearning:
         (lambda: FrontLearning(policy=replace(FrontLearning().policy, constraint=Constraint())), "stages set the constraint"),
         (lambda: override(rounds=0).search(ENV, best=np.ones(3)), r"column\(s\)|weights must be"),
         (lambda: FrontLearning(episodes=0), "episodes must be"),
-        (lambda: override(rounds=0).search("test/Endless-v0"), "no max_episode_steps"),
+        (lambda: override(rounds=0).search("test/EndlessGoals-v0"), "no max_episode_steps"),
         (cut_early, "cut an episode off after 1 steps"),
         (lambda: search(length=30), "length=30 but episodes of 20 steps"),
         (lambda: Scalarised(Vector(), [1.0, 1.0], length=0), "length must be"),
