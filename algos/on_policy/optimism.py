@@ -45,7 +45,7 @@ class Judge:
         """
         if self.before is None:
             return adv
-        older = replace(rollout, columns={})
+        older = replace(rollout, columns=dict(rollout.columns))  # mixing writes there
         if self.before:
             present = [p.detach().clone() for p in self.agent.parameters("value")]
             self._put(self.before)

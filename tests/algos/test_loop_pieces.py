@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from markovia.agents.distributions import Categorical, FixedStdGaussian, Gaussian, MultiCategorical, SquashedGaussian, kl, with_params
+from markovia.agents.distributions import Categorical, kl
 from markovia.agents.interface import Evaluation
 from markovia.agents.records import Rollout
-from markovia.algos.advantages import GAE, FrozenQ, gae, leave_one_out, normalise
+from markovia.algos.advantages import GAE, FrozenQ
 from markovia.algos.on_policy.auxiliary import Ptx
 from markovia.algos.on_policy.divergence import KL, FDivergence, absolute, k1, k2, k3
 from markovia.algos.on_policy.entropy import EntropyAnchor
 from markovia.algos.on_policy.loss import clip_fraction, policy_loss, value_error, weights
 from markovia.algos.on_policy.method import Descent, DualAscent, NaturalGradient, OnPolicy
-from markovia.algos.on_policy.natural import conjugate_gradient
 from markovia.algos.on_policy.references import EMA, HardReset
 from markovia.algos.on_policy.schedules import AdaptiveKL
 from markovia.algos.on_policy.surrogates import (
@@ -43,105 +40,6 @@ F64 = torch.float64
 
 def tensor(*x: float) -> torch.Tensor:
     return torch.tensor(x, dtype=F64)
-
-
-# -- advantages ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.check("value", "a2c", "ppo")
-def test_gae_by_hand() -> None:
-    # gamma .5, lam .5, V = 1, 2; delta_1 = 3 - 2 = 1 (terminal), delta_0 = 1 + .5 * 2 - 1 = 1; A_0 = 1 + .25 * 1
-    adv, ret = gae(tensor(1, 3)[None], tensor(1, 2)[None], tensor(1, 0)[None], torch.zeros(1, 2, dtype=torch.bool), None, gamma=0.5, lam=0.5)
-    assert adv.tolist() == [[1.25, 1.0]]
-    assert ret.tolist() == [[2.25, 3.0]]
-
-
-def test_truncation_bootstraps_and_cuts_the_recursion() -> None:
-    # step 0 is truncated: V(final) = 10 enters its target, step 1 (another episode) does not reach back
-    trunc = torch.tensor([[True, True]])
-    boot = tensor(10, 4)[None]
-    adv, _ = gae(tensor(1, 1)[None], tensor(2, 3)[None], tensor(1, 1)[None], trunc, boot, gamma=0.5, lam=0.9)
-    assert adv[0].tolist() == pytest.approx([1 + 5 - 2, 1 + 2 - 3])
-
-
-def test_soft_termination_is_the_mean_over_coin_flips() -> None:
-    rng = np.random.default_rng(0)
-    T, gamma, lam = 4, 0.9, 0.8
-    r, v, boot = (torch.tensor(rng.normal(size=(1, T))) for _ in range(3))
-    keep = torch.tensor(rng.uniform(size=(1, T)))
-    trunc = torch.zeros(1, T, dtype=torch.bool)
-    trunc[0, -1] = True
-    soft, _ = gae(r, v, keep, trunc, boot, gamma=gamma, lam=lam)
-    mean = torch.zeros_like(soft)
-    for flips in itertools.product([0.0, 1.0], repeat=T):
-        c = torch.tensor(flips)[None].double()
-        p = torch.where(c == 1, keep, 1 - keep).prod()
-        hard, _ = gae(r, v, c, trunc, boot, gamma=gamma, lam=lam)
-        mean += p * hard
-    torch.testing.assert_close(soft, mean, rtol=1e-12, atol=1e-12)
-
-
-def chain(value: list[float], mask: list[bool], reward: list[float], *, truncated: bool = False, boot: float = 0.0) -> Rollout:
-    """One row whose steps all exist; it ends with the last one, or is cut there."""
-    v, m = tensor(*value)[None], torch.tensor([mask])
-    last = torch.arange(len(value))[None] == len(value) - 1
-    ends, flat = (last & truncated), torch.zeros_like(v)
-    return Rollout(
-        flat, flat, flat, tensor(*reward)[None], torch.ones_like(m), m, (~last | truncated).double(), ends, value=v[..., None],
-        boot_value=torch.where(ends, boot, 0.0).double()[..., None],
-    )  # fmt: skip
-
-
-@pytest.mark.check("value", "a2c", "ppo")
-def test_gae_goes_over_steps_that_do_not_count_by_hand() -> None:
-    # the last step of a chain, its noise 0, pays 2: d_1 = 2 - .5, d_0 = .5 - 1, whatever the critic says there
-    chained = chain([1, 0.5, 99], [True, True, False], [0, 0, 2])
-    for lam, expected in ((0.0, [-0.5, 1.5]), (0.5, [-0.5 + 0.5 * 1.5, 1.5]), (1.0, [1.0, 1.5])):
-        adv, ret = GAE(1.0, lam)(chained.reward, chained, {})
-        assert adv[0, :2].tolist() == expected and ret[0, :2].tolist() == [1 + expected[0], 2.0]
-    # in the middle, gamma .5 and lam .5: V_1 = .5 + .5 * 3 = 2, d_0 = .5 * 2 - 1 = 0, A_1 = .5 A_2 (lam is not applied twice)
-    adv, _ = GAE(0.5, 0.5)((middle := chain([1, 99, 3], [True, False, True], [0, 0.5, 2])).reward, middle, {})
-    assert adv[0, [0, 2]].tolist() == [0.5 * 0.5 * 0.5 * (2 - 3), -1.0]
-    # cut behind it: the value of the final observation is what it leads to, 1 + .5 (2 + .5 * 4) - 1
-    cut = chain([1, 99], [True, False], [1, 2], truncated=True, boot=4.0)
-    assert GAE(0.5, 0.5)(cut.reward, cut, {})[0][0, 0] == 2.0
-    q, _ = FrozenQ(lam=0.0)(chained.reward, chained, {})
-    assert q[0, :2].tolist() == [0.5, 2.0]
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
-def test_values_of_steps_that_do_not_count_are_not_read(lam: float) -> None:
-    rng = np.random.default_rng(1)
-    mask = [True, False, True, True, False, False, True, False]
-    value, reward = rng.normal(size=8), rng.normal(size=8).tolist()
-    shifted = np.where(mask, value, value + 7.0)
-    counted = [chain(v.tolist(), mask, reward, truncated=True, boot=0.3) for v in (value, shifted)]
-    (adv, ret), (again, ret_again) = (GAE(0.9, lam)(r.reward, r, {}) for r in counted)
-    assert torch.equal(adv[counted[0].mask], again[counted[0].mask]) and torch.equal(ret[counted[0].mask], ret_again[counted[0].mask])
-    # where every step counts the old numbers come out to the last bit
-    whole = chain(value.tolist(), [True] * 8, reward, truncated=True, boot=0.3)
-    plain = gae(
-        whole.reward, whole.value[..., 0], whole.continuation, whole.truncated, whole.boot_value[..., 0], gamma=0.9, lam=lam  # type: ignore[index]
-    )
-    assert all(torch.equal(a, b) for a, b in zip(GAE(0.9, lam)(whole.reward, whole, {}), plain, strict=True))
-
-
-@pytest.mark.check("value", "rloo")
-def test_leave_one_out_by_hand_and_against_the_group_mean() -> None:
-    returns, group = tensor(1, 2, 6, 0, 4), torch.tensor([0, 0, 0, 7, 7])
-    # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2, 0 - 4, 4 - 0
-    assert leave_one_out(returns, group).tolist() == [-3.0, -1.5, 4.5, -4.0, 4.0]
-    centred = returns[:3] - returns[:3].mean()
-    torch.testing.assert_close(leave_one_out(returns, group)[:3], centred * 3 / 2)
-    with pytest.raises(ValueError, match="at least 2 responses"):
-        leave_one_out(returns, torch.arange(5))
-
-
-def test_normalise_uses_the_mask_and_leaves_single_decisions() -> None:
-    adv, mask = tensor(1, 3, 100)[None], torch.tensor([[True, True, False]])
-    assert normalise(adv, mask)[0, :2].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
-    one = torch.tensor([[True, False, False]])
-    assert normalise(adv, one)[0, 0] == 1.0
 
 
 # -- drifts ------------------------------------------------------------------------------------------------------------------------------
@@ -380,88 +278,6 @@ def natural(**changes: Any) -> OnPolicy:
 def test_settings_that_make_no_sense_are_refused(make, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
-
-
-# -- distributions and natural gradient ----------------------------------------------------------------------------------------------------
-
-
-def dists() -> dict[str, tuple]:
-    g = torch.Generator().manual_seed(5)
-
-    def r(*s: int) -> torch.Tensor:
-        return torch.randn(*s, generator=g, dtype=F64)
-
-    return {
-        "gaussian": (Gaussian(r(7, 3), 0.3 * r(7, 3)), Gaussian(r(7, 3), 0.3 * r(7, 3))),
-        "squashed": (SquashedGaussian(r(7, 3), 0.3 * r(7, 3)), SquashedGaussian(r(7, 3), 0.3 * r(7, 3))),
-        "categorical": (Categorical(r(7, 4)), Categorical(r(7, 4))),
-        "multi": (MultiCategorical(r(7, 5), (2, 3)), MultiCategorical(r(7, 5), (2, 3))),
-        "fixed": (FixedStdGaussian(r(7, 2), torch.full((7,), 0.4, dtype=F64)), FixedStdGaussian(r(7, 2), torch.full((7,), 0.4, dtype=F64))),
-    }
-
-
-@pytest.mark.parametrize("name", dists())
-def test_kl_and_entropy_against_sampling(name: str) -> None:
-    p, q = dists()[name]
-    g = torch.Generator().manual_seed(0)
-    n = 20_000
-    big = with_params(p, {k: v[:1].expand(n, *v.shape[1:]) for k, v in p.params().items()})
-    other = with_params(q, {k: v[:1].expand(n, *v.shape[1:]) for k, v in q.params().items()})
-    a = big.sample(g)
-    logp = big.log_prob(a)
-    estimates = [(logp - other.log_prob(a), kl(p, q)[0])]
-    if name != "squashed":  # whose entropy has no closed form; `entropy` is that before the squash
-        estimates.append((-logp, p.entropy()[0]))
-    for sample, exact in estimates:
-        assert float(sample.mean() - exact) == pytest.approx(0.0, abs=5 * float(sample.std()) / math.sqrt(n))
-
-
-def test_squashed_density_integrates_to_one() -> None:
-    u = torch.linspace(-6, 6, 20001, dtype=F64)[:, None]
-    dist = SquashedGaussian(torch.full_like(u, 0.3), torch.full_like(u, -0.5))
-    a = torch.tanh(u).squeeze(1)
-    assert float(torch.trapezoid(dist.log_prob(u).exp(), a)) == pytest.approx(1.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", dists())
-def test_fisher_metric_is_the_hessian_of_the_kl(name: str) -> None:
-    p, _ = dists()[name]
-    params = {k: v[0].clone() for k, v in p.params().items() if k != "std"}
-    fixed = {k: v[0] for k, v in p.params().items() if k == "std"}
-    names = sorted(params)
-    sizes = [params[k].numel() for k in names]
-
-    def value(flat: torch.Tensor) -> torch.Tensor:
-        new = dict(zip(names, flat.split(sizes), strict=True)) | fixed
-        return kl(with_params(p, {k: v[0] for k, v in p.params().items()}), with_params(p, new))
-
-    start = torch.cat([params[k] for k in names])
-    hessian = torch.autograd.functional.hessian(value, start)
-    g = torch.Generator().manual_seed(9)
-    v = torch.randn(len(start), generator=g, dtype=F64)
-    one = with_params(p, {k: t[0] for k, t in p.params().items()})
-    tangent = dict(zip(names, v.split(sizes), strict=True)) | {k: torch.zeros_like(t) for k, t in fixed.items()}
-    out = one.fisher(tangent)
-    torch.testing.assert_close(torch.cat([out[k] for k in names]), hessian @ v, rtol=1e-8, atol=1e-10)
-
-
-def test_kl_refuses_two_kinds() -> None:
-    with pytest.raises(ValueError, match="one kind"):
-        kl(dists()["gaussian"][0], dists()["categorical"][0])
-
-
-def test_conjugate_gradient_solves_well_conditioned_systems_and_needs_more_for_others() -> None:
-    g = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(50, 50, generator=g, dtype=F64))
-    b = torch.randn(50, generator=g, dtype=F64)
-    easy = basis @ torch.diag(torch.linspace(1, 4, 50, dtype=F64)) @ basis.T
-    x = conjugate_gradient(lambda v: easy @ v, b, iterations=15, tolerance=0.0)
-    exact = torch.linalg.solve(easy, b)
-    assert float((x - exact).norm() / exact.norm()) < 1e-6
-    hard = basis @ torch.diag(torch.logspace(0, math.log10(180), 50, dtype=F64)) @ basis.T
-    x = conjugate_gradient(lambda v: hard @ v, b, iterations=15, tolerance=0.0)
-    exact = torch.linalg.solve(hard, b)
-    assert float((x - exact).norm() / exact.norm()) > 1e-4
 
 
 def test_explained_variance_by_hand():

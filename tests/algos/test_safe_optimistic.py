@@ -1,6 +1,7 @@
 """reload/ppo: advantages that are optimistic in critic and multiplier, on sampled records."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from on_policy_pieces import check_resume
 
 from markovia.algos.on_policy.driver import OnPolicyDriver
 from markovia.algos.on_policy.method import OnPolicy
+from markovia.algos.on_policy.optimism import Judge
 from markovia.algos.presets import configure, override
 from markovia.algos.safe.constraint import Constraint, optimistic_advantage
 from markovia.algos.safe.dual import PIDDual, TrustRegionDual
@@ -96,6 +98,21 @@ def test_a_run_without_a_critic_goes_on_looking_back(tmp_path):
     fresh = make()
     fresh.judge.load_state(fresh.judge.state())
     assert fresh.judge.before is None  # nothing to look back on
+
+
+def test_estimators_find_their_columns_and_mixing_again_leaves_the_record_alone():
+    rollout, _ = driver()._collect()
+    rollout.columns["told"] = told = torch.rand(rollout.shape)
+
+    def mix(older: Any, adv: torch.Tensor, advantage: Any, before: bool) -> torch.Tensor:
+        older.columns["cost_adv"] = adv
+        return adv
+
+    method: Any = SimpleNamespace(advantage=lambda reward, older, state: (older.columns["told"], None), normalize_advantage="none")
+    judge = Judge(method, SimpleNamespace(parameters=lambda part: []), SimpleNamespace(mix=mix))  # type: ignore[arg-type]
+    judge.before = []
+    torch.testing.assert_close(judge.optimistic(rollout, rollout.reward, 3.0 * told, {}), 5.0 * told)
+    assert "cost_adv" not in rollout.columns
 
 
 @pytest.mark.check("bad_input", "reload/ppo")
