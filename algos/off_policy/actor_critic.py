@@ -15,7 +15,7 @@ from markovia.agents.control import ControlAgent
 from markovia.agents.critics import QEnsemble
 from markovia.agents.distributions import Distribution, Gaussian
 from markovia.agents.networks import Trunk, ValueNet
-from markovia.agents.records import Obs
+from markovia.agents.records import Obs, map_obs
 from markovia.algos.off_policy.actors import guided_loss, logged_loss, second_loss, supported_loss
 from markovia.algos.off_policy.costs import priced
 from markovia.algos.off_policy.losses import (
@@ -33,7 +33,7 @@ from markovia.algos.off_policy.losses import (
     temperature_loss,
 )
 from markovia.algos.off_policy.method import OffPolicy
-from markovia.algos.off_policy.regularised import expectile, lower_target, penalised_value, support_bound
+from markovia.algos.off_policy.regularised import expectile, lower_target, multiplier_loss, penalised_value, support_bound
 from markovia.algos.off_policy.regularisers import conservative, diverse
 from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.slots import (
@@ -122,6 +122,8 @@ class ActorCritic(nn.Module):
         temperature = method.temperature
         tuned = isinstance(temperature, TunedTemperature)
         self.log_lam = nn.Parameter(torch.tensor(temperature.lam).log()) if tuned else None
+        bounded = isinstance(method.regulariser, Conservative) and method.regulariser.target_gap is not None
+        self.log_multiplier = nn.Parameter(torch.zeros(())) if bounded else None
         given = temperature.target_entropy_nats if isinstance(temperature, TunedTemperature) else None
         self.target_entropy_nats = -float(agent.action_size) if given is None else given
         like = next(agent.net.parameters())
@@ -138,6 +140,12 @@ class ActorCritic(nn.Module):
         with self._cast():
             values: Tensor = critic(obs, action, members)
         return values.to(action.dtype)
+
+    def q_of_each(self, critic: nn.Module | None, obs: Obs, actions: Tensor) -> Tensor:
+        """Values of several actions per state, (N, k, b), actions (k, b, d)."""
+        k, b = actions.shape[:2]
+        again = map_obs(obs, lambda x: x.expand(k, *x.shape).flatten(0, 1))
+        return self.q(critic, again, actions.flatten(0, 1)).unflatten(1, (k, b))
 
     def one_q(self, critic: nn.Module | None, obs: Obs, action: Tensor, how: Aggregate) -> Tensor:
         """One value per state and action, (b,)."""
@@ -177,19 +185,30 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def sampled_value(
-        self, critic: nn.Module | None, obs: Obs, noise: Tensor, lam: Tensor | float, slot: SoftTarget | SoftValue, chosen: Tensor | None = None
+        self, critic: nn.Module | None, obs: Obs, noise: Tensor, lam: Tensor | float, slot: SoftTarget | SoftValue, more: Tensor | None = None
     ) -> Tensor:
-        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,); the last row of `chosen` (k, b, d) draws a subset of the critics."""
+        """agg_j Q_j(s, a) - lam log_q pi(a|s), a drawn from the policy, (b,). The last rows of `more` (k, b, d) are for the target alone: further
+        draws, of which the best counts, then one that draws a subset of the critics.
+        """
+        target = slot if isinstance(slot, SoftTarget) else SoftTarget()
         dist = self.dist(self.agent, obs, noise.dtype)
-        raw = self.choose(dist, noise)
-        action = self.agent.unit_action(raw)
-        if isinstance(slot, SoftTarget) and slot.subset is not None:
-            assert chosen is not None
-            q = self.q(critic, obs, action)
-            value = aggregate(drawn_members(q, chosen[-1].flatten()[: len(q)], subset=slot.subset), slot.aggregate)
+        many, drawn = target.num_actions > 1, target.subset is not None
+        if many:
+            assert more is not None
+            end = len(more) - int(drawn)
+            raw = dist.at(torch.cat([noise[None], more[end - target.num_actions + 1 : end]]))
+            q = self.q_of_each(critic, obs, self.agent.unit_action(raw))
         else:
-            value = self.one_q(critic, obs, action, slot.aggregate)
-        if (isinstance(slot, SoftTarget) and not slot.entropy) or not self.method.entropic:
+            raw = self.choose(dist, noise)
+            q = self.q(critic, obs, self.agent.unit_action(raw), 1 if slot.aggregate == "first" and not drawn else None)
+        if target.subset is not None:
+            assert more is not None
+            q = drawn_members(q, more[-1].flatten()[: len(q)], subset=target.subset)
+        value = aggregate(q, slot.aggregate)
+        if many:
+            value, best = value.max(0)
+            raw = raw.gather(0, best[None, :, None].expand(1, *raw.shape[1:]))[0]
+        if not (target.entropy and self.method.entropic):
             return value
         return soft_value(value, log_density(dist, raw, self.method.temperature), lam=lam)
 
@@ -356,6 +375,12 @@ class ActorCritic(nn.Module):
         """Mean of `losses.temperature_loss`, which is linear in log pi, at the entropy of the actor's step."""
         assert self.log_lam is not None
         return temperature_loss(self.log_lam, -entropy_nats, target_entropy_nats=self.target_entropy_nats)
+
+    def multiplier_loss(self, gap: Tensor) -> Tensor:
+        """`regularised.multiplier_loss` of the gap that `critic_loss` gave, which is the sum over the critics."""
+        slot, c = self.method.regulariser, self.method.critic
+        assert self.log_multiplier is not None and isinstance(slot, Conservative) and slot.target_gap is not None and c is not None
+        return multiplier_loss(self.log_multiplier, gap / c.num, target=slot.target_gap)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,8 @@ class OffPolicy:
             raise ValueError(f"target.subset={self.target.subset} is more than the {self.critic.num} critics; lower it or raise critic.num")
         if isinstance(self.target, SoftTarget) and self.target.subset and self.critic is not None and self.batch_size < self.critic.num:
             raise ValueError(f"target.subset needs a minibatch of at least critic.num={self.critic.num} rows, got batch_size={self.batch_size}")
+        if isinstance(self.target, SoftTarget) and self.target.num_actions > 1 and isinstance(self.policy, Deterministic):
+            raise ValueError(f"target.num_actions={self.target.num_actions} draws of a deterministic policy are one and the same; set it to 1")
         if self.regulariser is not None and self.critic is None:
             raise ValueError("a regulariser of critics needs critics; set regulariser=None")
         if isinstance(self.regulariser, Diverse) and self.critic is not None and self.critic.num < 2:
@@ -155,13 +157,13 @@ class OffPolicy:
     @property
     def num_noises(self) -> int:
         """Normal variates per transition and action entry that an update takes: target, value, actor, regulariser or quantile levels
-        (those of the target and of the prediction), the target's subset of critics (1), the behaviour's latents.
+        (those of the target and of the prediction), the target's further actions and its subset of critics (1), the behaviour's latents.
 
         These are 2 of the actor's action and, where the model is fitted along with the rest, 2 of the logged one before them.
         """
         latents = {Behaviour: 2, JointBehaviour: 4}.get(type(self.behaviour), 0)
         levels = 2 * self.critic.quantiles if isinstance(self.critic, QuantileCritics) else 0
-        chosen = int(isinstance(self.target, SoftTarget) and self.target.subset is not None)
+        chosen = self.target.num_actions - 1 + int(self.target.subset is not None) if isinstance(self.target, SoftTarget) else 0
         return 3 + (0 if self.regulariser is None else self.regulariser.num_noises) + levels + chosen + latents
 
     @property

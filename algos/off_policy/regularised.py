@@ -65,13 +65,23 @@ def advantage_weight(adv: Tensor, *, beta: float, max_weight: float, normalize: 
     return (beta * adv.detach()).clamp(max=math.log(max_weight)).exp()
 
 
-def conservative_gap(values: Tensor, log_mu: Tensor | float, logged: Tensor, *, temperature: float) -> Tensor:
+def conservative_gap(values: Tensor, log_mu: Tensor | float, logged: Tensor, *, temperature: float, min_gap: float | None = None) -> Tensor:
     """sum_i [ T log sum_k exp((Q_i(s, a_k) - log mu_k) / T) - Q_i(s, a) ], (b,), logged (N, b) = Q_i(s, a).  [arXiv 2006.04779, eq. 4, CQL(H)]
 
     Dividing by mu makes the sum an estimate of the integral over actions, exact at T = 1 up to the constant T log k.
     In a table, with squared error 1 and weight alpha, the fixed point is Q = y - (alpha / 2)(softmax(Q) / mu - 1).
+    A critic's gap below `min_gap` counts as that and has no gradient, as published code has it on AntMaze.
     """
-    return (temperature * torch.logsumexp((values - log_mu) / temperature, dim=1) - logged).sum(0)
+    gap = temperature * torch.logsumexp((values - log_mu) / temperature, dim=1) - logged
+    return (gap if min_gap is None else gap.clamp(min=min_gap)).sum(0)
+
+
+def multiplier_loss(log_multiplier: Tensor, gap: Tensor, *, target: float) -> Tensor:
+    """-exp(log_multiplier) (gap - target), (): its descent is the dual ascent of min_Q max_{m >= 0} m (gap - target).   [arXiv 2006.04779, eq. 30]
+
+    gap () is the mean of one critic's `conservative_gap`, no gradient; the multiplier grows while it exceeds the target.
+    """
+    return -log_multiplier.exp() * (gap.detach() - target)
 
 
 def calibrated(values: Tensor, ret: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from markovia.agents.records import Obs, map_obs
+from markovia.agents.records import Obs
 from markovia.algos.off_policy.regularised import calibrated, conservative_gap, gradient_cosine
 from markovia.algos.off_policy.slots import Conservative, Diverse
 
@@ -18,25 +18,28 @@ if TYPE_CHECKING:
 
 
 def conservative(nets: ActorCritic, slot: Conservative, batch: Batch, q: Tensor, noise: Tensor) -> Loss:
-    """alpha times the mean `conservative_gap`; `noise` (3 num, b, d) gives uniform actions and the policy's at s and at s', all judged at s.
+    """alpha times the multiplier times the mean `conservative_gap`; of `noise` the first 3 num rows (b, d) give uniform actions and the policy's at s
+    and at s', all judged at s.
 
     No gradient reaches the policy. `q` (N, b) are the critics' values of the logged actions.
     """
-    n, b = slot.num, len(batch.reward)
+    n = slot.num
     with torch.no_grad():
         uniform = 2.0 * torch.special.ndtr(noise[:n]) - 1.0
         both = ((batch.obs, noise[n : 2 * n]), (batch.next_obs, noise[2 * n : 3 * n]))
         drawn, log_pi = zip(*(_sampled(nets, obs, x) for obs, x in both), strict=True)
         actions = torch.cat([uniform, *drawn])
         log_mu = torch.cat([torch.full_like(log_pi[0], -noise.shape[-1] * math.log(2.0)), *log_pi])
-    again = map_obs(batch.obs, lambda x: x.expand(3 * n, *x.shape).flatten(0, 1))
-    values = nets.q(nets.critic, again, actions.flatten(0, 1)).unflatten(1, (3 * n, b))
+    values = nets.q_of_each(nets.critic, batch.obs, actions)
     if slot.calibrated:
         values = torch.cat([values[:, :n], calibrated(values[:, n:], batch.extra["ret"])], 1)
     if not slot.importance:
         values, log_mu = torch.cat([values, q[:, None]], 1), torch.zeros_like(noise[:1, :, 0])
-    gap = conservative_gap(values, log_mu, q, temperature=slot.temperature).mean()
-    return slot.alpha * gap, {"gap": gap.detach()}
+    gap = conservative_gap(values, log_mu, q, temperature=slot.temperature, min_gap=slot.min_gap).mean()
+    if nets.log_multiplier is None:
+        return slot.alpha * gap, {"gap": gap.detach()}
+    multiplier = nets.log_multiplier.detach().exp()
+    return slot.alpha * multiplier * gap, {"gap": gap.detach(), "multiplier": multiplier}
 
 
 def _sampled(nets: ActorCritic, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:

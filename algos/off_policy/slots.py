@@ -70,13 +70,16 @@ Policy = Squashed | Deterministic | Bounded | Mixture
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """V(s') = agg_j Qbar_j(s', a') - lam log_q pi(a'|s'), a' drawn from the policy as it is now."""
+    """V(s') = agg_j Qbar_j(s', a') - lam log_q pi(a'|s'), a' drawn from the policy as it is now, or the best by agg_j Qbar_j of several draws."""
 
     aggregate: Aggregate = "min"
     entropy: bool = True  # False leaves the entropy out of the target (it stays in the actor's objective)
     subset: int | None = None  # the aggregate is over so many critics, drawn anew for each minibatch (REDQ); None: over all
+    num_actions: int = 1  # draws per state, of which the best counts (CQL and Cal-QL on AntMaze: 10)
 
     def __post_init__(self) -> None:
+        if self.num_actions < 1:
+            raise ValueError(f"target.num_actions must be >= 1, got {self.num_actions}; 1 is the policy's own value")
         if self.subset is not None and self.subset < 1:
             raise ValueError(f"target.subset must be >= 1, got {self.subset}; None takes all critics")
 
@@ -182,11 +185,21 @@ class Conservative:
     temperature: float = 1.0  # T of T log sum exp(Q / T), reward units
     importance: bool = True  # divide each action's weight by its density; without it the logged action joins the sum
     calibrated: bool = False  # policy actions count at least the Monte Carlo return (Cal-QL); needs data.returns_to_go
+    target_gap: float | None = None  # alpha is multiplied by a dual variable that holds a critic's mean gap at this many reward units; None: by 1
+    multiplier_lr: float = 3e-4  # of the dual variable's logarithm, which begins at 0
+    min_gap: float | None = None  # gaps below count as this, and push no further
 
     def __post_init__(self) -> None:
         if self.num < 1 or not self.temperature > 0.0 or self.alpha < 0.0:
             raise ValueError(
                 f"a conservative regulariser needs alpha >= 0, num >= 1 and temperature > 0, got {self.alpha}, {self.num} and {self.temperature}"
+            )
+        if not self.multiplier_lr > 0.0:
+            raise ValueError(f"regulariser.multiplier_lr must be > 0, got {self.multiplier_lr}; target_gap=None leaves the multiplier out")
+        if self.target_gap is not None and self.min_gap is not None and self.min_gap >= self.target_gap:
+            raise ValueError(
+                f"no gap would count as less than regulariser.min_gap={self.min_gap}, so the multiplier of target_gap={self.target_gap} could only "
+                "grow; lower min_gap"
             )
 
     @property

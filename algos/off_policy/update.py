@@ -1,4 +1,4 @@
-"""One minibatch update: value -> critic -> costs -> behaviour -> actor -> evaluation -> temperature -> targets, eagerly or as one compiled function.
+"""One minibatch update: value -> critic, its multiplier -> costs -> behaviour -> actor -> evaluation -> temperature -> targets, eagerly or compiled.
 
 Each loss is differentiated for its own network alone: while the actor climbs Q, no gradient of the critics' weights is computed.
 """
@@ -19,7 +19,8 @@ from markovia.algos.off_policy.replay import Batch
 from markovia.algos.off_policy.slots import JointBehaviour, SecondActor
 from markovia.algos.optimizer import Optimizer, Rule
 
-# The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser and, last, the behaviour model: see `num_noises`.
+# The first axis of `noise` (3 + k, b, d): target, value, actor, and k for the critics' regulariser, further actions of the target and, last, the
+# behaviour model: see `num_noises`.
 State = dict[str, list[Tensor]]  # tensors of each optimiser, as `Optimizer.tensors` lays them out
 
 
@@ -48,6 +49,8 @@ class Update:
         self.optimizers = {
             name: _adam(list(net.parameters()), slot.lr) for name, (net, slot) in wanted.items() if net is not None and slot is not None
         }
+        if nets.log_multiplier is not None:
+            self.optimizers["multiplier"] = _adam([nets.log_multiplier], m.regulariser.multiplier_lr)  # type: ignore[union-attr]
         if nets.log_lam is not None:
             self.optimizers["temperature"] = _adam([nets.log_lam], m.temperature.lr)  # type: ignore[union-attr]
         self.sources = [nets.followed] * (nets.target is not None) + ["cost"] * (nets.cost is not None) + ["actor"] * ("target" in nets.references)
@@ -101,6 +104,8 @@ class Update:
             loss, found = nets.critic_loss(batch, y, noise[3:])
             stats |= found
             descend("critic", loss)
+            if nets.log_multiplier is not None:
+                descend("multiplier", nets.multiplier_loss(stats["gap"]))
         if nets.cost is not None:
             loss, found = cost_loss(nets, batch, noise[0])
             stats |= found

@@ -32,7 +32,8 @@ _TEMPERATURE = TunedTemperature(lr=1e-4)
 def _offline() -> Offline:
     data = Logged(normalize_obs=False, returns_to_go="zero")
     regulariser = Conservative(calibrated=True)
-    return Offline(policy=_POLICY, target=_TARGET, critic=_CRITICS, regulariser=regulariser, actor=_ACTOR, temperature=_TEMPERATURE, data=data)
+    target = replace(_TARGET, num_actions=10)  # as the authors' CQL has it on every suite; their SAC has it on AntMaze alone
+    return Offline(policy=_POLICY, target=target, critic=_CRITICS, regulariser=regulariser, actor=_ACTOR, temperature=_TEMPERATURE, data=data)
 
 
 def _online() -> OffPolicy:
