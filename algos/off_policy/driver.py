@@ -75,8 +75,12 @@ class OffPolicyDriver(Budget):
                 f"the model of the data alone takes behaviour.steps={behaviour.steps} of num_env_steps={budget} updates, "
                 "so the policy would learn nothing; lower the first or raise the second"
             )
-        if "normalizer" in self.agent.net and not self.method.fixed_data:
-            raise ValueError("a replay keeps observations as they were stored, so no running normaliser can be used; build with normalize_obs=False")
+        norm = self.agent.net["normalizer"] if "normalizer" in self.agent.net else None
+        if norm is not None and not self.method.fixed_data and any(float(n.count) == 0.0 for n in norm.norms):  # type: ignore[union-attr]
+            raise ValueError(
+                "a replay keeps observations as they were stored, so a normaliser has to be fixed before, as those of datasets are; "
+                "build with normalize_obs=False"
+            )
 
     @property
     def compile_seconds(self) -> float:

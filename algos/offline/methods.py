@@ -34,7 +34,7 @@ from markovia.algos.off_policy.slots import (
 )
 from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.sequences import ReturnConditioned
-from markovia.algos.offline.warm_start import WarmStart
+from markovia.algos.offline.warm_start import WarmStart, continued
 from markovia.algos.table import Row, table
 
 _HELD = "markovia.algos.off_policy.regularised:"
@@ -183,8 +183,23 @@ OFFLINE = table(
 )
 
 # Methods of two phases, whose settings are those of both.
+AWAC_ONLINE = WarmStart(offline=AWAC, online=continued(AWAC), retain="append")
+IQL_ONLINE = WarmStart(offline=IQL, online=continued(IQL, actor=Weighted()), retain="append")
+_PARENTS, _WHY = ("value", "limit", "invariance", "resume", "bad_input"), "its update is its parent's to the bit, whose gradient is checked"
 WARM_START = table(
     [
+        Row(
+            "awac/online", AWAC_ONLINE, "awac", "2006.09359",
+            "goes on in the environment by the same update, its steps beside the data in one pool",
+            _CONTROL, (_HELD + "advantage_weight", _LOSSES + "bootstrap", _LOSSES + "td_error"), "awac/online",
+            _PARENTS, _WHY,
+        ),
+        Row(
+            "iql/online", IQL_ONLINE, "iql", "2110.06169",
+            "goes on in the environment by the same update, its steps beside the data in one pool",
+            _CONTROL, (_HELD + "expectile", _HELD + "advantage_weight", _LOSSES + "bootstrap"), "iql/online",
+            _PARENTS, _WHY,
+        ),
         Row(
             "wsrl", WarmStart(), "cql/cal-ql", "2412.07762",
             "conservative learning on data, then SAC that forgets them after steps of a frozen policy",

@@ -1,12 +1,12 @@
-"""From a dataset to an environment: conservative learning on logged data, then ordinary learning from a replay of its own, one after the other.
+"""From a dataset to an environment: learning on logged data, then from a replay that may or may not hold them, one after the other.
 
 Nothing here is a loss: both phases are the off-policy update, whose networks go over by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from markovia.algos.offline.method import Logged, Offline
 from markovia.algos.offline.source import DatasetSource
 from markovia.algos.trainer import part
 
-_LEARNING: dict[str, dict[str, Any]] = {"critic": {"lr": 1.0, "coef": 1.0}}  # what may differ between the phases
+_LEARNING: dict[str, dict[str, Any]] = {"critic": {"lr": 1.0, "coef": 1.0}, "value": {"lr": 1.0}}  # what may differ between the phases
 _POLICY = Squashed()
 _CRITICS = Critics(num=10, layer_norm=True, coef=1.0)
 _TARGET = SoftTarget(entropy=False, subset=2)
@@ -43,34 +43,44 @@ def _online() -> OffPolicy:
     )  # fmt: skip
 
 
+def continued(before: Offline, **changes: Any) -> OffPolicy:
+    """The same update as `before` on steps of the environment, which the policy takes from the first one on."""
+    slots = {f.name: getattr(before, f.name) for f in fields(OffPolicy)}
+    return OffPolicy(**{**slots, "replay_size": 1_000_000, "learning_starts": before.batch_size, "start": "policy", **changes})
+
+
 @dataclass(frozen=True)
 class WarmStart:
     """Settings of learning on a dataset, then in an environment; a step of the budget is an update of the first phase or a step of the second."""
 
     offline: Offline = field(default_factory=_offline)
     online: OffPolicy = field(default_factory=_online)  # its learning_starts are the steps of the frozen policy that fill the replay
-    retain: float = 0.0  # share of each online minibatch that is drawn from the dataset; 0 forgets it
+    retain: float | Literal["append"] = 0.0  # share of each online minibatch that is drawn from the dataset; append: one pool of both, 0: forget it
 
     def __post_init__(self) -> None:
-        for slot in ("policy", "critic"):
+        if self.offline.critic is None:
+            raise ValueError("imitation has no critics that could go online; give offline.critic, offline.target and an actor that follows them")
+        for slot in ("policy", "critic", "value"):
             before, after = getattr(self.offline, slot), getattr(self.online, slot)
-            if before is None or replace(before, **_LEARNING.get(slot, {})) != replace(after, **_LEARNING.get(slot, {})):
+            learning = {} if None in (before, after) else _LEARNING.get(slot, {})
+            if type(before) is not type(after) or (before is not None and replace(before, **learning) != replace(after, **learning)):
                 raise ValueError(f"offline.{slot} and online.{slot} must be the same networks, since their weights go over: got {before} and {after}")
-        if type(self.offline.temperature) is not type(self.online.temperature) or self.offline.value is not None or self.online.value is not None:
-            raise ValueError("both phases need the same kind of temperature and no value network, since weights go over by name")
+        if type(self.offline.temperature) is not type(self.online.temperature):
+            raise ValueError("both phases need the same kind of temperature, since its value goes over")
         if self.offline.evaluation is not None or self.offline.behaviour is not None or isinstance(self.online, Offline):
             raise ValueError("offline.evaluation and offline.behaviour have no place online; leave them out, and let online be OffPolicy settings")
         if any(slot is not None for slot in (self.online.evaluation, self.online.behaviour, self.online.constraint)):
             raise ValueError("online.evaluation, online.behaviour and online.constraint have no counterpart offline; leave them out")
-        if self.offline.data.normalize_obs:
-            raise ValueError("the replay holds observations as they come; set offline.data.normalize_obs=False")
         if self.online.learning_starts < self.online.batch_size:
             raise ValueError(
                 f"online.learning_starts={self.online.learning_starts} would draw minibatches of {self.online.batch_size} from fewer steps; "
                 "raise it, at least to the batch size"
             )
-        if not 0.0 <= self.retain < 1.0:
-            raise ValueError(f"retain must lie in [0, 1), got {self.retain}; 0.5 draws half of each minibatch from the dataset")
+        if self.retain != "append" and not (isinstance(self.retain, float | int) and 0.0 <= self.retain < 1.0):
+            raise ValueError(
+                f"retain must lie in [0, 1) or be 'append', got {self.retain!r}; 0.5 draws half of each minibatch from the dataset, "
+                "'append' all rows alike from both"
+            )
 
     @property
     def num_env_steps(self) -> int:
@@ -88,7 +98,7 @@ class WarmStart:
 class Phases:
     """Where both phases' transitions come from: the dataset, and an environment whose replay starts empty."""
 
-    def __init__(self, dataset: DatasetSource, replay: ReplayCollector, retain: float) -> None:
+    def __init__(self, dataset: DatasetSource, replay: ReplayCollector, retain: float | Literal["append"]) -> None:
         self.dataset, self.online = dataset, replay
         if retain:
             replay.replay = _Shared(replay.replay.capacity, dataset.replay, retain)
@@ -98,14 +108,18 @@ class Phases:
 
 
 class _Shared(Replay):
-    """A replay whose minibatches hold a share of a dataset's rows."""
+    """A replay whose minibatches hold a share of a dataset's rows, or draw from both as from one pool."""
 
-    def __init__(self, capacity: int, dataset: Replay, share: float) -> None:
+    def __init__(self, capacity: int, dataset: Replay, share: float | Literal["append"]) -> None:
         super().__init__(capacity)
         self.dataset, self.share = dataset, share
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
-        logged = round(self.share * size)
+        if self.share == "append":
+            rows = torch.randint(self.dataset.size + self.size, (size,), generator=generator)
+            logged = int((rows < self.dataset.size).sum())
+        else:
+            logged = round(self.share * size)
         old, new = self.dataset.sample(logged, generator), super().sample(size - logged, generator)
         named, others = new.named(), old.named()
         return Batch.from_named({name: torch.cat([others[name], x]) for name, x in named.items()})

@@ -158,6 +158,7 @@ CLAIMS: dict[str, Claim] = {
     "decision-transformer": Claim(_OFFLINE + "asked_returns", "slow"),
     "decision-transformer@best-return": Claim(_OFFLINE + "asked_for_the_best", "slow"),
     "wsrl": Claim("markovia.claims.warm_start:pendulum", "slow"),
+    **{m: Claim("markovia.claims.warm_start:pool", "slow", {"method": m}) for m in ("awac/online", "iql/online")},
     "awac": Claim(_OFFLINE_EXACT + "weighted_regression"),
     "iql": Claim(_OFFLINE_EXACT + "in_sample_value"),
     "cql": Claim(_OFFLINE_EXACT + "conservative_values"),

@@ -229,8 +229,7 @@ def test_run_folder_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixtur
     [
         ({"online": {"critic": {"num": 4}}}, "offline.critic and online.critic must be the same networks"),
         ({"online": {"learning_starts": 3}}, "would draw minibatches of 8 from fewer steps"),
-        ({"offline": {"data": {"normalize_obs": True}}}, "set offline.data.normalize_obs=False"),
-        ({"retain": 1.0}, r"retain must lie in \[0, 1\), got 1.0"),
+        ({"retain": 1.0}, r"retain must lie in \[0, 1\) or be 'append', got 1.0"),
         ({"online": {"target": {"subset": 4}}}, "target.subset=4 is more than the 3 critics"),
         ({"online": {"target": {"subset": 0}}}, "target.subset must be >= 1, got 0"),
         ({"online": {"batch_size": 2}}, "needs a minibatch of at least critic.num=3 rows, got batch_size=2"),
@@ -248,7 +247,7 @@ def test_phases_that_do_not_fit_are_refused() -> None:
         dataclasses.replace(short(), online=fixed)
     slots = {"target": InSampleTarget(), "value": Expectile(), "actor": Weighted(), "temperature": FixedTemperature(0.0)}
     iql = dataclasses.replace(short().offline, regulariser=None, **slots)
-    with pytest.raises(ValueError, match="no value network"):
+    with pytest.raises(ValueError, match=r"offline\.value and online\.value must be the same networks"):
         dataclasses.replace(short(), offline=iql)
     with pytest.raises(ValueError, match="must be the same networks"):
         dataclasses.replace(short(), online=dataclasses.replace(short().online, critic=Critics(num=3, hidden=(9,))))

@@ -105,9 +105,12 @@ def _offline(method_id: str, seed: int, folder: Path) -> Any:
 
 def _warm_start(method_id: str, seed: int, folder: Path) -> Any:
     """An iteration on data, then online."""
+    method = configure(method_id, POINT)
     net = {"policy": {"hidden": [8]}, "critic": {"num": 3, "hidden": [8]}, "batch_size": 8, "num_steps": 10}
-    parts = {"offline": {**net, "num_env_steps": 10, "regulariser": {"num": 2}}, "online": {**net, "num_env_steps": 40, "learning_starts": 10}}
-    return _built(POINT, override(configure(method_id, POINT), parts), seed, dataset=DATASET)
+    net |= {"value": {"hidden": [8]}} if method.offline.value is not None else {}
+    gap = {"regulariser": {"num": 2}} if method.offline.regulariser is not None else {}
+    parts = {"offline": {**net, **gap, "num_env_steps": 10}, "online": {**net, "num_env_steps": 40, "learning_starts": 10}}
+    return _built(POINT, override(method, parts), seed, dataset=DATASET)
 
 
 def _sequences(method_id: str, seed: int, folder: Path) -> Any:
