@@ -77,6 +77,14 @@ NUM_CRITICS = {
     ("walker2d", "medium"): (10, 20), ("walker2d", "medium-replay"): (10, 20), ("walker2d", "medium-expert"): (10, 20),
 }  # fmt: skip
 
+# What CORL's runs on D4RL's tiers have otherwise than the rest of theirs; its other runs of IQL and CQL leave rewards as they are
+_DETERMINISTIC: dict[str, Any] = {"policy": {"type": "Deterministic"}, "polyak": 0.001}
+CORL: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("iql", "hopper", "medium"): _DETERMINISTIC, ("iql", "hopper", "medium-replay"): _DETERMINISTIC,
+    ("iql", "hopper", "medium-expert"): {"value": {"tau": 0.5}, "actor": {"beta": 6.0}, "data": {"reward": "none"}},
+    ("cql", "hopper", "medium"): {"data": {"reward": "return_range"}},
+}  # fmt: skip
+
 
 def _is_file(dataset: str) -> bool:
     return dataset.endswith((".hdf5", ".h5"))
@@ -92,8 +100,8 @@ def parts_of(dataset: str) -> tuple[str, str] | None:
 def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
     """What a cell changes in the presets: the budget, SPOT's model in its first tenth beside it, ReBRAC's and SPOT's weights by tier.
 
-    On D4RL files also the return that Decision Transformer is asked for, and EDAC's ensembles and weights by task; recorded sets keep ten critics,
-    because fifty take a core some hours a cell.
+    On D4RL files also the return that Decision Transformer is asked for, EDAC's ensembles and weights by task, and what CORL's scores of IQL and CQL
+    have otherwise than the presets; recorded sets keep ten critics, because fifty take a core some hours a cell.
     """
     changes: dict[str, Any] = {}
     if updates is not None:
@@ -112,6 +120,10 @@ def settings(method: str, dataset: str, updates: int | None) -> dict[str, Any]:
         changes |= {"critic": {"num": NUM_CRITICS.get(parts, (10, 10))[method == "edac/sac-n"]}}
         if method == "edac" and parts[1] == "medium-expert" and parts[0] != "hopper":
             changes |= {"regulariser": {"eta": 5.0}}
+    if _is_file(dataset) and parts is not None and (method, *parts) in CORL:
+        changes |= CORL[method, *parts]
+    elif _is_file(dataset) and parts is not None and method == "iql":
+        changes |= {"data": {"reward": "none"}}
     return changes
 
 
@@ -161,11 +173,6 @@ def check_recordings(rows: list[Cell], datasets: Iterable[str]) -> None:
             )
 
 
-def _like(task: str) -> str:
-    """The task whose presets apply: that which the robot has now. D4RL's files are evaluated in its older version."""
-    return re.sub(r"-v4$", "-v5", task)
-
-
 def run_of(dataset: str, method: str, seed: int, runs: Path) -> Path:
     """Where the run of a cell lies."""
     return folder(runs, re.sub(r"[^\w.-]+", "-", dataset), method, seed)
@@ -174,7 +181,7 @@ def run_of(dataset: str, method: str, seed: int, runs: Path) -> Path:
 def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
     """Train one cell and put it on the scale of its tiers."""
     run = run_of(dataset, method, seed, runs)
-    found = train_cell(task, method, seed, run, settings(method, dataset, updates), like=_like(task), dataset=dataset)
+    found = train_cell(task, method, seed, run, settings(method, dataset, updates), dataset=dataset)
     evaluation = found["done"]["evaluation"]
     return {
         **found,
@@ -189,7 +196,7 @@ def cell(dataset: str, method: str, seed: int, task: str, updates: int | None, r
 
 def _asked(dataset: str, method: str, seed: int, task: str, updates: int | None, runs: Path) -> Cell:
     """The settings that a cell asks for."""
-    found: Cell = settings_of(method, _like(task), settings(method, dataset, updates))
+    found: Cell = settings_of(method, task, settings(method, dataset, updates))
     return found
 
 

@@ -342,10 +342,14 @@ class _Collection:
         return Tier(name, dataset_id, data.num_episodes, len(data), mean, float(reference.score_pct(mean)))
 
     def check_ids(self, tiers: Sequence[str]) -> None:
-        """What `tier` would find after hours of training. Raises ValueError for ids that Minari can't store, RunError for those of other sets."""
-        from markovia.envs.offline.minari_io import check_id, dataset_root, open_minari
+        """What `tier` would find after hours of training. Raises ValueError for ids and environments that Minari can't store, RunError for ids of
+        other sets.
+        """
+        from markovia.envs.control.vector import env_spec
+        from markovia.envs.offline.minari_io import check_id, check_spec, dataset_root, open_minari
         from markovia.envs.offline.sources import tier_id
 
+        check_spec(env_spec(self.recipe.env))
         for dataset_id in (check_id(tier_id(self.recipe.env, name, self.namespace)) for name in tiers):
             if (dataset_root() / dataset_id).exists():
                 self._own(dataset_id, read_json(Path(open_minari(dataset_id).storage.data_path) / "metadata.json"))

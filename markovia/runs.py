@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop
 from markovia.report import sinks, tracker
 from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, held, load_checkpoint, read_json, sweep, write_json, write_text
-from markovia.settings import differences, file_entry, from_json, is_pipeline, task_arguments
+from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments
 from markovia.summary import summary
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def train(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     env_kwargs: dict[str, Any] | None = None,
     agent_options: dict[str, Any] | None = None,
     vectorization: str = "auto",
@@ -120,7 +121,7 @@ def train(
                      agree to rounding, so a run is resumed as it was begun
     over_memory      begin a run even if it needs more memory than the machine has
     eval_episodes    greedy episodes (control) or samples (text, denoising) at the end, in done.json; eval_checkpoints: at every checkpoint too
-    callbacks        called with a `RunInfo` after each iteration; False ends the run
+    callbacks        one or several functions, called with a `RunInfo` after each iteration; False ends the run
     prepare          called with the `Setup` before its first step, to wrap its collector's environments (`setup.collector.venv`)
     together         called with the loop of iterations in the place of running it; returns why it ended (several seeds at once: markovia.seeds)
     Raises ValueError for what was asked wrongly, RunError when the folder can't be used or written.
@@ -128,6 +129,7 @@ def train(
     from markovia.algos.distributed import launched
     from markovia.algos.memory import before_run
 
+    callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
     if env is not None:
         env_spec(env)
     name, settings, options = resolve(method, env, method_id)
@@ -154,6 +156,8 @@ def train(
         _check_asked(config)
         if asked.writes:
             _check_folder(run, config, resume)
+            with held(run) if run.exists() else contextlib.nullcontext():  # told before minutes go into building what may not be written
+                pass
     if track:
         tracker(track)
     with machine.over_memory(over_memory):
@@ -168,11 +172,14 @@ def train(
             print(needed)
         driver = asked.driver(setup)
     with held(run) if asked.writes else contextlib.nullcontext():
+        if asked.writes:  # again, for another run may have been here while this one was built
+            with machine.over_memory(over_memory):
+                _check_folder(run, config, resume)
         metrics = _begin(run, config, setup, driver, asked.writes, told)
         num_env_steps = driver.method.num_env_steps  # settings may leave it to the size of the data
         # A reset before the time limit would cut every episode: none would end, and no return would be seen.
         places = max(1, min(num_checkpoints, num_env_steps // setup.episode_steps))
-        loop = Loop(run, config, driver, setup, metrics, tuple(callbacks), places, eval_episodes if eval_checkpoints else 0, max_seconds)
+        loop = Loop(run, config, driver, setup, metrics, callbacks, places, eval_episodes if eval_checkpoints else 0, max_seconds)
         loop.workers = workers
         loop.sinks = sinks(run, config, f"{name} on {env or data}", num_env_steps, driver.num_env_steps, track, progress) if asked.writes else []
         why = _learn(loop, together)
@@ -281,15 +288,13 @@ def _check_asked(config: dict[str, Any]) -> None:
 
 
 def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
-    """A new run wants an empty folder; a resumed one wants the same configuration. Raises RunError otherwise."""
+    """A new run wants an empty folder; a resumed one wants the same configuration, and metrics that can be read. Raises RunError otherwise."""
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file, so no run can be written there; choose another --out")
     if not run.exists() or not any(run.iterdir()):
         return
     if not resume:
         raise RunError(f"{run} already holds a run; go on with it (--resume), or choose another folder (--out)")
-    with held(run):  # told before minutes go into building what may not be written; it is held for good when the run begins
-        pass
     if not (run / CONFIG).exists():
         if any(not p.name.startswith(".tmp-") for p in run.iterdir()):
             raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
@@ -297,6 +302,7 @@ def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
     changed = _changes(_own_config(run), config)
     if changed:
         raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({changed}); choose another --out")
+    Metrics(run).read()
 
 
 def _open_folder(run: Path, config: dict[str, Any]) -> None:
@@ -354,14 +360,45 @@ def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
     found = checkpoints(run)
     if not found:
         raise RunError(f"{run} has no checkpoint yet; train on with --resume")
+    _compare_files(config, run)
     try:
         with code_from_file(trust), _counted(config, str(run / CONFIG)):
-            setup = _built(config, found[-1] / "agent")
+            setup = _without_dataset(config, run, found[-1] / "agent") or _built(config, found[-1] / "agent")
     except (ValueError, FileNotFoundError, ImportError, RunError):
         raise
     except Exception as error:  # what settings from a file do to a constructor is anybody's guess
         raise RunError(f"{run / CONFIG} can't be built ({error!r}); it was damaged, or written by another version of markovia") from error
     return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)
+
+
+def _compare_files(config: dict[str, Any], run: Path) -> None:
+    """Raises RunError where a text file of the run is not there; warns where it has changed since, because then nobody knows what was held out."""
+    told = dict(config.get("read", {}))
+    if "sha256" in config.get("data", {}):
+        told[config["data"]["path"]] = config["data"]["sha256"]
+    for path, was in told.items():
+        if not Path(path).exists():
+            raise RunError(f"{run} was trained on {path}, which is not there: put it back, or be in the folder that the run was started in")
+        if content_hash(path) != was:
+            warnings.warn(f"{path} has changed since {run} was trained on it: what it holds out now may have been trained on", stacklevel=3)
+
+
+def _without_dataset(config: dict[str, Any], run: Path, agent: Path) -> Setup | None:
+    """A policy that learnt from a dataset, which is not read again: its checkpoint and the run's reference returns are all that evaluation takes.
+
+    None for other runs, and for those from before the references were kept.
+    """
+    if config.get("dataset") is None:
+        return None
+    from markovia.agents.checkpoint import load_agent
+    from markovia.algos.offline.setup import REFERENCE, read_reference, scored
+    from markovia.algos.setup import Setup
+
+    if not (run / REFERENCE).is_file():
+        return None
+    env_spec(config["env"])
+    evaluate = scored(config["env"], from_json(dict[str, Any], config["env_kwargs"]), read_reference(run / REFERENCE))
+    return Setup("control", load_agent(agent), None, evaluate)
 
 
 def _built(config: dict[str, Any], agent: Path) -> Setup:

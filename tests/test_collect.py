@@ -297,3 +297,18 @@ def test_collect_command(root, capsys):
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert "markovia/cartpole/random-v0" in captured.out and "score" in captured.out
+
+
+def test_environments_that_no_dataset_can_name_are_told_before_training(root, monkeypatch):
+    """Registered by its class, which JSON can't hold."""
+    from gymnasium.envs.classic_control.pendulum import PendulumEnv
+    from gymnasium.envs.registration import EnvSpec, registry
+
+    spec = EnvSpec("ClassPendulum-v0", entry_point=PendulumEnv, max_episode_steps=200)
+    monkeypatch.setitem(registry, "ClassPendulum-v0", spec)
+    with pytest.raises(ValueError, match=r"ClassPendulum-v0 can't be written into a dataset .* entry_point='module:Class'"):
+        collect(dataclasses.replace(SMALL, env="ClassPendulum-v0"), out=root / "c", progress=False)
+    assert not (root / "c" / "run").exists()
+    data = pointmass_data("random", episodes=1)
+    with pytest.raises(ValueError, match="register it by name"):
+        write_minari(dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=spec)), "tests/y-v0")

@@ -158,3 +158,19 @@ def test_what_does_not_fit_is_taught_in_one_line(prefs, tmp_path, capsys, argv, 
     out = ["--out", str(tmp_path / "run")]
     code, err = failure([str(prefs) if a == "FILE" else a for a in argv] + out, capsys)
     assert code == 2 and message in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_changed_or_left_is_told_when_the_run_is_read(prefs, tmp_path, capsys, monkeypatch):
+    """What is held out is drawn from the file, so a changed one may hold out what was trained on."""
+    folder = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "arithmetic", "--out", str(folder), "--num-envs", "4", "--num-env-steps", "8", "--eval-episodes", "2", "--no-progress"]
+    assert run(["train", "dpo", "--data", prefs.name, *flags]) == 0
+    load_run(folder)
+    prefs.write_text(prefs.read_text().replace('"chosen"', '"x"').replace('"rejected"', '"chosen"').replace('"x"', '"rejected"'))
+    with pytest.warns(UserWarning, match=r"sums\.jsonl has changed since .* what it holds out now may have been trained on"):
+        load_run(folder)
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert run(["eval", str(folder)]) == 2
+    assert "was trained on sums.jsonl, which is not there: put it back, or be in the folder that the run was started in" in capsys.readouterr().err

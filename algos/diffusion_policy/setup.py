@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gymnasium as gym
 from gymnasium import spaces
 from torch import nn
@@ -16,8 +14,8 @@ from markovia.algos.diffusion_policy.collect import ChainCollector
 from markovia.algos.diffusion_policy.data import chunk_data
 from markovia.algos.diffusion_policy.driver import Logs
 from markovia.algos.diffusion_policy.method import Imitation, TwoLayer, UNet1DNet
-from markovia.algos.offline.setup import describe, read, reference_of
-from markovia.algos.setup import Request, Setup, evaluate_stepped, stepped_setup
+from markovia.algos.offline.setup import describe, read, reference_file, reference_of, scored
+from markovia.algos.setup import Request, Setup, stepped_setup
 from markovia.envs.control.chunks import make_chunk_vec
 from markovia.envs.control.vector import make_env
 from markovia.envs.denoising.networks import MLPDenoiser
@@ -49,13 +47,9 @@ def build_imitation(method: Imitation, request: Request) -> Setup:
         horizon=method.horizon, act_steps=method.act_steps, obs_steps=method.obs_steps, device=device, **options,
     )  # fmt: skip
     source = Logs(chunk_data(data, method.data, agent))
-    scale = reference_of(data, env_id, spec.max_episode_steps if spec is not None else None)
-
-    def evaluate(agent: Any, episodes: int, seed: int) -> dict[str, Any]:
-        found = evaluate_stepped(agent, env_id, episodes, seed, env_kwargs)
-        return found if scale is None else {**found, "score_pct": scale.score_pct(found["returns"]).tolist()}
-
-    return Setup("control", agent, source, evaluate, note=describe(data, env_id, len(source.data), scale))
+    scale = reference_of(data, env_id, spec.max_episode_steps if spec is not None else None, env_kwargs)
+    note = describe(data, env_id, len(source.data), scale)
+    return Setup("control", agent, source, scored(env_id, env_kwargs, scale), note=note, files=reference_file(scale))
 
 
 def load_start(folder: str | None) -> DiffusionPolicyAgent:

@@ -20,11 +20,13 @@ class ReplayCollector(StepCollector):
     """One step of every environment at a time, written to `replay`: the final observation of an episode is kept apart from the next one's first.
 
     Steps that only reset (NEXT_STEP) are not written. Rewards enter as `reward` gives them, unscaled where it is None; episodes count them raw.
+    A raw reward of at least `terminate_at` is written as a termination, though the environment goes on.
     Costs are counted where the task tells them, and written as the column `cost` for methods with limits (`num_costs`): there is none before the
     first cost was told, so that an update without any is refused (`checked_cost`), and zeros for steps without a cost.
     """
 
     reward: Callable[[np.ndarray], np.ndarray] | None = None
+    terminate_at: float | None = None
 
     def __init__(self, venv: VectorEnv, agent: ControlAgent, replay: Replay, seed: int = 0, num_costs: int = 0, cost_gamma: float = 1.0) -> None:
         self.agent, self.replay = agent, replay
@@ -49,12 +51,13 @@ class ReplayCollector(StepCollector):
         swapped = done.any() and not self.next_step
         final = agent.observe(_with_final(self._raw, infos, np.flatnonzero(done), self.venv, self._steps - 1)) if swapped else following
         paid = r if self.reward is None else self.reward(r)
+        over = term if self.terminate_at is None else term | (r >= self.terminate_at)
         cost = self._told(infos, done)
         width = self.num_costs or self._costs_told
         if cost is None and width:
             cost = np.zeros((len(r), width))
         rows = Batch(
-            self._obs, unit, _like(paid, unit), final, _like(1.0 - term, unit), torch.from_numpy(trunc).to(unit.device),
+            self._obs, unit, _like(paid, unit), final, _like(1.0 - over, unit), torch.from_numpy(trunc).to(unit.device),
             self._limited(cost, unit),
         )  # fmt: skip
         if not live.all():

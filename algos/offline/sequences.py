@@ -81,7 +81,7 @@ class SequenceSource(DatasetSource):
 
     def __init__(self, data: Transitions, settings: ReturnConditioned, agent: ReturnConditionedAgent) -> None:
         norm: Any = agent.net["normalizer"] if "normalizer" in agent.net else None
-        transform = Transform(reward_transform("none", data), ObsTransform.fit(data) if norm is not None and norm.keys else None)
+        transform = Transform(reward_transform("none", data), ObsTransform.fit(data, keys=norm.keys) if norm is not None and norm.keys else None)
         if transform.obs is not None:
             fix_normalizer(norm, transform.obs, len(data))
         first, end = data.bounds()
@@ -107,9 +107,12 @@ class SequenceSource(DatasetSource):
 
 
 def make_sequences(data: Transitions, settings: ReturnConditioned, agent: ReturnConditionedAgent) -> SequenceSource:
-    """The episodes that the settings leave, as the agent sees them. Raises ValueError when they are not of its spaces."""
+    """The complete episodes that the settings leave, as the agent sees them: what would have followed a cut is not known.
+
+    Raises ValueError when they are not of its spaces.
+    """
     check_fits(data, agent)  # type: ignore[arg-type]
-    return SequenceSource(data.best(settings.data.fraction, settings.data.fraction_gamma), settings, agent)
+    return SequenceSource(data.whole().best(settings.data.fraction, settings.data.fraction_gamma), settings, agent)
 
 
 class SequenceDriver(Trainer):

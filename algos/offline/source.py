@@ -67,7 +67,7 @@ def make_source(data: Transitions, settings: Logged, agent: ControlAgent, gamma:
     check_fits(data, agent)
     data = data.best(settings.fraction, settings.fraction_gamma)
     norm: Any = agent.net["normalizer"] if "normalizer" in agent.net else None
-    transform = Transform(reward_transform(settings.reward, data), ObsTransform.fit(data) if norm is not None and norm.keys else None)
+    transform = Transform(reward_transform(settings.reward, data), ObsTransform.fit(data, keys=norm.keys) if norm is not None and norm.keys else None)
     if transform.obs is not None:
         fix_normalizer(norm, transform.obs, len(data))
     data = replace(data, reward=transform.reward(data.reward))

@@ -15,6 +15,7 @@ from markovia.algos.preference.metrics import top_k
 from markovia.algos.preference.token_level import kl_ref_policy
 from markovia.envs.text.preferences import Item, Kind, PreferenceData
 from markovia.envs.text.tasks import TextTask
+from markovia.envs.text.tokens import added_bos
 
 
 def ordered(items: Sequence[Item], kind: Kind) -> list[Item]:
@@ -94,10 +95,10 @@ def prompt_task(
     The judge gets the file's other columns, of the first row with a prompt. Prompts that had to be cut are left out, since a task reads texts whole.
     Texts have at most `max_new_tokens`, or are as long as the data's responses, up to SAMPLE_TOKENS.
     """
-    bos = getattr(getattr(tokenizer, "inner", None), "bos_token", None) or ""
+    bos = added_bos(tokenizer)
 
     def texts(items: Sequence[Item]) -> dict[str, Item]:
-        # A template wrote the BOS token as text; the task's tokenizer puts it there by itself.
+        # A template wrote the BOS token as text; some tokenizers put it there by themselves.
         found: dict[str, Item] = {}
         for item in items:
             if item.prompt_text and not item.prompt_cut:

@@ -102,7 +102,10 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Fault]]:
                 hint = nearest(name, present) or f"; the file has {', '.join(present) or 'no arrays'}"
                 faults.append(Fault(name, None, f"missing key{hint}"))
     flat = {k for k, v in found.items() if k in ("rewards", "terminals", "timeouts") or (k == "actions" and np.issubdtype(v.dtype, np.integer))}
-    return {k: one_axis(v) if k in flat else v for k, v in found.items()}, faults
+    found = {k: one_axis(v) if k in flat else v for k, v in found.items()}
+    if "actions" in found and found["actions"].ndim == 1 and np.issubdtype(found["actions"].dtype, np.floating):
+        found["actions"] = found["actions"][:, None]  # one entry an action
+    return found, faults
 
 
 def _misshapen(name: str, values: np.ndarray) -> list[Fault]:
@@ -141,14 +144,41 @@ def _compare(columns: dict[str, np.ndarray], env_id: str | None, horizon: int | 
         mend = "add the key, or pass horizon= (`markovia dataset --horizon`, `markovia train --data.horizon`)"
         faults.append(Fault("timeouts", None, f"missing key, and the task's time limit is unknown; {mend}"))
     if not any(fault.fatal for fault in faults) and columns.keys() >= set(REQUIRED):
-        faults += _not_continuing(columns, horizon) + _contradicted(columns, env_id, told)
+        contradicted = _contradicted(columns, env_id, told)
+        faults += _not_continuing(columns, horizon) + (contradicted or _too_long(columns, horizon))
     return faults
 
 
 def _ends(columns: dict[str, np.ndarray], horizon: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) terminated and (N,) truncated, the latter counted where the file has no timeouts."""
+    """(N,) terminated and (N,) truncated, the latter counted where the file has no timeouts, or sets none though an episode passes the limit."""
     terminated = columns["terminals"].astype(bool)
-    return terminated, columns["timeouts"].astype(bool) if "timeouts" in columns else counted_timeouts(terminated, horizon or len(terminated))
+    if "timeouts" not in columns or _unset(columns, horizon):
+        return terminated, counted_timeouts(terminated, horizon or len(terminated))
+    return terminated, columns["timeouts"].astype(bool)
+
+
+def _longest(ended: np.ndarray) -> int:
+    """Steps of the longest episode."""
+    return int(np.diff(np.flatnonzero(np.append(ended[:-1], True)), prepend=-1).max())
+
+
+def _unset(columns: dict[str, np.ndarray], horizon: int | None) -> bool:
+    """Is no timeout set at all, though one must be, as in D4RL's -v0 files?"""
+    timeouts = columns.get("timeouts")
+    return timeouts is not None and horizon is not None and not timeouts.any() and _longest(columns["terminals"].astype(bool)) > horizon
+
+
+def _too_long(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
+    """A note on episodes longer than the task's time limit, and what was made of them."""
+    if horizon is None or "timeouts" not in columns:
+        return []
+    if _unset(columns, horizon):
+        steps = _longest(columns["terminals"].astype(bool))
+        return [Fault("timeouts", None, f"none is set in {steps} steps, and the time limit is {horizon}; counted by the limit", False)]
+    terminated, truncated = _ends(columns, horizon)
+    steps = _longest(terminated | truncated)
+    what = f"an episode has {steps} steps, and the time limit is {horizon}; read as it is"
+    return [Fault("timeouts", None, what, False)] if steps > horizon else []
 
 
 def _not_continuing(columns: dict[str, np.ndarray], horizon: int | None) -> list[Fault]:
@@ -170,7 +200,7 @@ def _contradicted(columns: dict[str, np.ndarray], env_id: str | None, horizon: i
     if horizon is None or "timeouts" not in columns:
         return []
     terminated, truncated = _ends(columns, horizon)
-    longest = int(np.diff(np.flatnonzero(np.append((terminated | truncated)[:-1], True)), prepend=-1).max())
+    longest = _longest(terminated | truncated)
     limits = [h for e, h in references() if e == env_id]
     if longest <= horizon and horizon in (limits or [horizon]):
         return []

@@ -295,6 +295,8 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
     from minari.dataset.minari_storage import MinariStorage
 
     check_id(dataset_id)
+    if data.about.env_spec is not None:
+        check_spec(data.about.env_spec)
     final = dataset_root() / dataset_id
     if final.exists():
         raise ValueError(f"the dataset {dataset_id} exists already in {dataset_root()}; choose another version, or delete it with Minari")
@@ -313,6 +315,16 @@ def write_minari(data: Transitions, dataset_id: str, *, metadata: dict[str, Any]
         storage.update_metadata(stored)
         storage.update_episodes(_buffers(data))
     return open_folder(final / "data")
+
+
+def check_spec(spec: EnvSpec) -> None:
+    """Refuse an environment whose specification JSON can't hold, with a ValueError that says what to register in its place."""
+    try:
+        spec.to_json()
+    except ValueError as error:
+        raise ValueError(
+            f"{spec.id} can't be written into a dataset ({str(error).strip()}); register it by name, entry_point='module:Class', with plain arguments"
+        ) from None
 
 
 def _metadata(data: Transitions, dataset_id: str, version: str, extra: dict[str, Any]) -> dict[str, Any]:

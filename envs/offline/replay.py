@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from markovia.envs.offline.sources import load
-from markovia.envs.offline.transitions import Obs, Transitions, map_obs
+from markovia.envs.offline.transitions import Obs, Transitions
 
 
 class OfflineReplayEnv(gym.Env):
@@ -70,7 +70,10 @@ class OfflineReplayEnv(gym.Env):
     def _observation(self, obs: Obs, row: int) -> Any:
         if isinstance(self.observation_space, spaces.Discrete):
             return np.int64(obs[row])  # type: ignore[index]
-        return map_obs(obs, lambda x: x[row].copy())
+        parts = self.observation_space.spaces if isinstance(self.observation_space, spaces.Dict) else None
+        if isinstance(obs, dict):
+            return {k: _typed(v[row], None if parts is None else parts.get(k)) for k, v in obs.items()}
+        return _typed(obs[row], self.observation_space)
 
     def _info(self, row: int) -> dict[str, Any]:
         step = row - int(self._first[self._episode])
@@ -111,3 +114,8 @@ class OfflineReplayEnv(gym.Env):
         self._row = None if row == last else row + 1
         obs = self._observation(self.data.next_obs if self.data.next_known[row] else self.data.obs, row)
         return obs, float(self.data.reward[row]), terminated, truncated, {**self._info(row + 1), "action_distance": distance}
+
+
+def _typed(value: np.ndarray, space: spaces.Space | None) -> np.ndarray:
+    """A copy in the space's own type, which Minari does not hold files to."""
+    return np.array(value, dtype=value.dtype if space is None or space.dtype is None else space.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ class RewardTransform:
 
 
 def _return_range(data: Transitions) -> RewardTransform:
-    """The time limit (1000 where there is none) over the largest less the smallest return of a true episode.
+    """The time limit (1000 where there is none) over the largest less the smallest return of a true, complete episode.
 
     Returns then differ by at most the time limit, a reward of about 1 a step.                                   [code of arXiv 2110.06169]
     """
-    returns = data.returns()
+    returns = data.whole().returns()
     spread = float(returns.max() - returns.min())
     if spread == 0:
         raise ValueError(f"{data.about.name}: every episode has the return {returns[0]}, so 'return_range' has nothing to scale by; use 'none'")
@@ -77,15 +77,20 @@ class ObsTransform:
     std: Obs
 
     @classmethod
-    def fit(cls, data: Transitions, eps: float = OBS_EPS) -> ObsTransform:
-        """mean and std + eps of the observations of `data` alone (next_obs not counted twice), float64       [TD3+BC; arXiv 2106.06860]."""
-        mean = map_obs(data.obs, lambda x: x.mean(axis=0, dtype=np.float64))
-        return cls(mean, map_obs(data.obs, lambda x: x.std(axis=0, dtype=np.float64) + eps))
+    def fit(cls, data: Transitions, eps: float = OBS_EPS, keys: Sequence[str] | None = None) -> ObsTransform:
+        """mean and std + eps of the observations of `data` alone (next_obs not counted twice), float64       [TD3+BC; arXiv 2106.06860].
+
+        Of dictionaries only the given `keys` (None: all); the others stay as they are.
+        """
+        obs = {k: data.obs[k] for k in keys} if isinstance(data.obs, dict) and keys is not None else data.obs
+        mean = map_obs(obs, lambda x: x.mean(axis=0, dtype=np.float64))
+        return cls(mean, map_obs(obs, lambda x: x.std(axis=0, dtype=np.float64) + eps))
 
     def __call__(self, obs: Obs) -> Obs:
         if isinstance(obs, dict):
             assert isinstance(self.mean, dict) and isinstance(self.std, dict)
-            return {k: ((v - self.mean[k]) / self.std[k]).astype(np.float32) for k, v in obs.items()}
+            mean, std = self.mean, self.std
+            return {k: ((v - mean[k]) / std[k]).astype(np.float32) if k in mean else v for k, v in obs.items()}
         return ((obs - self.mean) / self.std).astype(np.float32)
 
 

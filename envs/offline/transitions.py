@@ -188,15 +188,21 @@ class Transitions:
         chosen[keep] = True
         return self.rows(np.repeat(chosen, self.lengths()))
 
+    def whole(self) -> Transitions:
+        """The complete episodes, or all where none is: what a file's end cut short has no return to judge it by."""
+        keep = self.complete()
+        return self if keep.all() or not keep.any() else self.episodes(keep)
+
     def best(self, fraction: float, gamma: float = 1.0) -> Transitions:
         """The ceil(fraction E) episodes of largest return, at least one, by true episode ids        [10 % BC; Chen 2021, arXiv 2106.01345].
 
+        An episode that was cut comes after all that are complete: the return of its part is no return of an episode.
         Raises ValueError for a fraction outside (0, 1].
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}; 0.1 keeps the best tenth of the episodes")
         count = max(1, int(np.ceil(fraction * self.num_episodes - 1e-9)))  # 0.07 * 100 is a little more than 7
-        return self.episodes(np.argsort(-self.returns(gamma), kind="stable")[:count])
+        return self.episodes(np.lexsort((-self.returns(gamma), ~self.complete()))[:count])
 
     def view(self, compat: Literal["minari", "d4rl"] = "minari", next_action: bool = False) -> Transitions:
         """The rows that temporal-difference learning may use: those with a true successor, or terminated ones, which need none.

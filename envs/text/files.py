@@ -12,7 +12,7 @@ from typing import Any
 from markovia.envs.text.preference_rows import BadRow, records, render
 from markovia.envs.text.rewards import RewardFn
 from markovia.envs.text.tasks import TextTask
-from markovia.envs.text.tokens import Tokenizer, as_tokenizer
+from markovia.envs.text.tokens import Tokenizer, added_bos, as_tokenizer
 
 # A sign counts unless it stands behind a letter, a digit or a bracket, where it joins or subtracts; commas count between groups of three digits.
 _NUMBER = re.compile(r"((?<![\w)])[-\u2212])?[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
@@ -89,9 +89,8 @@ def prompt_text(tokenizer: Tokenizer, prompt: Any, chat: bool, where: str) -> st
         text = render(tokenizer, messages, [])[0]
     except BadRow as e:
         raise ValueError(f"{where}: {e}") from e
-    # A template writes the BOS token as text; the tokenizer puts it there by itself.
-    bos = getattr(getattr(tokenizer, "inner", None), "bos_token", None) or ""
-    return text.removeprefix(bos) if messages is not prompt or isinstance(prompt, list) else text
+    # A template writes the BOS token as text; some tokenizers put it there by themselves.
+    return text.removeprefix(added_bos(tokenizer)) if messages is not prompt or isinstance(prompt, list) else text
 
 
 def _task(rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], **settings: Any) -> TextTask:

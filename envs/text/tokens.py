@@ -97,6 +97,17 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     return HFTokenizer(tokenizer)
 
 
+def added_bos(tokenizer: Tokenizer) -> str:
+    """How the BOS token is written that the tokenizer puts in front of every text by itself; "" where it puts none there.
+
+    A tokenizer may name a BOS token and leave it to the chat template: SmolLM2's is the <|im_start|> that opens each message.
+    """
+    inner = getattr(tokenizer, "inner", None)
+    if inner is None or not inner.bos_token:
+        return ""
+    return str(inner.bos_token) if list(inner("x")["input_ids"])[:1] == [inner.bos_token_id] else ""
+
+
 def left_pad(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n, width) int64 with the rows at the right edge, and the mask (n, width) bool of real tokens.
 

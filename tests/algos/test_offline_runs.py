@@ -26,6 +26,7 @@ from markovia.algos.offline.source import make_source
 from markovia.algos.presets import configure, override
 from markovia.algos.setup import build, make_driver
 from markovia.envs.exact.offline import Bandit2D, pointmass_data
+from markovia.envs.offline.d4rl import write_d4rl
 from markovia.envs.offline.scores import reference
 from markovia.envs.offline.transforms import Transform
 from markovia.envs.offline.transitions import About, Transitions
@@ -131,6 +132,76 @@ def test_rewards_are_scaled_by_the_presets_of_those_methods_whose_papers_do() ->
     assert configure("wsrl", "Hopper-v5").offline.regulariser.calibrated is False and configure("wsrl", "Pendulum-v1").offline.regulariser.calibrated
 
 
+@pytest.mark.parametrize("method_id", ["iql", "mcep", "wsrl", "iql/online", "td3-bc", "cql"])
+@pytest.mark.parametrize("robot", ["Hopper", "HalfCheetah", "Walker2d"])
+def test_presets_of_the_tasks_that_d4rl_files_belong_to(robot: str, method_id: str) -> None:
+    assert configure(method_id, f"{robot}-v4") == configure(method_id, f"{robot}-v5")
+
+
+@pytest.mark.parametrize("method_id", ["bc", "decision-transformer"])
+def test_a_run_is_evaluated_without_its_dataset(method_id: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is gone, or holds other rows: the policy, what it is asked for and its score are those of the run."""
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.chdir(tmp_path)
+    data = pointmass_data("medium", episodes=10)
+    own = dataclasses.replace(data.about, env_spec=None)
+    write_d4rl(dataclasses.replace(data, about=own), tmp_path / "rows.hdf5")
+    small = {"num_env_steps": 20, "num_steps": 10} | ({"width": 16} if method_id == "decision-transformer" else {"policy": {"hidden": [8]}})
+    method = override(configure(method_id, POINT), small)
+    options: dict[str, Any] = {"dataset": "rows.hdf5", "eval_episodes": 2, "progress": False}
+    run = train(method, POINT, out=tmp_path / "run", **options)
+    assert json.loads((tmp_path / "run" / "reference.json").read_text()) is None
+    first = load_run(tmp_path / "run")
+    returns = first.evaluate(first.agent, 2, 0)["returns"]
+    with h5py.File(tmp_path / "rows.hdf5", "r+") as file:
+        file["rewards"][:] = -9.0
+    monkeypatch.chdir("/")
+    for there in (True, False):
+        if not there:
+            (tmp_path / "rows.hdf5").unlink()
+        again = load_run(tmp_path / "run")
+        assert again.evaluate(again.agent, 2, 0)["returns"] == returns
+        assert getattr(again.agent, "target_return", None) == getattr(run.agent, "target_return", None)
+    (tmp_path / "run" / "reference.json").write_text('{"minimum": 3.0}')
+    with pytest.raises(ValueError, match="holds no reference returns"):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "reference.json").unlink()
+    with pytest.raises(ValueError, match=r"rows\.hdf5"):  # a run from before the references were kept
+        load_run(tmp_path / "run")
+
+
+def test_the_score_of_a_run_is_that_of_its_own_references(tmp_path: Any) -> None:
+    done = train(short("bc"), POINT, dataset=DATASET, out=tmp_path / "run", eval_episodes=2, progress=False).done["evaluation"]
+    loaded, scale = load_run(tmp_path / "run"), pointmass_data("blend").about.reference
+    assert scale is not None and json.loads((tmp_path / "run" / "reference.json").read_text())["maximum"] == scale.maximum
+    found = loaded.evaluate(loaded.agent, 2, 3)
+    assert found["score_pct"] == scale.score_pct(found["returns"]).tolist() and len(done["score_pct"]) == 2
+
+
+def test_no_score_where_the_arguments_of_the_task_change_what_it_pays() -> None:
+    data = pointmass_data("random")
+    with pytest.warns(UserWarning, match="nobody measured the references of markovia/PointMass2D-v0 with reward_scale=2"):
+        assert reference_of(data, POINT, 40, {"reward_scale": 2}) is None
+    assert reference_of(data, POINT, 40, {"render_mode": "rgb_array", "max_episode_steps": 40}) is data.about.reference
+    spec = gym.spec("Pendulum-v1")
+    spec.kwargs = {"g": 9.0}
+    told = dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=spec))
+    assert reference_of(told, POINT, 40, {"g": 9.0}) is data.about.reference
+
+
+def test_steps_that_pay_enough_end_their_episode_online_too() -> None:
+    enough = float(np.quantile(pointmass_data("blend").reward, 0.2))
+    method = override(configure("awac/online", POINT), {
+        "offline": {"num_env_steps": 5, "num_steps": 5, "batch_size": 8, "data": {"terminate_at": enough}},
+        "online": {"num_env_steps": 60, "num_steps": 60, "batch_size": 8, "learning_starts": 50},
+    })  # fmt: skip
+    driver = make_driver(method, build(POINT, method, dataset=DATASET), seed=0)
+    driver.step(), driver.step()
+    store = driver.collector.online.replay.store
+    paid, over = store.reward[:60] >= enough, store.continuation[:60] == 0.0
+    assert 0 < int(paid.sum()) < 60 and torch.equal(paid, over)
+
+
 def test_command_line_trains_and_evaluates_on_a_dataset(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--num-env-steps", "20", "--num-steps", "10", "--eval-episodes", "2", "--policy.hidden", "8", "--no-progress", "--data.fraction", "0.5"]
     assert cli.run(["train", "bc", "--env", POINT, "--dataset", DATASET, "--out", str(tmp_path / "run"), *short]) == 0
@@ -194,6 +265,10 @@ def test_data_of_another_task_with_fitting_shapes() -> None:
     there = gym.spec("Walker2d-v5")
     told = dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=there))
     assert describe(told, "HalfCheetah-v5", 80, None).startswith("pointmass2d/random (recorded in Walker2d-v5, not in HalfCheetah-v5): 80 steps")
+    file = dataclasses.replace(data, about=dataclasses.replace(data.about, env_id="halfcheetah-medium-v2", env_spec=None))
+    assert "(recorded with D4RL's halfcheetah, not in Walker2d-v4)" in describe(file, "Walker2d-v4", 80, None)
+    assert "(no score: D4RL's references belong to the robot's tasks before v5" in describe(file, "HalfCheetah-v5", 80, None)
+    assert "(" not in describe(file, "HalfCheetah-v4", 80, data.about.reference).partition(":")[0]
     assert "recorded" not in describe(told, "gymnasium:Walker2d-v4", 80, None) and "recorded" not in describe(data, POINT, 80, None)
     agent = ControlAgent.from_spaces(BOX, spaces.Box(-2.0, 2.0, (2,), np.float32), critic=False)
     make_source(dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=None)), Logged(), agent, 0.99)

@@ -230,3 +230,31 @@ def test_damaged_d4rl_is_reported(tmp_path):
         raw.seek(place)
         raw.write(b"\0" * 200)
     assert "fault  observations, row 300: can't be read" in str(check_d4rl(tmp_path / "chunk.hdf5"))
+
+
+def test_timeouts_that_nobody_set_are_counted_by_the_known_limit(tmp_path):
+    """D4RL's -v0 files: the column is there and all False, which an episode longer than the limit that is known gives away."""
+    n = 2500
+    arrays = {"observations": np.zeros((n, 3), np.float32), "actions": np.zeros((n, 2), np.float32), "rewards": np.ones(n, np.float32)}
+    path, _ = d4rl_file(tmp_path / "halfcheetah-medium-v0.hdf5", **arrays, terminals=np.zeros(n, bool), timeouts=np.zeros(n, bool))
+    (note,) = check_d4rl(path).faults
+    assert not note.fatal and "none is set in 2500 steps, and the time limit is 1000; counted by the limit" in note.problem
+    for horizon in (None, 1000):
+        with pytest.warns(UserWarning, match="counted by the limit"):
+            data = load_d4rl(path, horizon=horizon)
+        assert data.lengths().tolist() == [1000, 1000, 500] and data.complete().tolist() == [True, True, False]
+    d4rl_file(path, **arrays, terminals=np.arange(n) % 500 == 499, timeouts=np.zeros(n, bool))
+    assert not check_d4rl(path).faults and not load_d4rl(path).truncated.any()
+    d4rl_file(path, **arrays, terminals=np.zeros(n, bool), timeouts=np.arange(n) == 1499)
+    with pytest.warns(UserWarning, match="an episode has 1500 steps, and the time limit is 1000; read as it is"):
+        assert load_d4rl(path).lengths().tolist() == [1500, 1000]
+
+
+def test_actions_of_one_number_each_are_rows_of_one_entry(tmp_path):
+    path, arrays = d4rl_file(tmp_path / "x.hdf5", actions=np.linspace(-1, 1, 10).astype(np.float32))
+    data = load_d4rl(path, horizon=4)
+    assert data.about.action_space.shape == (1,)
+    np.testing.assert_array_equal(data.action, arrays["actions"][:, None])
+    assert all(data.about.action_space.contains(a) for a in data.action)
+    view = data.view()
+    np.testing.assert_array_equal(load_d4rl(write_d4rl(view, tmp_path / "y.hdf5")).action, view.action)

@@ -305,3 +305,50 @@ def test_importing_offline_data_loads_no_torch():
 
     code = "import sys, markovia.envs.offline.replay, markovia.envs.exact.offline; assert not {'torch', 'h5py', 'minari'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def cut_short():
+    """Four episodes of reward -1 a step and four steps, the last one cut by the file's end after two."""
+    data = pointmass_data("random", episodes=4)
+    keep = np.concatenate([np.arange(40 * k, 40 * k + 4) for k in range(4)])[:-2]
+    ends = np.zeros(14, dtype=bool)
+    ends[[3, 7, 11]] = True
+    return dataclasses.replace(data.rows(keep), reward=-np.ones(14, np.float32) - 0.1 * (np.arange(14) == 5), truncated=ends)
+
+
+def test_an_episode_that_the_file_cut_is_not_judged_by_its_part():
+    """With costs for rewards the shortest part has the best return: -2 where whole episodes have -4, -4.1 and -4."""
+    data = cut_short()
+    assert data.returns().tolist() == pytest.approx([-4, -4.1, -4, -2]) and data.whole().num_episodes == 3
+    assert [len(data.best(f)) for f in (0.25, 0.5, 0.75, 1.0)] == [4, 8, 12, 14]
+    assert data.best(0.25).episode.tolist() == [0] * 4 and set(data.best(0.5).episode.tolist()) == {0, 2}
+    assert reward_transform("return_range", data).scale == pytest.approx((data.about.horizon or 1000) / 0.1, rel=1e-4)
+    nowhere = dataclasses.replace(data, truncated=np.zeros(14, dtype=bool))
+    assert nowhere.whole() is nowhere and len(nowhere.best(0.25)) == 2
+
+
+def test_a_transform_of_some_keys_leaves_the_others_alone():
+    rows = pointmass_data("random", episodes=1)
+    obs = {"x": rows.obs, "eye": np.full((40, 2, 2, 3), 7, np.uint8)}
+    data = dataclasses.replace(rows, obs=obs, next_obs=obs, about=About("eyes"))
+    fitted = ObsTransform.fit(data, keys=["x"])
+    assert list(fitted.mean) == ["x"]
+    seen = fitted(obs)
+    assert seen["eye"] is obs["eye"]
+    np.testing.assert_allclose(seen["x"].mean(0), 0.0, atol=1e-6)
+    again = Transform.from_json(Transform(reward_transform("none", data), fitted).to_json())
+    np.testing.assert_array_equal(again.obs(obs)["x"], seen["x"])
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_replay_shows_observations_of_the_spaces_own_type(dtype, keys):
+    """Minari does not hold files to the type that they declare."""
+    data = pointmass_data("random", episodes=2)
+    obs = (10 * data.obs).astype(dtype)
+    space = gym.spaces.Box(-100.0, 100.0, obs.shape[1:], np.float32)
+    obs, space = ({"x": obs}, gym.spaces.Dict({"x": space})) if keys else (obs, space)
+    about = dataclasses.replace(data.about, observation_space=space)
+    env = OfflineReplayEnv(data=dataclasses.replace(data, obs=obs, next_obs=obs, about=about))
+    assert space.contains(env.reset(seed=0)[0]) and space.contains(env.step(env.action_space.sample())[0])
+    gymnasium_check_env(env, skip_render_check=True)

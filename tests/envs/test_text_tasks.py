@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from markovia.envs.text.files import apart, final_number, gsm8k, marked, prompts, read_rows, same_number
+from markovia.algos.preference.evaluation import prompt_task
+from markovia.envs.text.files import apart, final_number, gsm8k, marked, prompt_text, prompts, read_rows, same_number
 from markovia.envs.text.lengths import off_budget, with_budgets
+from markovia.envs.text.preferences import load_preferences
 from markovia.envs.text.rewards import RewardError, call_reward, call_rewards, names_of
 from markovia.envs.text.tasks import TextTask, arithmetic, count_carries, make_task, takes
-from markovia.envs.text.tokens import CharTokenizer
+from markovia.envs.text.tokens import CharTokenizer, added_bos, as_tokenizer
 from markovia.envs.text.word_problems import word_problems
 
 torch.set_num_threads(1)
@@ -122,12 +124,39 @@ def words(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_chat_prompt_has_the_ids_of_its_template(adds, tmp_path):
+    """Whether the tokenizer opens every text with BOS by itself or leaves it to the template, as SmolLM2's does; in preference data too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["<s>", "</s>", "[U]", "[A]", "hi", "there", "yes", "no", "<unk>"])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} [U] {{ m.content }}{% else %} [A] {{ m.content }} {{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %} [A] {% endif %}"
+    )
+    tokenizer, asked = as_tokenizer(made), [{"role": "user", "content": "hi there"}]
+    ids = made.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert added_bos(tokenizer) == ("<s>" if adds else "") and ids == [0, 2, 4, 5, 3]
+    for prompt in ("hi there", asked):
+        assert tokenizer.encode(prompt_text(tokenizer, prompt, True, "row 1")) == ids
+    row = {"prompt": asked, **{k: [{"role": "assistant", "content": v}] for k, v in (("chosen", "yes"), ("rejected", "no"))}}
+    data = load_preferences(write(tmp_path / "pairs.jsonl", [row]), tokenizer)
+    task = prompt_task(data, tokenizer, short, [])
+    assert data.items[0].prompt == ids and [tokenizer.encode(p) for p in task.prompts] == [ids]
+
+
 def test_gsm8k_format(tmp_path, words):
     rows = [{"question": f"Ann has {i} apples", "answer": f"{i} it is\n#### {i}"} for i in range(20)]
     path = write(tmp_path / "train.jsonl", rows)
     task = gsm8k(path, model=words, held_out=2, format_weight=0.1)
     assert len(task.prompts) == 18 and len(task.held_out) == 2 and task.solved == "same_number"
-    assert task.prompts[0].startswith(" Ann has") and task.prompts[0].endswith("[END]")  # the tokenizer opens with its BOS token by itself
+    assert task.prompts[0].startswith("[USER] Ann has") and task.prompts[0].endswith("[END]")  # a BOS token that the template alone puts there
     told = task.rewards_apart(["p"] * 2, ["so\n#### 7", "8"], {"answer": ["7 it is\n#### 7", "#### 7"]}, [[], []])
     assert task.weighted(told).tolist() == pytest.approx([1.1, 0.0])
     plain = gsm8k(path, str(write(tmp_path / "test.jsonl", rows[:3])), model=words, chat=False)
@@ -178,7 +207,8 @@ def test_length_budgets_by_hand():
 def test_lengths_are_asked_for_within_the_chat_template(words, tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": "Ann has 3 apples", "answer": "#### 3"}])
     task = make_task("length_control", base="gsm8k", data=path, model=words, budgets=(4, 8))
-    assert len(task.prompts) == 2 and task.prompts[1].startswith(" Answer with 8 tokens. Question: Ann has") and task.prompts[1].endswith("[END]")
+    assert len(task.prompts) == 2 and task.prompts[1].startswith("[USER] Answer with 8 tokens. Question: Ann has")
+    assert task.prompts[1].endswith("[END]")
     assert task.columns["budget"] == [4, 8] and task.columns["answer"] == ["#### 3"] * 2 and task.solved == "correct"
     told = task.rewards_apart(["p"] * 2, ["3", "4"], {"answer": ["#### 3"] * 2, "budget": [4, 8]}, [[1, 2], [1]])
     assert told.tolist() == [[1.0, -2.0], [0.0, -7.0]]
