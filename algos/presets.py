@@ -126,6 +126,7 @@ def _shared(changes: dict[str, Any], theirs: Any, ours: Any, now: Any) -> dict[s
 def configure(method_id: str, env_id: str) -> Any:
     """The method's settings for an environment (a `Method`): row < preset (kind) < preset (environment).
 
+    Some presets also change the agent: `train(settings, env_id, method_id=method_id)` takes those too, without `method_id` it can't know of them.
     Raises ValueError for an unknown method and for a kind of MDP that the method does not serve.
     """
     row, kind = find(method_id), kind_of(env_id)

@@ -60,9 +60,13 @@ def profile(
 
     Off-policy methods are warmed up until their first updates. Raises ValueError as `markovia.train` does.
     """
+    from markovia.algos.families import family_of
     from markovia.algos.presets import agent_options, configure, override
     from markovia.algos.setup import build, make_driver, tuned
+    from markovia.algos.systems import find
 
+    if family_of(find(method).value).reads != "environment":
+        raise ValueError(f"{method} learns from a dataset or a file, and a profile is of methods that step an environment, such as ppo or sac")
     value = override(configure(method, env), settings or {})
     setup = build(env, value, 0, agent_options=agent_options(method, env), vectorization=vectorization)
     driver = make_driver(value, setup, 0, compile and setup.kind != "language")

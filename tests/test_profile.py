@@ -51,3 +51,9 @@ def test_profile_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "environment" in out and "16 steps in" in out
     assert run(["profile", "ppo", "--env", "CartPole-v1", "--iterations", "0"]) == 2
     assert run(["profile", "ppoo", "--env", "CartPole-v1"]) == 2
+
+
+@pytest.mark.parametrize("method", ["td3-bc", "wsrl", "dpo"])
+def test_methods_that_step_no_environment_are_refused(method):
+    with pytest.raises(ValueError, match=f"{method} learns from a dataset or a file, and a profile is of methods that step an environment"):
+        profile(method, "Pendulum-v1")

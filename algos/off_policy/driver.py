@@ -7,6 +7,7 @@ This is the only place with loops and side effects.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,9 @@ class OffPolicyDriver(Budget):
         if not (self.agent.squash or self.agent.tanh_mean):
             raise ValueError("an off-policy agent needs bounded actions; build it with squash=True (sac, mdpo-off) or tanh_mean=True (td3)")
         behaviour, budget = self.method.behaviour, self.method.num_env_steps
+        if not self.method.num_optimizer_steps:
+            starts = self.method.learning_starts
+            warnings.warn(f"nothing is learnt: num_env_steps={budget} ends before learning_starts={starts}; raise the one or lower the other", stacklevel=2)
         if isinstance(behaviour, Behaviour) and behaviour.steps >= budget:
             raise ValueError(
                 f"the model of the data alone takes behaviour.steps={behaviour.steps} of num_env_steps={budget} updates, "

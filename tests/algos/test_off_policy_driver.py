@@ -152,3 +152,8 @@ def test_traced_update_equals_the_eager_one(method_id: str) -> None:
 def test_compiled_update_agrees_with_the_eager_one(method_id: str) -> None:
     """Both functions of a delayed actor."""
     compiled_agrees_with_eager(lambda compile: made(tiny(method_id, policy_delay=2), compile), lambda i: minibatch(seed=i), steps=20)
+
+
+def test_a_budget_that_only_fills_the_replay_is_told() -> None:
+    with pytest.warns(UserWarning, match="nothing is learnt: num_env_steps=40 ends before learning_starts=1000; raise the one or lower the other"):
+        pendulum("sac", num_env_steps=40, learning_starts=1000)
