@@ -73,7 +73,8 @@ class OffPolicyDriver(Budget):
         behaviour, budget = self.method.behaviour, self.method.num_env_steps
         if not self.method.num_optimizer_steps:
             starts = self.method.learning_starts
-            warnings.warn(f"nothing is learnt: num_env_steps={budget} ends before learning_starts={starts}; raise the one or lower the other", stacklevel=2)
+            what = f"num_env_steps={budget} ends before learning_starts={starts}"
+            warnings.warn(f"nothing is learnt: {what}; raise the one or lower the other", stacklevel=2)
         if isinstance(behaviour, Behaviour) and behaviour.steps >= budget:
             raise ValueError(
                 f"the model of the data alone takes behaviour.steps={behaviour.steps} of num_env_steps={budget} updates, "
