@@ -116,9 +116,9 @@ def read_reference(path: Path) -> Reference | None:
     """What `reference_file` wrote. Raises ValueError for a file that is something else."""
     told = read_json(path)
     try:
-        return None if told is None else Reference(**told)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no reference returns ({error}); delete it to read them from the dataset again") from None
+        return None if told is None else Reference(**{**told, "minimum": float(told["minimum"]), "maximum": float(told["maximum"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no reference returns ({error!r}); delete it to read them from the dataset again") from None
 
 
 def evaluate_asked(

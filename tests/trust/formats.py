@@ -129,10 +129,13 @@ def _bad_run(draw: Any) -> Files:
         files[name] = draw(changed_bytes(files[name]) | changed_text(files[name].splitlines()[0] if "metrics" in name else files[name]))
     transform = {"reward": {"name": "none", "scale": 1.0, "shift": 0.0}, "obs": {"mean": {"obs": [0.0, 1.0]}, "std": {"obs": [1.0, 1.0]}}}
     files["transform.json"] = draw(changed_text(dump(transform)))
+    scale = {"env_id": "Pendulum-v1", "horizon": 200, "minimum": -1200.0, "maximum": -150.0, "source": "measured"}
+    files["reference.json"] = draw(changed_text(dump(scale)))
     return files
 
 
 def _read_run(folder: Path) -> None:
+    from markovia.algos.offline.setup import read_reference
     from markovia.chat import newest_agent
     from markovia.envs.offline.transforms import Transform
     from markovia.rundir import Metrics, read_json
@@ -145,6 +148,7 @@ def _read_run(folder: Path) -> None:
         lambda: Metrics(run).cut(1),
         lambda: read_json(run / "done.json"),
         lambda: Transform.load(folder / "transform.json"),
+        lambda: read_reference(folder / "reference.json"),
     ):
         taught(read)
 
