@@ -187,10 +187,9 @@ class DenoisingAgent(Agent):
     ) -> tuple[np.ndarray, Any]:
         """Next sample for the observation of a `DenoisingEnv` in action mode "next_sample" (single or batched)."""
         sample = torch.as_tensor(np.asarray(observation["sample"]), dtype=torch.float32, device=self.device)
-        obs: dict[str, Tensor] = {
-            "x": sample.reshape(-1, *self.sample_shape),
-            "step": torch.as_tensor(np.asarray(observation["step"]), device=self.device).reshape(-1).long(),
-        }
+        step = torch.as_tensor(np.asarray(observation["step"]), device=self.device).reshape(-1).long()
+        # Under NEXT_STEP autoreset a final observation (step K) is asked about too; the environment ignores that action.
+        obs: dict[str, Tensor] = {"x": sample.reshape(-1, *self.sample_shape), "step": step.clamp(max=self.kernel.num_steps - 1)}
         if "cond" in observation:
             obs["cond"] = torch.as_tensor(np.asarray(observation["cond"]), dtype=torch.float32, device=self.device).reshape(len(obs["x"]), -1)
         action, _ = self.act(obs, deterministic)

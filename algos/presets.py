@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from functools import cache
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any
+
+import numpy as np
 
 from markovia.algos import advantages
 from markovia.algos.denoising import adjoint, sources
@@ -24,6 +28,7 @@ from markovia.algos.table import nearest
 from markovia.envs.registry import kind_of
 
 FOLDER = Path(__file__).parent / "presets"
+_PLAIN = (int, float, bool, str, NoneType)
 _ON_POLICY = (advantages, auxiliary, divergence, entropy, filters, merging, method, references, rewards, schedules, surrogates, tokens)
 _CHAINS = (adjoint, denoising_preference, diffusion_policy, sources)
 _MODULES = (*_ON_POLICY, off_policy, off_policy_slots, offline, *_CHAINS, constraint, dual, replayed, termination)
@@ -42,7 +47,7 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
 
     Parts of a tuple are changed by their number: {"reward": {"0": {"rate": 0.05}}}.
 
-    Raises ValueError for a field that the class does not have.
+    Raises ValueError for a field that the class does not have, and for a value of another type than its field's where that is plain.
     """
     names = {f.name for f in dataclasses.fields(value)}
     out: dict[str, Any] = {}
@@ -60,8 +65,25 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
             change = override(base, change)
         elif isinstance(change, list) and isinstance(current, tuple):
             change = tuple(change)
-        out[key] = change
+        out[key] = _fitting(change, type(value), key)
     return dataclasses.replace(value, **out)
+
+
+@cache
+def _plain_types(cls: type, key: str) -> tuple[type, ...]:
+    """The types of a field of numbers, words or None; () for other fields."""
+    hint = typing.get_type_hints(cls)[key]
+    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return types if all(t in _PLAIN for t in types) else ()
+
+
+def _fitting(value: Any, cls: type, key: str) -> Any:
+    """A value for a plain field, NumPy's numbers as Python's. Raises ValueError for one of another type."""
+    value, types = value.item() if isinstance(value, np.generic) else value, _plain_types(cls, key)
+    if types and type(value) not in types and not (float in types and type(value) is int):
+        names = " or ".join("None" if t is NoneType else t.__name__ for t in types)
+        raise ValueError(f"{cls.__name__}.{key} must be {names}, got {value!r} of type {type(value).__name__}")
+    return value
 
 
 def _likes(env_id: str, environments: dict[str, Any]) -> list[str]:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMITTED = _ROOT / "benchmarks" / "results" / "claims.jsonl"
+SHIPPED = Path(__file__).with_name("results") / "claims.jsonl"  # of an installed package; a checkout has none there
 
 
 def systems() -> list[dict[str, Any]]:
     """Every method as plain JSON, in the order of the tables, with what the last measurement of its claim found."""
     from markovia.algos.systems import rows
 
-    finished = _finished(kept_results())
+    finished = kept_results()
     return [
         {
             "id": r.id, "new": r.new, "parent": r.parent, "paper": r.paper, "kinds": list(r.kinds), "functions": list(r.functions),
@@ -85,7 +86,7 @@ def card(method_id: str, env: str | None = None) -> str:
     lines = [f"{row.id}: {row.new}", f"  paper   https://arxiv.org/abs/{row.paper}", f"  parent  {row.parent or '-'}"]
     lines.append(f"  kinds   {', '.join(row.kinds)}")
     lines.append(f"  run     {command(row)}")
-    lines.append(f"  claim   {row.claim}: {verdict(row.claim, _finished(kept_results()))} (markovia claims {row.claim})")
+    lines.append(f"  claim   {row.claim}: {verdict(row.claim, kept_results())} (markovia claims {row.claim})")
     for reference in row.functions:
         thing = resolve(reference)
         lines += ["", f"{reference.partition(':')[2]}  ({where(thing)})", *(f"  {line}" for line in (inspect.getdoc(thing) or "").splitlines())]
@@ -101,7 +102,7 @@ def known_claims() -> dict[str, Any]:
 
 def list_claims(speed: str, results: Path | None = None) -> list[str]:
     """Ids with class, verdict and function."""
-    finished = _finished(results or kept_results())
+    finished = _finished(results) if results else kept_results()
     return [f"{i}  {c.speed}  {verdict(i, finished)}  {c.function}" for i, c in known_claims().items() if speed in ("all", c.speed)]
 
 
@@ -115,10 +116,9 @@ def default_results() -> Path:
     return _COMMITTED if _COMMITTED.parent.is_dir() else Path("claims.jsonl")
 
 
-def kept_results() -> Path:
-    """Where results are read: those that were written, or else those that came with the installed package."""
-    written = default_results()
-    return written if written.is_file() else Path(__file__).with_name("results") / "claims.jsonl"
+def kept_results() -> dict[str, dict[str, Any]]:
+    """By claim what was measured here, and for the others what came with the installed package."""
+    return {**_finished(SHIPPED), **_finished(default_results())}
 
 
 def run_claims(ids: list[str], speed: str = "all", results: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -143,9 +143,14 @@ def run_claims(ids: list[str], speed: str = "all", results: Path | None = None) 
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+    """The results in a file by claim, none where there is no file. Raises ValueError for a file of something else."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError:
+        rows = [None]
+    if not all(isinstance(r, dict) and {"id", "holds"} <= r.keys() for r in rows):
+        raise ValueError(f"{path} holds no results of claims (a JSON object with id and holds per line); restore it, or name another (--results)")
+    return {r["id"]: r for r in rows}
 
 
 def _replace(path: Path, result: dict[str, Any]) -> None:

@@ -37,13 +37,20 @@ commands
 `markovia COMMAND --help` tells more; MARKOVIA_DEBUG=1 shows the traceback of an error."""
 
 
+# Where "module:name" is typed and found in the current folder. Not where files of others are read, for that folder may be theirs (SECURITY.md).
+CODE_IS_NAMED = ("train", "profile", "collect", "show")
+
+
 class Failed(Exception):
     """A command that ran and found something wrong: exit code 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exit code 0: done, 1: a check failed, 2: it was asked wrongly or could not be done, 130: interrupted."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in CODE_IS_NAMED:
+        sys.path.append(os.getcwd())  # behind the rest, so that no file there takes the place of a library
+    sys.exit(run(words))
 
 
 def run(argv: list[str]) -> int:
@@ -63,8 +70,8 @@ def run(argv: list[str]) -> int:
 
             raise ValueError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (`markovia --help` lists all)")
         command(argv[1:])
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print("\n" + "; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `markovia systems | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,7 +90,8 @@ def run(argv: list[str]) -> int:
 def one_line(error: Exception) -> str:
     """The message alone where the error is one of ours, with its class where it is not (a fault worth its traceback)."""
     text = " ".join(str(error).split()) or "no message"
-    if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("markovia."):
+    ours = isinstance(error, ImportError) and error.name is None  # Python's own names the module
+    if ours or isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("markovia."):
         return text
     return f"{type(error).__name__}: {text} (MARKOVIA_DEBUG=1 shows where)"
 
@@ -92,9 +100,9 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"markovia {command}", description=about)
 
 
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{flag} must be >= 1, got {value}")
+def _at_least(least: int, flag: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{flag} must be >= {least}, got {value}")
 
 
 # -- after training -------------------------------------------------------------------------------------------------------------------
@@ -109,7 +117,8 @@ def eval_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.runs import load_run, summary
 
-    _at_least_one("--episodes", args.episodes)
+    _at_least(1, "--episodes", args.episodes)
+    _at_least(0, "--seed", args.seed)
     results = {}
     for path in args.runs:
         loaded = load_run(path)
@@ -135,7 +144,8 @@ def cost_of_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.costs import cost_of
 
-    _at_least_one("--episodes", args.episodes)
+    _at_least(1, "--episodes", args.episodes)
+    _at_least(0, "--seed", args.seed)
     found = cost_of(args.run, args.episodes, args.seed)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -150,7 +160,7 @@ def cost_of_command(argv: list[str]) -> None:
 
 
 def plot_command(argv: list[str]) -> None:
-    parser = _parser("plot", "Learning curves: a panel per environment, a line per method with the range over its seeds.")
+    parser = _parser("plot", "Learning curves: a panel per environment, a line per method and settings with the range over seeds.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"), help="PNG to write (default curves.png)")
     parser.add_argument("--y", default="return", help="statistic of metrics.jsonl (default return), or pass@k of the evaluation")
@@ -159,7 +169,7 @@ def plot_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.pictures import plot_runs
 
-    _at_least_one("--smooth", args.smooth)
+    _at_least(1, "--smooth", args.smooth)
     print(plot_runs(args.runs, args.out, args.y, args.smooth, args.x))
 
 
@@ -175,7 +185,8 @@ def video_command(argv: list[str]) -> None:
     from markovia.samples import write_samples
     from markovia.settings import from_json
 
-    _at_least_one("--episodes", args.episodes)
+    _at_least(1, "--episodes", args.episodes)
+    _at_least(0, "--seed", args.seed)
     loaded = load_run(args.run)
     folder = args.out or args.run / "video"
     if loaded.task is not None:
@@ -198,7 +209,7 @@ def profile_command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from markovia.profile import profile, show
 
-    _at_least_one("--iterations", args.iterations)
+    _at_least(1, "--iterations", args.iterations)
     settings = json_object(args.settings, "--settings")
     found = profile(args.method, args.env, args.iterations, args.vectorization, not args.eager, settings)
     show(found, f"{args.method} on {args.env}")
@@ -297,6 +308,7 @@ def collect_command(argv: list[str]) -> None:
     from markovia.collect import collect, out_of_order
     from markovia.recipes import Recipe, check_idle, recipe
 
+    _at_least(0, "--seed", args.seed)
     changes = {k: getattr(args, k) for k in ("method", "num_env_steps", "medium_return", "num_steps", "eval_every")}
     if args.expert_run is not None:
         check_idle("with --expert-run", changes, "leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import make_dataclass
 from typing import Any
@@ -95,13 +96,14 @@ def _parse_train(method_id: str, env: str | None, flags: list[str], row: Any) ->
 
 
 def _flag(argv: list[str], name: str) -> str | None:
-    """The value of one flag, before there is a parser."""
-    for i, word in enumerate(argv):
-        if word == name and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
+    """The value of one flag, before there is a parser; of a repeated one the last, as the parser takes it."""
+    found = None
+    for word, following in itertools.pairwise([*argv, None]):
+        if word == name:
+            found = following
+        elif word is not None and word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
 
 
 def named_folder(word: str) -> tuple[str, str]:

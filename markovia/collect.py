@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from markovia.envs.durable import write_whole
+from markovia.loop import told_to_resume
 from markovia.provenance import versions
 from markovia.recipes import Recipe
 from markovia.rundir import RunError, checkpoints, read_json, write_json
@@ -89,11 +90,12 @@ def collect(
     work.check_ids(chosen)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "collect.json", asked)
-    if expert_run is None and recipe.method is None:
-        work.use_controller()
-    elif expert_run is None:
-        work.train()
-    return [work.tier(name) for name in chosen]
+    with told_to_resume(lambda: True):
+        if expert_run is None and recipe.method is None:
+            work.use_controller()
+        elif expert_run is None:
+            work.train()
+        return [work.tier(name) for name in chosen]
 
 
 def _plain(value: Any) -> Any:
@@ -133,6 +135,18 @@ def _check_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
             raise RunError(f"{folder} already holds this collection; go on with it (--resume), or choose another folder (--out)")
     elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no collection; use another folder")
+
+
+def _settings(recipe: Recipe) -> Any:
+    """Those of the method that trains. Raises ValueError for one that does not exist or does not learn from an environment."""
+    from markovia.algos.families import family_of
+    from markovia.algos.presets import configure, override
+
+    assert recipe.method is not None
+    settings = configure(recipe.method, recipe.env)
+    if (reads := family_of(settings).reads) != "environment":
+        raise ValueError(f"{recipe.method} learns from a {reads}, not from {recipe.env}; collect with a method that does (--method), e.g. sac")
+    return override(settings, {**recipe.settings, "num_env_steps": recipe.num_env_steps})
 
 
 class _Uniform:
@@ -240,6 +254,7 @@ class _Collection:
 
     def __init__(self, recipe: Recipe, seed: int, folder: Path, namespace: str, asked: dict[str, Any], progress: bool) -> None:
         self.recipe, self.seed, self.folder, self.namespace, self.asked, self.progress = recipe, seed, folder, namespace, asked, progress
+        self.settings: Any = None if recipe.method is None else _settings(recipe)
         self.policies: dict[str, Any] = {}  # "medium" and "expert": anything with predict
         self.milestones: dict[str, Any] = {}
 
@@ -275,16 +290,13 @@ class _Collection:
     def train(self) -> None:
         """Train, or go on training, until the budget is spent. Raises RunError when no evaluation reached the medium return."""
         from markovia.agents import Agent
-        from markovia.algos.presets import configure, override
         from markovia.runs import train
 
         recipe, run = self.recipe, self.folder / "run"
-        assert recipe.method is not None
-        settings = override(configure(recipe.method, recipe.env), {**recipe.settings, "num_env_steps": recipe.num_env_steps})
         watch = _Watch(self.folder, recipe, self.seed)
         if not (run / "done.json").exists():
             options: dict[str, Any] = {"callbacks": [watch], "prepare": watch.prepare, "method_id": recipe.method, "eval_episodes": 0}
-            train(settings, recipe.env, seed=self.seed, out=run, resume=run.exists(), progress=self.progress, **options)
+            train(self.settings, recipe.env, seed=self.seed, out=run, resume=run.exists(), progress=self.progress, **options)
         self.milestones = watch.found
         if "medium" not in watch.found:
             best = watch.found.get("best", {"return": float("nan")})["return"]

@@ -9,6 +9,7 @@ from typing import Any
 from markovia.envs.machine import fits
 from markovia.envs.registry import kind_of
 from markovia.rundir import RunError
+from markovia.settings import FLOAT
 
 MAX_NUMBER = 2**20  # of what an environment or an agent is given
 MAX_MATRIX = 2**28  # entries of one layer
@@ -59,6 +60,19 @@ def check_config(config: Any, path: Path | str) -> dict[str, Any]:
     if isinstance(envs, int) and kind_of(config["env"] or "") == "control":  # rows of tables, texts and images are no simulations
         fits(envs * ENV_BYTES, f"settings.num_envs={envs} of {path}")
     return config
+
+
+def check_finite(settings: Any, name: str = "") -> None:
+    """Raises ValueError for a NaN among settings (as JSON), and for an infinite learning rate or coefficient; elsewhere inf may mean no limit."""
+    if isinstance(settings, dict) and FLOAT in settings:
+        if settings[FLOAT] == "nan" or name.endswith(("lr", "coef")):
+            raise ValueError(f"{name} is {settings[FLOAT]}; give a finite number")
+    elif isinstance(settings, dict):
+        for key, inner in settings.items():
+            check_finite(inner, f"{name}.{key}" if name else key)
+    elif isinstance(settings, list):
+        for i, inner in enumerate(settings):
+            check_finite(inner, f"{name}.{i}")
 
 
 _missing = object()

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from markovia.config_check import check_config
+from markovia.rundir import CONFIG, RunError, read_json
+
 PAGE = "index.html"
 HALF_CHEETAH_SECONDS = 90.0
 CONTROL_STEPS = 250_000
@@ -54,6 +57,8 @@ class Part:
 def demo(out: Path, parts: tuple[str, ...] = ("control", "text", "digits")) -> bool:
     """Run the parts, print the table, write `out`/index.html; True when every check holds."""
     makers: dict[str, Callable[[Path], Part]] = {"control": control, "text": text, "digits": digits}
+    for name in parts:
+        _check_replaceable(out / name)
     done = []
     for name in parts:
         folder = out / name
@@ -66,6 +71,16 @@ def demo(out: Path, parts: tuple[str, ...] = ("control", "text", "digits")) -> b
     page.write_text(render(done))
     print(f"page: {page.resolve().as_uri()}")
     return all(c.holds for p in done for c in p.checks)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises RunError for a folder of the user's that the demo would remove: one that is neither empty nor a run."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        check_config(read_json(folder / CONFIG), folder / CONFIG)
+    except RunError as e:
+        raise RunError(f"the demo replaces {folder}, which is no run of markovia ({e}); choose another --out") from e
 
 
 def _curve(folder: Path, title: str, ylabel: str) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,17 @@ class RunInfo:
 
 
 Callback = Callable[[RunInfo], bool | None]
+
+
+@contextlib.contextmanager
+def told_to_resume(there: Callable[[], Any]) -> Iterator[None]:
+    """An interrupt says that --resume goes on, if by then there is something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not there():
+            raise
+        raise KeyboardInterrupt("the same command with --resume goes on from what was saved") from None
 
 
 class Loop:
@@ -154,4 +166,10 @@ class Loop:
     def _ask(self, stats: dict[str, Any]) -> str | None:
         info = RunInfo(self.run, stats["iteration"], stats["num_env_steps"], stats["seconds"], stats, self.setup.agent)
         answers = [callback(info) for callback in self.callbacks]
-        return "callback" if any(a is False for a in answers) else None
+        return "callback" if any(map(_is_false, answers)) else None
+
+
+def _is_false(answer: Any) -> bool:
+    """Whether an answer is False: Python's, NumPy's or a tensor's, since a comparison of theirs gives one. 0 and [] are none."""
+    boolean = str(getattr(answer, "dtype", "")) in ("bool", "torch.bool") and answer.ndim == 0
+    return answer is False or (boolean and not answer)

@@ -13,6 +13,7 @@ import numpy as np
 
 from markovia.rundir import Metrics, RunError, read_json
 
+_LIKE = ("settings", "env_kwargs", "agent_options", "data", "dataset", "read", "references", "texts")  # what makes runs seeds of one experiment
 LONGEST = 1000  # frames of a video of an episode that no time limit ends
 
 
@@ -63,29 +64,35 @@ def _count_steps(ax: Any) -> None:
 
 
 def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1, against: str = "num_env_steps") -> Path:
-    """Learning curves as a PNG: one panel per environment, one line per method, mean and range over its seeds.
+    """Learning curves as a PNG: one panel per environment, one line per configuration of a method, mean and range over its seeds.
 
     `against` another statistic than the steps (reward over KL) every run is a line of its own with a mark per point, in the order of training.
 
     `key` is a statistic of the log, or "pass@k": the share of prompts that one of k responses solves, over k, at the end of each run.
+    The file that was written, with .png where `out` has no suffix. Raises ValueError for a folder.
     """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file in it, e.g. {out / 'curves.png'}")
+    out = out if out.suffix else out.with_suffix(".png")
     read, xlabel = (pass_curve, "k") if key == "pass@k" else (lambda run: curve(run, key, against), against)
+    configs = {run: read_json(run / "config.json") for run in {run.resolve(): run for run in runs}.values()}
+    labels = _labels(configs)
     groups: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        config = read_json(run / "config.json")
-        groups[config["env"]][config["method"]].append(run)
+    for run, config in configs.items():
+        groups[config["env"]][labels[run]].append(run)
     figure, axes = _axes(6.0, 4.0, len(groups))
-    for ax, (env, methods) in zip(axes, groups.items(), strict=True):
-        for method, members in methods.items():
+    for ax, (env, lines) in zip(axes, groups.items(), strict=True):
+        for label, members in lines.items():
             curves = [read(run) for run in members]
             if xlabel == against != "num_env_steps":
                 for x, y in curves:
-                    ax.plot(x, smooth(y, window), marker="o", markersize=3, label=method if (x is curves[0][0]) else None)
+                    ax.plot(x, smooth(y, window), marker="o", markersize=3, label=label if (x is curves[0][0]) else None)
                 continue
             end = min(x[-1] for x, _ in curves)
             grid = np.linspace(max(x[0] for x, _ in curves), end, 200) if len(curves) > 1 else curves[0][0]
             values = np.stack([np.interp(grid, x, smooth(y, window)) for x, y in curves])
-            (line,) = ax.plot(grid, values.mean(0), label=f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+            seeds = len({configs[run].get("seed") for run in members})
+            (line,) = ax.plot(grid, values.mean(0), label=f"{label} ({seeds} seed{'s' * (seeds > 1)})")
             if len(curves) > 1:
                 ax.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         ax.set(title=env, xlabel=xlabel, ylabel=key)
@@ -94,6 +101,24 @@ def plot_runs(runs: list[Path], out: Path, key: str = "return", window: int = 1,
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     return out
+
+
+def _labels(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+    """What each run is called: its method, and the entries of its configuration in which runs of that method on that environment differ."""
+    entries = {run: _leaves({k: config[k] for k in _LIKE if k in config}) for run, config in configs.items()}
+    out: dict[Path, str] = {}
+    for run, config in configs.items():
+        peers = [entries[r] for r, c in configs.items() if (c["env"], c["method"]) == (config["env"], config["method"])]
+        told = [f"{k.removeprefix('settings.')}={v}" for k, v in entries[run].items() if any(p.get(k) != v for p in peers)]
+        out[run] = ", ".join([config["method"], *told])
+    return out
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """The entries of nested objects by their path, "settings.solver.lr"."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in _leaves(inner, f"{path}.{key}" if path else key).items()}
 
 
 def curve_png(x: np.ndarray, y: np.ndarray, title: str, ylabel: str, xlabel: str = "num_env_steps") -> bytes:

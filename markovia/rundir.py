@@ -120,16 +120,18 @@ class Metrics:
             raise _refused(self.path, e) from e
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a kill cut short is dropped."""
+        """All whole lines; a last line that a kill cut short is dropped. Raises RunError for a damaged line before others."""
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
         rows = []
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
+        for number, line in enumerate(lines, 1):
             try:
                 row = untrusted.parse_json(line, self.path)
             except ValueError:
-                break
-            if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-                break
-            rows.append(row)
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                rows.append(row)
+            elif number < len(lines):
+                raise RunError(f"{self.path}, line {number} of {len(lines)} is damaged; restore the file, or take that line out")
         return rows
 
     def cut(self, iteration: int) -> None:
@@ -199,9 +201,22 @@ def load_checkpoint(run: Path, driver: Any) -> int:
         return 0
     try:
         driver.load_state(*load_tensors(found[-1] / DRIVER))
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}{_whole_before(found)}") from e
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
         raise CheckpointError(f"{found[-1] / DRIVER} is not of this run, or of another version of markovia ({e!r}); train into another --out") from e
     return int(driver.iteration)
+
+
+def _whole_before(found: list[Path]) -> str:
+    """How to go on from the checkpoint before a damaged one; empty when there is none that is whole."""
+    from markovia.agents.checkpoint import CheckpointError, load_tensors
+
+    try:
+        load_tensors(found[-2] / DRIVER)
+    except (CheckpointError, IndexError):
+        return ""
+    return f"; {found[-2]} is whole: remove {found[-1]}, then go on with --resume"
 
 
 def sweep(run: Path) -> None:

@@ -7,17 +7,18 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.asked import Asked
-from markovia.config_check import check_config, largest
+from markovia.config_check import check_config, check_finite, largest
 from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
-from markovia.loop import Callback, Loop
+from markovia.loop import Callback, Loop, told_to_resume
 from markovia.report import sinks, tracker
 from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, held, load_checkpoint, read_json, sweep, write_json, write_text
-from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments
+from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
 
 if TYPE_CHECKING:
@@ -130,18 +131,25 @@ def train(
     from markovia.algos.memory import before_run
 
     callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
+    seed, num_checkpoints = _whole_number("seed", seed, 0), _whole_number("num_checkpoints", num_checkpoints, 1)
+    eval_episodes = _whole_number("eval_episodes", eval_episodes, 0)
+    if max_seconds is not None and not max_seconds >= 0:
+        raise ValueError(f"max_seconds must be >= 0, got {max_seconds}")
+    for argument, given in (("env_kwargs", env_kwargs), ("agent_options", agent_options), ("data_options", data_options)):
+        if not isinstance(given, dict | None):
+            raise ValueError(f"{argument} must be a dictionary by name, got {given!r}")
     if env is not None:
         env_spec(env)
     name, settings, options = resolve(method, env, method_id)
+    check_finite(to_json(settings))
     if model is not None and is_pipeline(env):
         env_kwargs, model = {"folder": model, **(env_kwargs or {})}, None
     options |= (agent_options or {}) | ({} if model is None else {"model": model})
     env_kwargs, read = task_arguments(settings, env, env_kwargs or {}, data, reward, reward_weights)
     data = None if read else data
+    if data is None and (judge is not None or data_options):
+        raise ValueError(f"judge and data_options go with a file of preferences (data), and {name} on {env} reads none here; leave them out")
     file = None if data is None else file_entry(data, judge, data_options or {})
-    for flag, value, least in (("seed", seed, 0), ("num_checkpoints", num_checkpoints, 1), ("eval_episodes", eval_episodes, 0)):
-        if value < least:
-            raise ValueError(f"{flag} must be >= {least}, got {value}")
     workers, device = launched(device, shard)
     _check_device(device)
     asked = Asked(
@@ -171,7 +179,7 @@ def train(
         if needed and told:
             print(needed)
         driver = asked.driver(setup)
-    with held(run) if asked.writes else contextlib.nullcontext():
+    with held(run) if asked.writes else contextlib.nullcontext(), told_to_resume(lambda: checkpoints(run)):
         if asked.writes:  # again, for another run may have been here while this one was built
             with machine.over_memory(over_memory):
                 _check_folder(run, config, resume)
@@ -186,6 +194,15 @@ def train(
         evaluation = setup.evaluate(loop.agent, eval_episodes, seed) if eval_episodes else None
         done = _conclude(loop, why, evaluation, eval_checkpoints) if asked.writes else {}
     return RunResult(run, setup.agent, done)
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    """As Python's int, which NumPy's numbers are not. Raises ValueError that names the argument."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
 
 
 @contextlib.contextmanager

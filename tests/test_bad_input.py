@@ -98,6 +98,18 @@ REFUSED = {
     "seed": (lambda out: run("CartPole-v1", out, seed=-1), "seed must be >= 0, got -1"),
     "evaluation": (lambda out: run("CartPole-v1", out, eval_episodes=-1), "eval_episodes must be >= 0, got -1"),
     "device": (lambda out: run("CartPole-v1", out, device="gpu"), "device 'gpu' can't be used here .*'cpu' always can"),
+    "environment object": (lambda out: train("ppo", Plain(), out=out), "env is an id such as 'CartPole-v1', got <.*Plain.*gym.register.*:Name-v0"),
+    "environment class": (lambda out: train("ppo", Plain, out=out), "env is an id such as 'CartPole-v1', got <class .*Plain"),
+    "environment maker": (lambda out: train("ppo", lambda: Plain(), out=out), "env is an id such as 'CartPole-v1', got <function"),
+    "environment spec": (lambda out: train("ppo", gym.spec("CartPole-v1"), out=out), r"env is an id such as 'CartPole-v1', got EnvSpec\("),
+    "half a seed": (lambda out: run("CartPole-v1", out, seed=1.5), "seed must be a whole number, got 1.5"),
+    "no seed": (lambda out: run("CartPole-v1", out, seed=None), "seed must be a whole number, got None"),
+    "true as a seed": (lambda out: run("CartPole-v1", out, seed=True), "seed must be a whole number, got True"),
+    "list of arguments": (lambda out: run("CartPole-v1", out, env_kwargs=[1]), r"env_kwargs must be a dictionary by name, got \[1\]"),
+    "list of options": (lambda out: run("CartPole-v1", out, agent_options=[1]), r"agent_options must be a dictionary by name, got \[1\]"),
+    "clock": (lambda out: run("CartPole-v1", out, max_seconds=float("nan")), "max_seconds must be >= 0, got nan"),
+    "judge of nothing": (lambda out: run("CartPole-v1", out, judge="a:b"), "judge and data_options go with a file of preferences .*CartPole-v1"),
+    "options of nothing": (lambda out: run("CartPole-v1", out, data_options={"held_out": 3}), "judge and data_options go with a file of preferences"),
     "tracker": (lambda out: run("CartPole-v1", out, track="wandbb"), "'wandb' or 'trackio'"),
 }
 

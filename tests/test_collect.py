@@ -197,6 +197,16 @@ def test_a_recipe_keeps_the_module_and_nothing_of_another_method():
         recipe(maze, num_env_steps=20_000, eval_every=100, num_steps=10)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("scc", "did you mean 'sac'"), ("td3-bc", "learns from a dataset"), ("ddpo", "ddpo serves"), ("dpo", "dpo serves")],
+)
+def test_a_method_that_can_not_train_leaves_no_folder(root, method, message):
+    with pytest.raises(ValueError, match=message):
+        collect(dataclasses.replace(SMALL, method=method), out=root / "c", progress=False)
+    assert not (root / "c").exists()
+
+
 def test_order_of_the_tiers():
     tiers = [Tier(n, n, 1, 1, r, 0.0) for n, r in (("random", 1.0), ("medium-replay", 3.0), ("medium", 2.0), ("medium-expert", 0.0), ("expert", 9.0))]
     assert out_of_order(tiers) == ["medium-replay (3) is not below medium (2)"]

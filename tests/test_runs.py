@@ -13,11 +13,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from markovia.agents.checkpoint import load_tensors
 from markovia.algos.presets import configure, override
+from markovia.pictures import curve
 from markovia.rundir import Metrics, RunError, checkpoints, held
 from markovia.runs import load_run, train
 from markovia.settings import differences, from_json, to_json
@@ -107,6 +109,35 @@ def test_killed_before_the_first_checkpoint(tmp_path):
     assert not list((run / "checkpoints").glob(".tmp-*"))
 
 
+def test_a_damaged_line_of_the_metrics_is_refused_unless_it_is_the_last(tmp_path):
+    env, run = CONTROL, tmp_path / "run"
+    train(small(env), env, out=run, **QUIET)
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    for bad in (b'{"iteration": 3, "ret\n', b'["iteration"]\n'):
+        path.write_bytes(b"".join([*whole[:2], bad, *whole[3:]]))
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        for use in (lambda: train(small(env), env, out=run, resume=True, **QUIET), lambda: curve(run, "return")):
+            with pytest.raises(RunError, match=r"metrics.jsonl, line 3 of 20 is damaged.*restore the file, or take that line out"):
+                use()
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    path.write_bytes(b"".join(whole[:2] + whole[3:]))  # the mend that the message tells
+    assert train(small(env), env, out=run, resume=True, **QUIET).done["ended"] == "budget"
+    assert path.read_bytes() == b"".join(whole[:2] + whole[3:])
+
+
+@pytest.mark.parametrize("answer", [False, np.False_, torch.tensor(False), np.array(False)])
+def test_a_callback_that_answers_false_ends_the_run(answer, tmp_path):
+    """Whatever library its comparison comes from; 0 and an empty list are no answers."""
+    result = train(small(CONTROL), CONTROL, out=tmp_path / "run", callbacks=[lambda info: 0, lambda info: [], lambda info: answer], **QUIET)
+    assert result.done["ended"] == "callback" and result.done["iteration"] == 1
+
+
+def test_one_callback_needs_no_list(tmp_path):
+    result = train(small(CONTROL), CONTROL, out=tmp_path / "run", callbacks=lambda info: info.iteration < 2, **QUIET)
+    assert result.done["ended"] == "callback" and result.done["iteration"] == 2
+
+
 def test_callback_stops_the_run(tmp_path):
     seen = []
 
@@ -187,6 +218,25 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     train(small(env), env, out=run, resume=True, **QUIET)  # it has been let go
 
 
+def test_a_folder_that_another_run_took_while_this_one_was_built_is_refused(tmp_path, monkeypatch):
+    """The first look comes minutes before the folder is held: another run may begin and end between the two."""
+    from markovia.asked import Asked
+
+    env, run, build = CONTROL, tmp_path / "run", Asked.build
+
+    def slow(asked):
+        monkeypatch.undo()
+        train(small(env), env, out=run, seed=1, **QUIET)
+        return build(asked)
+
+    for resume, message in ((False, "already holds a run"), (True, "other settings.*seed: 1 -> 0")):
+        monkeypatch.setattr(Asked, "build", slow)
+        with pytest.raises(RunError, match=message):
+            train(small(env), env, out=run, resume=resume, **QUIET)
+        assert json.loads((run / "config.json").read_text())["seed"] == 1 and len(Metrics(run).read()) == 20
+        shutil.rmtree(run)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there are no locks of folders")
 def test_a_process_forked_by_a_run_does_not_keep_its_folder(tmp_path):
     child = None
@@ -251,8 +301,17 @@ def test_corrupted_checkpoint_is_refused(tmp_path):
     train(small(env), env, out=tmp_path / "run", **QUIET)
     file = checkpoints(tmp_path / "run")[-1] / "driver.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
+    older, newest = checkpoints(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"damaged.*; {older} is whole: remove {newest}, then go on with --resume"):
         train(small(env), env, out=tmp_path / "run", resume=True, **QUIET)
+    shutil.copytree(tmp_path / "run", tmp_path / "both")
+    (checkpoints(tmp_path / "both")[0] / "driver.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"damaged(?!.*is whole)"):
+        train(small(env), env, out=tmp_path / "both", resume=True, **QUIET)
+    shutil.rmtree(newest)  # the mend that the message tells
+    train(small(env), env, out=tmp_path / "run", resume=True, **QUIET)
+    train(small(env), env, out=tmp_path / "whole", **QUIET)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_wrong_names():
@@ -293,6 +352,42 @@ def test_a_tracker_gets_the_configuration_and_every_iteration(package, fails, tm
     assert len(logs) == len(rows) == (1 if fails else 20) and last == "finished"
     for log, row in zip(logs, rows, strict=True):
         assert log == {k: v for k, v in row.items() if v is not None}
+
+
+def test_numbers_that_are_not_finite_are_refused_where_they_mean_nothing():
+    from markovia.algos.systems import rows
+    from markovia.config_check import check_finite
+
+    for row in rows().values():
+        check_finite(to_json(row.value))
+    for change, told in (
+        ({"solver": {"lr": float("inf")}}, "solver.lr is inf"),
+        ({"entropy_coef": float("nan")}, "entropy_coef is nan"),
+        ({"solver": {"max_grad_norm": float("nan")}}, "solver.max_grad_norm is nan"),
+    ):
+        with pytest.raises(ValueError, match=f"{told}; give a finite number"):
+            check_finite(to_json(override(small(CONTROL), change)))
+    check_finite(to_json(override(small(CONTROL), {"solver": {"max_grad_norm": float("inf")}})))  # no clipping
+
+
+def test_a_value_of_another_type_is_told_with_its_field():
+    method = small(CONTROL)
+    for change, told in (
+        ({"num_envs": "8"}, "OnPolicy.num_envs must be int, got '8' of type str"),
+        ({"num_envs": 8.0}, "OnPolicy.num_envs must be int, got 8.0 of type float"),
+        ({"num_envs": True}, "OnPolicy.num_envs must be int, got True of type bool"),
+        ({"entropy_coef": None}, "OnPolicy.entropy_coef must be float, got None of type NoneType"),
+        ({"solver": {"lr": "fast"}}, "Descent.lr must be float, got 'fast' of type str"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            override(method, change)
+    taken = override(method, {"num_envs": np.int64(8), "entropy_coef": 1, "solver": {"lr": np.float32(0.5)}})
+    assert type(taken.num_envs) is int and taken.num_envs == 8 and taken.entropy_coef == 1 and type(taken.solver.lr) is float
+
+
+def test_a_seed_of_numpy_is_a_seed(tmp_path):
+    result = train(small(CONTROL), CONTROL, out=tmp_path / "run", seed=np.int64(3), callbacks=lambda info: False, **QUIET)
+    assert json.loads((result.run / "config.json").read_text())["seed"] == 3
 
 
 def test_settings_round_trip_through_json():

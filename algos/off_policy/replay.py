@@ -86,9 +86,12 @@ class Replay:
         return {**rows, "cursor": torch.tensor(self.cursor)}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Put `state()` back. Rows of more than the capacity raise ValueError."""
+        """Put `state()` back, also of a smaller replay. Rows of more than the capacity raise ValueError."""
         self.store, self.size, self.cursor = None, 0, 0
-        rows = {k: v.to(device) for k, v in state.items() if k != "cursor"}
+        rows, cursor = {k: v.to(device) for k, v in state.items() if k != "cursor"}, int(state["cursor"])
+        size = len(rows["reward"]) if rows else 0
+        if cursor < size < self.capacity:  # it was full; with its oldest row first, a larger one can go on behind its newest
+            rows, cursor = {k: v.roll(-cursor, 0) for k, v in rows.items()}, size
         if rows:
             self.add(Batch.from_named(rows))
-        self.cursor = int(state["cursor"])
+        self.cursor = cursor % self.capacity

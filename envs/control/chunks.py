@@ -18,7 +18,7 @@ class ChunkEnv(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray], gym.
     """One step carries out `act_steps` actions of the inner environment, fewer where the episode ends before.
 
     Observations are windows of the last `obs_steps` inner ones, oldest first (the first one repeated at the beginning); the reward is the sum of
-    the inner rewards, and so is info["cost"] where there is one. `num_env_steps` counts inner steps since construction.
+    the inner rewards, and so is info["cost"] where any step tells one. `num_env_steps` counts inner steps since construction.
     """
 
     def __init__(self, env: gym.Env, act_steps: int, obs_steps: int = 1) -> None:
@@ -39,15 +39,17 @@ class ChunkEnv(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray], gym.
         return np.stack(self._window), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        total, cost = 0.0, 0.0
+        total, costs = 0.0, list[Any]()
         for one in action:
             obs, reward, terminated, truncated, info = self.env.step(one)
             self.num_env_steps += 1
             self._window = [*self._window[1:], obs]
-            total, cost = total + float(reward), cost + info.get("cost", 0.0)
+            total += float(reward)
+            if "cost" in info:
+                costs.append(info["cost"])
             if terminated or truncated:
                 break
-        return np.stack(self._window), total, terminated, truncated, ({**info, "cost": cost} if "cost" in info else info)
+        return np.stack(self._window), total, terminated, truncated, ({**info, "cost": sum(costs, 0.0)} if costs else info)
 
 
 def _chunked(env_id: str, act_steps: int, obs_steps: int, kwargs: dict[str, Any]) -> gym.Env:

@@ -23,13 +23,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from markovia.envs import machine
-from markovia.envs.control.vector import each_seed, make_env
+from markovia.envs.control.vector import make_env
 from markovia.envs.names import nearest
+from markovia.envs.seeded import SeededVectorEnv
 
 Array = np.ndarray
 Info = dict[str, Array]
@@ -273,7 +274,7 @@ def _masked(info: Info, who: Array) -> dict[str, Array]:
     return out
 
 
-class MujocoVectorEnv(VectorEnv):
+class MujocoVectorEnv(SeededVectorEnv):
     """`num_envs` simulations of one of `TASKS`, equal to Gymnasium's environments under SyncVectorEnv with SAME_STEP autoreset.
 
     Sub-environment i is seeded with seed + i and draws what Gymnasium's scalar environment draws; states and observations are equal to the last
@@ -284,6 +285,7 @@ class MujocoVectorEnv(VectorEnv):
     """
 
     def __init__(self, env_id: str, num_envs: int, kwargs: dict[str, Any] | None = None, threads: int | None = None) -> None:
+        super().__init__(num_envs)
         self._task = find_task(env_id)
         kwargs = dict(kwargs or {})
         if kwargs.get("render_mode") is not None:
@@ -294,7 +296,6 @@ class MujocoVectorEnv(VectorEnv):
         made: Any = make_env(env_id, **kwargs)
         self._env = made.unwrapped
         self._limit = made.get_wrapper_attr("_max_episode_steps") if made.has_wrapper_attr("_max_episode_steps") else np.inf
-        self.num_envs = num_envs
         self.metadata = {**self._env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space, self.single_action_space = self._env.observation_space, self._env.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -309,7 +310,7 @@ class MujocoVectorEnv(VectorEnv):
         self._frame_skip, self._dt = self._env.frame_skip, self._env.dt  # the batch has its own copy of the model, so these are fixed
         self._position = self._task.position(self._env, self._data)
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
-        self._streams = [seeding.np_random(None)[0] for _ in range(num_envs)]
+        self._started = False
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start every simulation anew; a seed s makes seeds s, s + 1, ..., a list gives one each. Resetting some (reset_mask) is refused."""
@@ -317,8 +318,10 @@ class MujocoVectorEnv(VectorEnv):
             raise ValueError("MujocoVectorEnv starts all its environments in reset(), got a reset_mask; ended episodes restart by themselves")
         observation = np.zeros(self.observation_space.shape or ())
         infos: dict[str, Any] = {}
-        for i, s in enumerate(each_seed(seed, self.num_envs)):
-            observation[i], info = self._restart(i, s)
+        self._seed(seed)
+        self._started = True
+        for i in range(self.num_envs):
+            observation[i], info = self._restart(i)
             infos = self._add_info(infos, info, i)
         return observation, infos
 
@@ -326,6 +329,8 @@ class MujocoVectorEnv(VectorEnv):
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: one row for each environment")
+        if not self._started:
+            raise ResetNeeded("step before reset: call envs.reset() first")
         self._ctrl[:] = actions
         self._batch.step(nstep=self._frame_skip)
         if self._task.contact_forces:
@@ -342,7 +347,7 @@ class MujocoVectorEnv(VectorEnv):
             infos |= {"final_obs": final, "_final_obs": done.copy(), "final_info": _masked(info, done), "_final_info": done.copy()}
             for i in np.flatnonzero(done):
                 final[i] = observation[i].copy()
-                observation[i], started = self._restart(int(i), None)
+                observation[i], started = self._restart(int(i))
                 infos = self._add_info(infos, started, int(i))
         return observation, reward, terminated, truncated, infos
 
@@ -350,12 +355,11 @@ class MujocoVectorEnv(VectorEnv):
         if hasattr(self, "_env"):  # gymnasium closes what was refused at its making, too
             self._env.close()
 
-    def _restart(self, i: int, seed: int | None) -> tuple[Array, dict[str, Any]]:
+    def _restart(self, i: int) -> tuple[Array, dict[str, Any]]:
         """Gymnasium's own reset on simulation i's random stream, and its state put into the batch."""
         env = self._env
-        env.np_random = self._streams[i]
-        observation, info = env.reset(seed=seed)
-        self._streams[i] = env.np_random
+        env.np_random = self._streams[i][0]
+        observation, info = env.reset()
         self._mujoco.mj_getState(env.model, env.data, self._batch.state[i], self._mujoco.mjtState.mjSTATE_INTEGRATION)
         # Derived fields of the batch follow at its next call, so the start is read where it was computed.
         fields = ("qpos", *self._task.fields)

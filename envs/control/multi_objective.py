@@ -9,6 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from markovia.envs.checks import box_action
+
 
 def preference(weights: Sequence[float], n: int) -> np.ndarray:
     """(n,) weights. Raises ValueError for another number of them, for negative ones and where all are 0."""
@@ -18,7 +20,7 @@ def preference(weights: Sequence[float], n: int) -> np.ndarray:
     return w
 
 
-class Scalarised(gym.Wrapper):
+class Scalarised(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """An environment whose reward is a vector (mo-gymnasium's) as a Gymnasium one: the reward is weights . r.
 
     `info["rewards"]` is r (n,) and `info["cost"]` the shortfall best - r >= 0, one column per objective, so that a floor under a return G of T steps
@@ -30,7 +32,9 @@ class Scalarised(gym.Wrapper):
     """
 
     def __init__(self, env: gym.Env, weights: Sequence[float], best: Sequence[float] | None = None, length: int | None = None) -> None:
-        super().__init__(env)
+        plain = {"weights": np.asarray(weights).tolist(), "best": None if best is None else np.asarray(best).tolist()}
+        gym.utils.RecordConstructorArgs.__init__(self, **plain, length=length)
+        gym.Wrapper.__init__(self, env)
         reward_space: Any = getattr(env.unwrapped, "reward_space", None)
         if not isinstance(reward_space, spaces.Box):
             raise ValueError(f"{env} has no Box as reward_space, so its reward is no vector; a task of mo-gymnasium has one")
@@ -83,7 +87,7 @@ class TwoGoalsEnv(gym.Env):
     goals is the whole trade-off: at (p, 0) it earns 1 - (p + 1)^2 / 4 and 1 - (p - 1)^2 / 4 a step.
 
     ## Action Space
-    Box(-1, 1, (2,)): the point moves by 0.2 times the action, and stops at the edge of the square.
+    Box(-1, 1, (2,)): the point moves by 0.2 times the action, which is clipped, and stops at the edge of the square.
 
     ## Observation Space
     Box((2,), float32): position, each coordinate in [-1.5, 1.5].
@@ -117,6 +121,6 @@ class TwoGoalsEnv(gym.Env):
         return self.position.astype(np.float32), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.position = np.clip(self.position + 0.2 * np.asarray(action, dtype=np.float64), -1.5, 1.5)
+        self.position = np.clip(self.position + 0.2 * box_action(action, (2,)).clip(-1.0, 1.0), -1.5, 1.5)
         rewards = 1.0 - np.square(self.position - self.GOALS).sum(-1) / 4.0
         return self.position.astype(np.float32), float(self.weights @ rewards), False, False, {"rewards": rewards, "cost": 1.0 - rewards}

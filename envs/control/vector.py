@@ -48,6 +48,8 @@ def quiet_mujoco(needed: bool = True) -> Iterator[None]:
 
 def env_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of "Name-v0", "ns/Name-v0" or "module:ns/Name-v0"; ValueError with the nearest names when there is none."""
+    if not isinstance(env_id, str):
+        raise ValueError(f"env is an id such as 'CartPole-v1', got {env_id!r:.80}; register yours with gym.register and pass 'module:Name-v0'")
     module, _, name = env_id.rpartition(":")
     if module and module != "markovia":
         check_code(module, env_id)

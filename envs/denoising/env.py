@@ -14,15 +14,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from markovia.envs.control.vector import each_seed, served_autoreset
+from markovia.envs.checks import check_horizon
+from markovia.envs.control.vector import served_autoreset
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.tables import choose
 from markovia.envs.finite import NotFinite
+from markovia.envs.seeded import SeededVectorEnv
 
 ACTION_MODES = ("residual", "next_sample", "model_output")
 
@@ -281,11 +282,12 @@ class DenoisingEnv(gym.Env):
         return next(iter(self._chains.frames()), None) if self.render_mode else None
 
 
-class DenoisingVectorEnv(VectorEnv):
+class DenoisingVectorEnv(SeededVectorEnv):
     """`num_envs` samples are denoised in lockstep: one network call per step and one reward call per episode for all of them.
 
     Equal to SyncVectorEnv over DenoisingEnv with the same seeds. `autoreset_mode` SAME_STEP (default; the last observation comes
     in `infos["final_obs"]`) or NEXT_STEP (the step after the end resets and ignores its action), as enum or as its string.
+    A `max_episode_steps` below K is refused.
     """
 
     def __init__(
@@ -297,13 +299,15 @@ class DenoisingVectorEnv(VectorEnv):
         flatten: bool = True,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
+        max_episode_steps: int | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}; expected at least 1.")
+        check_horizon(max_episode_steps, task.num_steps)
         _check_render(task, render_mode)
         self._chains = _Chains(task, action_mode, bound, flatten)
         self.task = task
-        self.num_envs = num_envs
+        super().__init__(num_envs)
         self.autoreset_mode = served_autoreset(autoreset_mode, "DenoisingVectorEnv")
         self.render_mode = render_mode
         self.metadata = {**DenoisingEnv.metadata, "autoreset_mode": self.autoreset_mode}
@@ -311,17 +315,14 @@ class DenoisingVectorEnv(VectorEnv):
         self.single_action_space = self._chains.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._rngs = [seeding.np_random()[0] for _ in range(num_envs)]
         self._ended = False
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw new noise in each chain; an int seeds chain i with seed + i, as SyncVectorEnv does."""
-        for i, one in enumerate(each_seed(seed, self.num_envs)):
-            if one is not None:
-                self._rngs[i] = seeding.np_random(one)[0]
-        self._chains.start(self._rngs)
+        self._seed(seed)
+        self._chains.start(self.np_random)
         self._ended = False
         return self._chains.observation(), {}
 
@@ -331,7 +332,7 @@ class DenoisingVectorEnv(VectorEnv):
         if self._ended:
             obs, infos = self.reset()
             return obs, np.zeros(n), np.zeros(n, bool), np.zeros(n, bool), infos
-        scores = self._chains.advance(actions, self._rngs)
+        scores = self._chains.advance(actions, self.np_random)
         obs, infos = self._chains.observation(), {}
         rewards = np.zeros(n) if scores is None else scores.double().numpy()
         ended = scores is not None
@@ -341,7 +342,7 @@ class DenoisingVectorEnv(VectorEnv):
                 final[i] = self._chains.single(obs, i)
             everyone = np.ones(n, bool)
             infos = {"final_obs": final, "_final_obs": everyone, "final_info": {}, "_final_info": everyone.copy()}
-            self._chains.start(self._rngs)
+            self._chains.start(self.np_random)
             obs = self._chains.observation()
         else:
             self._ended = ended

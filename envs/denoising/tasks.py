@@ -44,10 +44,20 @@ def digit_images() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.images / 8.0 - 1.0, dtype=torch.float32), torch.tensor(data.target, dtype=torch.int64)
 
 
+def real_digits() -> Tensor:
+    """The images of `digit_images`."""
+    return digit_images()[0]
+
+
 def mixture() -> GMMDenoiser:
     """The data of Mixture2D: eight equal blobs on the unit circle."""
     angle = 2 * math.pi * torch.arange(NUM_BLOBS, dtype=torch.float64) / NUM_BLOBS
     return GMMDenoiser(torch.stack([angle.cos(), angle.sin()], -1), BLOB_STD)
+
+
+def mixture_points() -> Tensor:
+    """(1000, 2) draws of the data of Mixture2D."""
+    return mixture().sample(1000, torch.Generator().manual_seed(0)).float()
 
 
 class ClosenessReward:
@@ -88,7 +98,7 @@ def mixture2d(
         reward=ClosenessReward(mixture().means[wanted], width),
         sample_shape=(2,),
         name="mixture2d",
-        data=lambda: mixture().sample(1000, torch.Generator().manual_seed(0)).float(),
+        data=mixture_points,
     )
 
 
@@ -107,7 +117,7 @@ def digits(wanted: int = 3, num_steps: int = 20, eta: float = 1.0, final: str = 
         sample_shape=(8, 8),
         name="digits",
         judge=ClassProbabilityReward(wanted, "digits_judge"),
-        data=lambda: digit_images()[0],
+        data=real_digits,
     )
 
 
@@ -124,7 +134,7 @@ def digits_conditional(guidance: float = 1.0, num_steps: int = 20, eta: float = 
         conditions=torch.eye(10),
         name="digits_conditional",
         judge=ClassProbabilityReward(None, "digits_judge"),
-        data=lambda: digit_images()[0],
+        data=real_digits,
     )
 
 
@@ -141,7 +151,7 @@ def linear_gaussian(**kwargs: Any) -> DenoisingTask:
     return DenoisingTask(
         network=LinearDenoiser(problem.A.tolist(), problem.b.tolist()),
         kernel=GaussianKernel.direct(problem.s.tolist()),
-        reward=lambda x, cond=None: problem.reward(x),
+        reward=problem.reward,
         sample_shape=(problem.dim,),
         name="linear_gaussian",
     )
@@ -170,6 +180,6 @@ def make_env(task: str, **kwargs: Any) -> DenoisingEnv:
 
 
 def make_vector_env(num_envs: int, task: str, **kwargs: Any) -> DenoisingVectorEnv:
-    """Gymnasium vector entry point; takes `autoreset_mode` besides the arguments of `make_env`."""
-    env = {name: kwargs.pop(name) for name in (*_ENV_ARGUMENTS, "autoreset_mode") if name in kwargs}
+    """Gymnasium vector entry point; takes `autoreset_mode` and `max_episode_steps` besides the arguments of `make_env`."""
+    env = {name: kwargs.pop(name) for name in (*_ENV_ARGUMENTS, "autoreset_mode", "max_episode_steps") if name in kwargs}
     return DenoisingVectorEnv(make_task(task, **kwargs), num_envs, **env)

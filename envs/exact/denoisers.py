@@ -67,8 +67,8 @@ class LinearGaussianDenoising:
         self.beta = float(beta)
         self.num_steps, self.dim = k, d
 
-    def reward(self, x: Tensor) -> Tensor:
-        """r(x) = -x^T Q x/2 + q^T x for x (..., d)."""
+    def reward(self, x: Tensor, cond: None = None) -> Tensor:
+        """r(x) = -x^T Q x/2 + q^T x for x (..., d); `cond` is there for tasks, which pass one."""
         Q, q = self.Q.to(x), self.q.to(x)
         return -0.5 * torch.einsum("...i,ij,...j->...", x, Q, x) + x @ q
 

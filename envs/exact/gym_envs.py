@@ -7,18 +7,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from markovia.envs.checks import check_horizon, discrete_action, whole_numbers
+from markovia.envs.control.vector import served_autoreset
 from markovia.envs.exact.cmdp import CMDP
 from markovia.envs.exact.tabular import TabularMDP
 from markovia.envs.exact.token_mdp import EnumerableTokenMDP
-
-
-def _check_action(action: Any, count: int) -> int:
-    if not 0 <= int(action) < count:
-        raise ValueError(f"action must be an integer in 0..{count - 1}, got {action!r}")
-    return int(action)
+from markovia.envs.seeded import SeededVectorEnv
 
 
 class _StateEnv(gym.Env):
@@ -47,7 +44,7 @@ class _StateEnv(gym.Env):
     def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
         if self._state is None:
             raise ValueError("step before reset: call env.reset() first")
-        s, a = self._state, _check_action(action, self._mdp.num_actions)
+        s, a = self._state, discrete_action(action, self._mdp.num_actions)
         self._state = self._draw(self._next[s, a])
         return np.int64(self._state), float(self._mdp.R[s, a]), False, False, self._info(s, a)
 
@@ -178,7 +175,7 @@ class TokenTreeEnv(gym.Env):
     def step(self, action: Any) -> tuple[np.int64, float, bool, bool, dict]:
         if self._prefix is None:
             raise ValueError("step before reset, or after the sequence has ended: call env.reset() first")
-        a, tree = _check_action(action, self.oracle.V), self.oracle
+        a, tree = discrete_action(action, self.oracle.V), self.oracle
         sequence, child = tree.leaf[self._prefix, a], tree.child[self._prefix, a]
         if sequence >= 0:
             self._prefix = None
@@ -187,39 +184,50 @@ class TokenTreeEnv(gym.Env):
         return np.int64(child), 0.0, False, False, {}
 
 
-class TokenTreeVectorEnv(VectorEnv):
-    """`num_envs` token trees in lockstep, without a Python loop; equals SyncVectorEnv over `TokenTreeEnv` in SAME_STEP mode.
+class TokenTreeVectorEnv(SeededVectorEnv):
+    """`num_envs` token trees in lockstep, without a Python loop; equals SyncVectorEnv over `TokenTreeEnv`.
 
-    A finished row restarts within the step: its observation is the empty prefix, `infos["final_obs"]` holds "finished".
+    `autoreset_mode` SAME_STEP (default): a finished row restarts within the step, its observation is the empty prefix, `infos["final_obs"]` holds
+    "finished". NEXT_STEP: it shows "finished", and the step after restarts it and ignores its action. A `max_episode_steps` below H is refused.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (Gymnasium's protocol)
-
-    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int = 1,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        max_episode_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         template = TokenTreeEnv(**kwargs)
-        self.oracle, self.num_envs = template.oracle, num_envs
+        super().__init__(num_envs)
+        self.oracle = tree = template.oracle
+        check_horizon(max_episode_steps, self.oracle.H)
+        self.autoreset_mode = served_autoreset(autoreset_mode, "TokenTreeVectorEnv")
+        self.metadata = {"autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = template.observation_space, template.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        # The row of "finished" leads to the empty prefix, whatever the action: NEXT_STEP.
+        self._leaf, self._child = np.vstack([tree.leaf, np.full(tree.V, -1)]), np.vstack([tree.child, np.zeros(tree.V, np.int64)])
+        self._after_end = 0 if self.autoreset_mode is AutoresetMode.SAME_STEP else tree.num_prefixes
         self._prefix: np.ndarray | None = None
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        # each seed would only seed the transitions, which are deterministic
-        super().reset(seed=seed if isinstance(seed, int) else None)
+        self._seed(seed)
         self._prefix = np.zeros(self.num_envs, dtype=np.int64)
         return self._prefix.copy(), {}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         if self._prefix is None:
             raise ValueError("step before reset: call envs.reset() first")
-        actions, tree = np.asarray(actions), self.oracle
-        if actions.shape != (self.num_envs,) or not ((actions >= 0) & (actions < tree.V)).all():
-            raise ValueError(f"actions must be {self.num_envs} integers in 0..{tree.V - 1}, got {actions!r}")
-        sequence = tree.leaf[self._prefix, actions]
+        actions, tree = whole_numbers(actions, (self.num_envs,)), self.oracle
+        if not ((actions >= 0) & (actions < tree.V)).all():
+            raise ValueError(f"expected {self.num_envs} integers in 0..{tree.V - 1} as actions, got {actions!r}")
+        sequence = self._leaf[self._prefix, actions]
         ended = sequence >= 0
-        self._prefix = np.where(ended, 0, tree.child[self._prefix, actions])
+        self._prefix = np.where(ended, self._after_end, self._child[self._prefix, actions])
         infos: dict[str, Any] = {}
-        if ended.any():
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
             final = np.full(self.num_envs, None, dtype=object)
             final[ended] = [np.int64(tree.num_prefixes)] * int(ended.sum())
             infos = {"final_obs": final, "_final_obs": ended.copy(), "final_info": {}, "_final_info": ended.copy()}

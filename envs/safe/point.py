@@ -12,8 +12,15 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from markovia.envs.checks import box_action
 from markovia.envs.safe.cost import check_limit
 from markovia.envs.safe.point_model import BINS, FRAME_SKIP, TIMESTEP, disc, point_model, pseudo_lidar, scatter, wall
+
+try:
+    import mujoco
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+except (ImportError, gym.error.DependencyNotInstalled) as missing:
+    raise ImportError("the point robot needs MuJoCo: pip install markovia[control]") from missing
 
 GREEN, BLUE = "0.2 0.7 0.3 0.5", "0.2 0.35 0.85 0.6"
 
@@ -37,12 +44,6 @@ class _PointEnv(gym.Env):
         height: int,
         cost_limit: float,
     ) -> None:
-        try:
-            import mujoco
-            from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-        except ImportError as missing:
-            raise ImportError("the point robot needs MuJoCo: pip install markovia[control]") from missing
-        self._mujoco = mujoco
         self.cost_limit = check_limit(cost_limit)
         self.model = mujoco.MjModel.from_xml_string(point_model(regions, floor))
         self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, width)
@@ -96,17 +97,17 @@ class _PointEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        self._mujoco.mj_resetData(self.model, self.data)
+        mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:2], self.data.qpos[2] = self._start()
-        self._mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_forward(self.model, self.data)
         if self.render_mode == "human":
             self.render()
         return self._observe(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.data.ctrl[:] = action
-        self._mujoco.mj_step(self.model, self.data, nstep=FRAME_SKIP)
-        self._mujoco.mj_forward(self.model, self.data)  # sensors of the state that was reached, not of the one before
+        self.data.ctrl[:] = box_action(action, (2,))
+        mujoco.mj_step(self.model, self.data, nstep=FRAME_SKIP)
+        mujoco.mj_forward(self.model, self.data)  # sensors of the state that was reached, not of the one before
         cost = self._cost()  # before a new goal is drawn
         reward, info = self._reward()
         if self.render_mode == "human":

@@ -7,11 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from markovia.envs.control.vector import each_seed, served_autoreset
+from markovia.envs.checks import check_horizon, whole_numbers
+from markovia.envs.control.vector import served_autoreset
+from markovia.envs.seeded import SeededVectorEnv
 from markovia.envs.text.tasks import TextTask, make_task
 
 
@@ -42,8 +43,7 @@ class _Rows:
 
     def reset(self, i: int, rng: np.random.Generator, options: dict[str, Any] | None = None) -> None:
         split = (options or {}).get("split", "train")
-        total = len(self.task.held_out) if split == "held_out" else len(self.task.prompts)
-        index = (options or {}).get("prompt")
+        total, index = len(self.task.rows_of(split)[0]), (options or {}).get("prompt")
         index = int(rng.integers(total)) if index is None else int(index)
         self.prompt[i], ids, self.columns[i] = self.task.prompt(index, split)
         self.ids[i], self.mask[i], self.count[i] = self.task.tokenizer.pad_token_id, 0, 0
@@ -136,7 +136,7 @@ class TokenEnv(gym.Env):
         if self._over:
             raise ValueError("the text is over; call reset() before the next step()")
         row = np.zeros(1, dtype=np.int64)
-        self._over = bool(self._rows.append(row, np.asarray([action], dtype=np.int64).reshape(1))[0])
+        self._over = bool(self._rows.append(row, whole_numbers(action, ())[None])[0])
         reward = float(self._rows.rewards(row)[0]) if self._over else 0.0
         mask = self._rows.all_allowed if self._over else self._rows.action_mask(0)
         return self._rows.obs(0), reward, self._over, False, {"action_mask": mask}
@@ -145,7 +145,7 @@ class TokenEnv(gym.Env):
         return self._rows.text(0) if self.render_mode == "ansi" else None
 
 
-class TokenVectorEnv(VectorEnv):
+class TokenVectorEnv(SeededVectorEnv):
     """n token-MDPs in arrays; equals `TokenEnv` under SyncVectorEnv, finished texts are scored in one call.
 
     `autoreset_mode` is SAME_STEP (the last observation in info["final_obs"]) or NEXT_STEP; others raise ValueError.
@@ -161,9 +161,9 @@ class TokenVectorEnv(VectorEnv):
         **task_kwargs: Any,
     ) -> None:
         self.task = make_task(task, **task_kwargs)
-        if max_episode_steps is not None and max_episode_steps < self.task.max_new_tokens:
-            raise ValueError(f"max_episode_steps {max_episode_steps} would cut texts of {self.task.max_new_tokens} tokens; leave it out")
-        self.num_envs, self.render_mode = num_envs, render_mode
+        check_horizon(max_episode_steps, self.task.max_new_tokens)
+        super().__init__(num_envs)
+        self.render_mode = render_mode
         self._mode = served_autoreset(autoreset_mode, "TokenVectorEnv")
         self.metadata = {"render_modes": ["ansi"], "render_fps": 4, "autoreset_mode": self._mode}
         self.single_observation_space = observation_space(self.task)
@@ -172,12 +172,9 @@ class TokenVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._rows = _Rows(self.task, num_envs)
         self._over = np.ones(num_envs, dtype=bool)
-        self._rngs: list[np.random.Generator | None] = [None] * num_envs
 
-    def _reset_row(self, i: int, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
-        if seed is not None or self._rngs[i] is None:
-            self._rngs[i] = seeding.np_random(seed)[0]
-        self._rows.reset(i, self._rngs[i], options)  # type: ignore[arg-type]
+    def _reset_row(self, i: int, options: dict[str, Any] | None = None) -> None:
+        self._rows.reset(i, self._streams[i][0], options)
         self._over[i] = False
 
     def _masks(self, over: np.ndarray) -> np.ndarray:
@@ -191,14 +188,13 @@ class TokenVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        for i, one in enumerate(each_seed(seed, self.num_envs)):
-            self._reset_row(i, one, options)
+        self._seed(seed)
+        for i in range(self.num_envs):
+            self._reset_row(i, options)
         return self._rows.obs(slice(None)), self._info(np.zeros(self.num_envs, dtype=bool))
 
     def step(self, actions: Any) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        n, tokens = self.num_envs, np.asarray(actions, dtype=np.int64)
-        if tokens.shape != (n,):
-            raise ValueError(f"actions have shape {tokens.shape}, expected ({n},): one token per environment")
+        n, tokens = self.num_envs, whole_numbers(actions, (self.num_envs,))
         rewards, terminated = np.zeros(n, dtype=np.float64), np.zeros(n, dtype=bool)
         if self._mode == AutoresetMode.SAME_STEP and self._over.any():
             raise ValueError("call reset() before the first step()")

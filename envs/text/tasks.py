@@ -70,7 +70,8 @@ class TextTask:
         if self.held_out and self.held_out_columns.keys() != self.columns.keys():
             raise ValueError(f"held_out_columns are {sorted(self.held_out_columns)}, expected the columns {sorted(self.columns)}")
 
-    def _split(self, split: Split) -> tuple[Sequence[str], dict[str, Sequence[Any]]]:
+    def rows_of(self, split: Split) -> tuple[Sequence[str], dict[str, Sequence[Any]]]:
+        """Prompts and columns of a split. Raises ValueError for one that the task lacks."""
         if split == "train":
             return self.prompts, self.columns
         if split == "held_out" and self.held_out:
@@ -101,7 +102,7 @@ class TextTask:
 
     def prompt(self, index: int, split: Split = "train") -> tuple[str, list[int], dict[str, Any]]:
         """Text, ids and columns of one prompt. Raises ValueError for an index outside the split."""
-        prompts, columns = self._split(split)
+        prompts, columns = self.rows_of(split)
         if not 0 <= index < len(prompts):
             raise ValueError(f"prompt {index} is outside of split {split!r}, expected 0 <= prompt < {len(prompts)}")
         return prompts[index], self._encoded[split][index], {k: v[index] for k, v in columns.items()}
@@ -138,7 +139,7 @@ class TextTask:
         size = self.group_size if group_size is None else group_size
         if n < 1 or size < 1 or n % size:
             raise ValueError(f"{n} starts can't be cut into groups of {size}; ask for a multiple of the group size")
-        left = [i for i in range(len(self._split(split)[0])) if i not in without]
+        left = [i for i in range(len(self.rows_of(split)[0])) if i not in without]
         total, count = len(left), n // size
         if not left:
             raise ValueError(f"all prompts of split {split!r} are left out")
@@ -149,7 +150,7 @@ class TextTask:
 
     def all_starts(self, split: Split = "held_out", group_size: int = 1) -> dict[str, Any]:
         """Every prompt of a split, in order (for evaluation)."""
-        index = range(len(self._split(split)[0]))
+        index = range(len(self.rows_of(split)[0]))
         return self.batch([i for i in index for _ in range(group_size)], [i for i in index for _ in range(group_size)], split)
 
     def rewards_apart(

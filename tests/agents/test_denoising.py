@@ -2,10 +2,12 @@
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import markovia.envs  # noqa: F401  (registers the ids)
 from markovia.agents.denoising import DenoisingAgent
 from markovia.agents.distributions import FixedStdGaussian, kl
 from markovia.agents.interface import Agent
@@ -48,6 +50,17 @@ def test_predict_takes_one_observation_or_a_batch():
     np.testing.assert_allclose(one, np.array([[0.9, 0.05], [-0.05, 0.9]]) @ obs["sample"], rtol=1e-6)
     batch = {k: np.stack([v, v]) for k, v in obs.items()}
     np.testing.assert_array_equal(agent.predict(batch, deterministic=True)[0], [one, one])
+
+
+def test_predict_drives_a_batch_that_resets_in_the_next_step():
+    agent, _ = made()
+    venv = gym.make_vec("markovia/LinearGaussian-v0", num_envs=2, num_steps=3, action_mode="next_sample", autoreset_mode="NextStep")
+    obs, _ = venv.reset(seed=0)
+    steps = [obs["step"].tolist()]
+    for _ in range(9):
+        obs, *_ = venv.step(agent.predict(obs)[0])
+        steps.append(obs["step"].tolist())
+    assert steps == [[k, k] for k in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
 def test_a_saved_agent_is_the_same_agent(tmp_path):

@@ -84,6 +84,18 @@ def test_chunk_env_adds_up_rewards_and_stops_at_the_end():
         ChunkEnv(gym.make("CartPole-v1"), 2)
 
 
+@pytest.mark.parametrize(("told", "costs"), [((2,), [1.0, None]), ((1, 3, 4), [2.0, 1.0]), ((), [None, None])])
+def test_chunk_env_adds_up_the_costs_that_were_told(told, costs):
+    class Silent(Counter):
+        def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+            *step, info = super().step(action)
+            return *step, info if self.t in told else {}
+
+    env = ChunkEnv(Silent(6), act_steps=3)
+    env.reset(seed=0)
+    assert [env.step(np.zeros((3, 1)))[4].get("cost") for _ in costs] == costs
+
+
 class Linear(torch.nn.Module):
     """m = G_k x + W_k window for chunks of one action."""
 

@@ -118,6 +118,21 @@ def test_dictionary_observations_are_kept_by_key() -> None:
     assert torch.equal(found.next_obs["a"], found.obs["a"] + 5) and found.obs["b"].shape == (8, 2)
 
 
+@pytest.mark.parametrize("capacity", [4, 6])
+def test_a_full_replay_goes_on_in_one_of_its_size_or_larger(capacity: int) -> None:
+    saved, again = Replay(4), Replay(capacity)
+    for k in range(6):  # the last four are kept, newest before oldest
+        saved.add(dataclasses.replace(rows(1), reward=torch.full((1,), k)))
+    again.load_state(saved.state())
+    if capacity == 4:
+        assert all(torch.equal(x, again.state()[k]) for k, x in saved.state().items())
+    for newest in (6, 7, 8):
+        again.add(dataclasses.replace(rows(1), reward=torch.full((1,), newest)))
+        kept = list(range(max(2, newest + 1 - capacity), newest + 1))
+        assert sorted(again.state()["reward"].tolist()) == kept
+        assert set(again.sample(200, torch.Generator().manual_seed(0)).reward.tolist()) == set(kept)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [

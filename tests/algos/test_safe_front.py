@@ -59,6 +59,7 @@ def uneven(weights: Any = (1.0, 1.0), length: int | None = None) -> Scalarised:
     return Scalarised(Uneven(), weights, length=length)
 
 
+gym.register("test/Vector-v0", Vector)
 gym.register(UNEVEN, uneven, max_episode_steps=20)
 gym.register("test/EndlessGoals-v0", uneven)
 
@@ -77,6 +78,14 @@ def test_one_reward_of_several_by_hand(monkeypatch):
     # T = 10, best (1, 2), returns (6, -4), beta 0.5: floor -6 of the second, so its shortfall is at most 26; the first is free
     limits = extension_limits(np.array([6.0, -4.0]), 0, beta=0.5, best=np.array([1.0, 2.0]), length=10)
     assert limits.tolist() == [FREE, 26.0]
+
+
+def test_a_preference_is_in_the_spec():
+    env = Scalarised(gym.make("test/Vector-v0", disable_env_checker=True), np.array([0.5, 2.0]), best=np.array([1.0, 3.0]), length=7)
+    again = gym.make(env.spec, disable_env_checker=True)
+    assert isinstance(again, Scalarised) and again.length == 7
+    assert again.weights.tolist() == [0.5, 2.0] and again.best.tolist() == [1.0, 3.0]
+    json.dumps(env.spec.additional_wrappers[-1].kwargs)  # plain data, so that Minari can store it
 
 
 def test_a_charged_end_makes_the_costs_what_the_return_lacks():
@@ -147,6 +156,8 @@ def test_two_goals_pay_what_the_docs_say():
         _, reward, _, _, info = env.step(np.clip((TwoGoalsEnv.GOALS[0] - env.position) / 0.2, -1.0, 1.0))
     assert reward == pytest.approx(1.0, abs=1e-6) and info["rewards"] == pytest.approx([1.0, 0.0], abs=1e-6)
     assert (info["cost"] == 1.0 - info["rewards"]).all()
+    before = env.position
+    assert env.step([5.0, 0.0])[0][0] == pytest.approx(before[0] + 0.2)  # clipped to the Box
 
 
 @pytest.mark.check("limit", "c-morl/ppo")

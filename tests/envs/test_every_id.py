@@ -1,6 +1,8 @@
 """What every registered id promises: both checkers, Stable-Baselines3's PPO, vectorisation, and a batched form that equals it."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import gymnasium as gym
@@ -37,6 +39,42 @@ def test_both_checkers_accept_it_without_a_warning(env_id):
         check_env(env.unwrapped, skip_render_check=not modes or "human" in modes)  # what opens a window needs a display
         sb3_check_env(env)
     json.loads(env.spec.to_json())
+
+
+BOXES = [f"markovia/{name}-v0" for name in ("PointMass2D", "PointObstacle", "TwoGoals", "SafePointGoal", "SafePointCircle", "SafePointRun")]
+DISCRETE = [f"markovia/{name}-v0" for name in ("Tabular", "TabularCMDP", "TokenTree", "SafeGrid", "SafeTwoState", "Arithmetic")]
+BAD = [(i, a) for i in BOXES for a in ([0.5], 0.5, [0.5] * 3, [[0.5, 0.5]], [np.nan, 0.0], [0.0, -np.inf])]
+BAD += [(i, a) for i in DISCRETE for a in (1.7, np.nan, np.inf, [1], np.array([0, 1]), "1", None, -1, 10**6)]
+
+
+@pytest.mark.parametrize(("env_id", "action"), BAD)
+def test_a_wrong_action_is_not_taken(env_id, action):
+    env, same = (make_env(env_id).unwrapped for _ in range(2))
+    env.reset(seed=0), same.reset(seed=0)
+    with pytest.raises(ValueError, match="expected"):
+        env.step(action)
+    good = np.float32([0.5, -0.5]) if env_id in BOXES else np.array(1)  # an array without an axis is what networks give
+    for a, b in zip(env.step(good), same.step(good), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("actions", [[1.7, 1.0], [np.nan, 1.0], [1], [[1, 1]], [1, 10**6]])
+@pytest.mark.parametrize("env_id", [i for i in DISCRETE if "vector_entry_point" in ENVS[[e["id"] for e in ENVS].index(i)]])
+def test_wrong_actions_are_not_taken_by_a_batch(env_id, actions):
+    venv = gym.make_vec(env_id, 2)
+    venv.reset(seed=0)
+    with pytest.raises(ValueError, match="expected"):
+        venv.step(np.array(actions))
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_copies_start_like_the_original(env_id):
+    env = make_env(env_id)
+    copies = [pickle.loads(pickle.dumps(env)), copy.deepcopy(env)]
+    env.reset(seed=1)  # a copy has a state of its own
+    first, _ = env.reset(seed=0)
+    for other in copies:
+        assert_same(first, other.reset(seed=0)[0])
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -97,6 +135,7 @@ def test_batched_form_equals_sync(env_id):
     assert ours.single_observation_space == theirs.single_observation_space and ours.action_space == theirs.action_space
     close = {"rtol": 1e-3, "atol": 1e-4}  # a network on three rows rounds otherwise than on one, and 20 denoising steps carry it on
     assert_same(ours.reset(seed=5)[0], theirs.reset(seed=5)[0], **close)
+    assert ours.np_random_seed == theirs.np_random_seed == (5, 6, 7)
     ours.action_space.seed(0)
     ends, longest = 0, getattr(getattr(ours, "task", None), "max_new_tokens", 40)  # steps until a text is over at the latest
     for _ in range(longest + 5):
@@ -105,3 +144,17 @@ def test_batched_form_equals_sync(env_id):
             assert_same(a, b, **close)
         ends += int(a_step[2].sum())
     assert ends
+
+
+def horizon(venv):
+    """Steps after which an episode of a batched form is over at the latest."""
+    task = getattr(venv.unwrapped, "task", None)
+    return venv.unwrapped.oracle.H if task is None else getattr(task, "max_new_tokens", None) or task.num_steps
+
+
+@pytest.mark.parametrize("env_id", BATCHED)
+def test_batched_form_takes_a_limit_that_cuts_nothing(env_id):
+    limit = horizon(gym.make_vec(env_id, 1))
+    gym.make_vec(env_id, 2, max_episode_steps=limit).close()
+    with pytest.raises(ValueError, match=f"max_episode_steps {limit - 1} would cut .* of {limit} .*leave it out"):
+        gym.make_vec(env_id, 2, max_episode_steps=limit - 1)

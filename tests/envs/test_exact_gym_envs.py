@@ -48,12 +48,13 @@ def test_token_tree_pays_the_oracles_reward_with_the_last_token():
         env.unwrapped.step(0)
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 @pytest.mark.parametrize("kwargs", [{"V": 4, "H": 3}, {"V": 3, "H": 4, "eos": 1, "reward": "binary"}])
-def test_batched_equals_scalar_under_same_step(kwargs):
-    batched = gym.make_vec("markovia/TokenTree-v0", num_envs=5, **kwargs)
+def test_batched_equals_scalar_in_both_modes(kwargs, mode):
+    batched = gym.make_vec("markovia/TokenTree-v0", num_envs=5, autoreset_mode=mode.value, **kwargs)
     assert isinstance(batched, TokenTreeVectorEnv)
-    assert batched.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    scalar = gym.make_vec("markovia/TokenTree-v0", 5, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, **kwargs)
+    assert batched.metadata["autoreset_mode"] is mode
+    scalar = gym.make_vec("markovia/TokenTree-v0", 5, "sync", vector_kwargs={"autoreset_mode": mode}, **kwargs)
     assert batched.observation_space == scalar.observation_space and batched.action_space == scalar.action_space
     np.testing.assert_array_equal(batched.reset(seed=0)[0], scalar.reset(seed=0)[0])
     rng, ends = np.random.default_rng(0), 0
@@ -104,6 +105,10 @@ def test_bad_input_is_taught():
         envs = TokenTreeVectorEnv(5)
         envs.reset()
         envs.step(np.full(5, 4))
+    with pytest.raises(ValueError, match="2 seeds for 5 environments"):
+        envs.reset(seed=[1, 2])
+    with pytest.raises(ValueError, match="'SameStep' or 'NextStep'"):
+        TokenTreeVectorEnv(5, autoreset_mode="Disabled")
     with pytest.raises(ValueError, match="single cost"):
         CMDPEnv(oracle=CMDP(TabularMDP.random(2, 2), np.ones((2, 2, 2)), [9.0, 9.0]))
     with pytest.raises(ValueError, match="reset"):

@@ -52,6 +52,7 @@ def run_beside_gymnasium(env_id, kwargs, steps, num_envs=3, threads=2):
     ours = make_vec(env_id, num_envs, "mujoco", kwargs=kwargs, vector_kwargs={"threads": threads})
     theirs = make_vec(env_id, num_envs, "sync", kwargs=kwargs)
     (got, got_info), (want, want_info) = ours.reset(seed=7), theirs.reset(seed=7)
+    assert ours.np_random_seed == theirs.np_random_seed
     assert np.array_equal(got, want)
     assert_same_info(got_info, want_info)
     rng, high = np.random.default_rng(0), ours.single_action_space.high
@@ -144,6 +145,8 @@ def test_what_it_does_not_serve_is_refused(env_id, kwargs, vector_kwargs, messag
 
 def test_wrong_calls_are_refused():
     venv = MujocoVectorEnv("Hopper-v5", 2)
+    with pytest.raises(gym.error.ResetNeeded, match="reset"):
+        venv.step(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"expected \(2, 3\)"):
         venv.step(np.zeros(3))
     with pytest.raises(ValueError, match="3 seeds for 2"):

@@ -1,5 +1,6 @@
 """Tasks with a cost: published limits, costs recomputed from the state, exact optima, adapters; checkers and SB3 are in test_every_id.py."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_velocity_env_pickles_with_its_limit_and_builds_quietly(tmp_path):
     code = f"import os; os.chdir({str(tmp_path)!r}); import gymnasium, markovia; gymnasium.make('markovia/SafeHalfCheetahVelocity-v0').reset()"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert "settotalmass" not in out.stdout + out.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("env_id", POINT)
+def test_point_robots_are_copied_within_an_episode(env_id):
+    env = make(env_id).unwrapped
+    env.reset(seed=0)
+    env.step(np.ones(2))
+    again = copy.deepcopy(env)
+    for _ in range(3):
+        for a, b in zip(env.step(np.array([1.0, 0.3])), again.step(np.array([1.0, 0.3])), strict=True):
+            np.testing.assert_equal(a, b)
 
 
 def test_pendulum_costs_above_two_radians_a_second_and_the_limit_binds():

@@ -264,6 +264,12 @@ def test_vector_environment_teaches():
         TokenVectorEnv(2, small_task(), max_episode_steps=1)
 
 
+@pytest.mark.parametrize("split", ["held_out", "test"])
+def test_a_split_that_a_task_lacks_is_told(split):
+    with pytest.raises(ValueError, match=f"split '{split}' is empty or unknown"):
+        TokenEnv(small_task()).reset(options={"split": split})
+
+
 def test_stepping_generated_actions_gives_the_same_reward_and_flags():
     task = arithmetic(digits=2)
     agent = LanguageAgent.from_name("arithmetic")

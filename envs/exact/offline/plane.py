@@ -9,6 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from markovia.envs.checks import box_action
+
 SPEED, NOISE = 0.1, 0.01
 
 
@@ -44,6 +46,6 @@ class Plane(gym.Env):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         if self._state is None:
             raise ValueError("step before reset: call env.reset() first")
-        self._state = pushed(self._state, np.asarray(action, dtype=np.float64), NOISE * self.np_random.standard_normal(2))
+        self._state = pushed(self._state, box_action(action, (2,)), NOISE * self.np_random.standard_normal(2))
         reward, ended = self._arrived(self._state)
         return self._state.astype(np.float32), reward, ended, False, {}
