@@ -78,8 +78,10 @@ def _plain_types(cls: type, key: str) -> tuple[type, ...]:
 
 
 def _fitting(value: Any, cls: type, key: str) -> Any:
-    """A value for a plain field, NumPy's numbers as Python's. Raises ValueError for one of another type."""
+    """A value for a plain field, NumPy's numbers as Python's and 1e6 as a whole number. Raises ValueError for one of another type."""
     value, types = value.item() if isinstance(value, np.generic) else value, _plain_types(cls, key)
+    if int in types and float not in types and type(value) is float and value.is_integer():
+        return int(value)
     if types and type(value) not in types and not (float in types and type(value) is int):
         names = " or ".join("None" if t is NoneType else t.__name__ for t in types)
         raise ValueError(f"{cls.__name__}.{key} must be {names}, got {value!r} of type {type(value).__name__}")

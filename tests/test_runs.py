@@ -374,15 +374,16 @@ def test_a_value_of_another_type_is_told_with_its_field():
     method = small(CONTROL)
     for change, told in (
         ({"num_envs": "8"}, "OnPolicy.num_envs must be int, got '8' of type str"),
-        ({"num_envs": 8.0}, "OnPolicy.num_envs must be int, got 8.0 of type float"),
+        ({"num_envs": 8.5}, "OnPolicy.num_envs must be int, got 8.5 of type float"),
         ({"num_envs": True}, "OnPolicy.num_envs must be int, got True of type bool"),
         ({"entropy_coef": None}, "OnPolicy.entropy_coef must be float, got None of type NoneType"),
         ({"solver": {"lr": "fast"}}, "Descent.lr must be float, got 'fast' of type str"),
     ):
         with pytest.raises(ValueError, match=told):
             override(method, change)
-    taken = override(method, {"num_envs": np.int64(8), "entropy_coef": 1, "solver": {"lr": np.float32(0.5)}})
-    assert type(taken.num_envs) is int and taken.num_envs == 8 and taken.entropy_coef == 1 and type(taken.solver.lr) is float
+    taken = override(method, {"num_envs": np.int64(8), "num_env_steps": 1e6, "entropy_coef": 1, "solver": {"lr": np.float32(0.5)}})
+    assert type(taken.num_envs) is type(taken.num_env_steps) is int and type(taken.solver.lr) is float
+    assert taken.num_envs == 8 and taken.entropy_coef == 1
 
 
 def test_a_seed_of_numpy_is_a_seed(tmp_path):
