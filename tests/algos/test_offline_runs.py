@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -183,7 +184,7 @@ def test_no_score_where_the_arguments_of_the_task_change_what_it_pays() -> None:
     with pytest.warns(UserWarning, match="nobody measured the references of markovia/PointMass2D-v0 with reward_scale=2"):
         assert reference_of(data, POINT, 40, {"reward_scale": 2}) is None
     assert reference_of(data, POINT, 40, {"render_mode": "rgb_array", "max_episode_steps": 40}) is data.about.reference
-    spec = gym.spec("Pendulum-v1")
+    spec = copy.deepcopy(gym.spec("Pendulum-v1"))  # the registry's own otherwise
     spec.kwargs = {"g": 9.0}
     told = dataclasses.replace(data, about=dataclasses.replace(data.about, env_spec=spec))
     assert reference_of(told, POINT, 40, {"g": 9.0}) is data.about.reference
