@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from off_policy_pieces import everything, order_and_repetition_change_nothing
-from offline_pieces import DATASET, POINT, made, minibatch
+from offline_pieces import DATASET, POINT, half_and_half_equals_a_whole, made, minibatch
 
 from markovia import cli
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.offline.methods import OFFLINE, WARM_START
 from markovia.algos.offline.warm_start import WarmStart, continued
 from markovia.algos.presets import configure, override
@@ -105,21 +104,7 @@ def test_observations_of_both_phases_are_normalised_alike() -> None:
 @pytest.mark.check("resume")
 def test_half_and_half_equals_a_whole(method_id: str, at: int, tmp_path: Any) -> None:
     """Stopped at the end of the data, and online after the first updates."""
-    whole, first, second = (driver_of(short(method_id)) for _ in range(3))
-    for i in range(5):
-        whole.step()
-        whole.boundary()
-        if i < at:
-            first.step()
-            first.boundary()
-    save_tensors(tmp_path / "state.safetensors", *first.state())
-    second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-    second.boundary()
-    while not second.finished:
-        second.step()
-        second.boundary()
-    left, right = (driver.active.nets.state_dict() for driver in (whole, second))
-    assert whole.finished and [k for k in left if not torch.equal(left[k], right[k])] == []
+    half_and_half_equals_a_whole(lambda: driver_of(short(method_id)), at, tmp_path / "state.safetensors")
 
 
 @pytest.mark.parametrize("method_id", ROWS)

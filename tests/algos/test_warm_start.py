@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from offline_pieces import half_and_half_equals_a_whole
 
 from markovia import cli
-from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.agents.control import ControlAgent
 from markovia.algos.off_policy import losses
 from markovia.algos.off_policy.actor_critic import ActorCritic
@@ -194,22 +194,7 @@ def test_rewards_of_both_phases_are_transformed_alike() -> None:
 @pytest.mark.check("resume", "wsrl")
 def test_half_and_half_equals_a_whole(at: int, tmp_path: Any) -> None:
     """Stopped at the end of the data, and online after the first updates."""
-    whole, first, second = (driver_of(short()) for _ in range(3))
-    for i in range(5):
-        for driver in (whole, first):
-            if driver is whole or i < at:
-                driver.step()
-                driver.boundary()
-        if i + 1 == at:
-            save_tensors(tmp_path / "state.safetensors", *first.state())
-            second.load_state(*load_tensors(tmp_path / "state.safetensors"))
-            second.boundary()
-    while not second.finished:
-        second.step()
-        second.boundary()
-    assert second.num_env_steps == whole.num_env_steps and second.iteration == whole.iteration
-    left, right = everything(whole), everything(second)
-    assert [k for k in left if not torch.equal(left[k], right[k])] == []
+    half_and_half_equals_a_whole(lambda: driver_of(short()), at, tmp_path / "state.safetensors")
 
 
 def test_run_folder_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

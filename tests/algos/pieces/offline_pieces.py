@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from gymnasium import spaces
 from off_policy_pieces import F64, OBS, net_by_hand, policy_by_hand, shake
 
+from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.off_policy.actor_critic import ActorCritic
 from markovia.algos.off_policy.method import OffPolicy
 from markovia.algos.off_policy.replay import Batch
@@ -190,3 +193,22 @@ def as_sac(method: Offline, **changes: Any) -> OffPolicy:
     """SAC's row with this one's networks."""
     sac = dataclasses.replace(find("sac").value, policy=method.policy, critic=method.critic)
     return override(sac, changes)
+
+
+def half_and_half_equals_a_whole(make: Callable[[], Any], at: int, path: Path) -> None:
+    """A driver of two phases that is stopped after `at` of its five iterations and read back ends as one that was not."""
+    whole, first, second = (make() for _ in range(3))
+    for i in range(5):
+        for driver in (whole, first):
+            if driver is whole or i < at:
+                driver.step()
+                driver.boundary()
+    save_tensors(path, *first.state())
+    second.load_state(*load_tensors(path))
+    second.boundary()
+    while not second.finished:
+        second.step()
+        second.boundary()
+    assert whole.finished and (second.num_env_steps, second.iteration) == (whole.num_env_steps, whole.iteration)
+    left, right = (driver.active.nets.state_dict() for driver in (whole, second))
+    assert [k for k in left if not torch.equal(left[k], right[k])] == []
