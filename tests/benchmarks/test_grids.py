@@ -194,9 +194,21 @@ def test_settings_of_a_cell(module: Any) -> None:
     assert "critic" not in offline.settings("edac", "markovia/hopper/medium-replay-v0", 10)
     from markovia.algos.presets import configure, override
 
+    own, few = (offline._asked("markovia/hopper/medium-v0", m, 0, "Hopper-v5", 1000, None) for m in ("rebrac", "rebrac+batch-256"))
+    assert own == few | {"batch_size": 1024} and few["batch_size"] == 256 and few["actor"]["weight"] == 0.01
     for method in (*offline.MAIN, *offline.OTHERS):
         changed = override(configure(method, "Hopper-v5"), offline.settings(method, "markovia/hopper/medium-v0", 100_000))
         assert changed.num_env_steps == (110_000 if method == "spot" else 100_000)
+
+
+def test_a_variant_is_a_row_of_its_own(module: Any, tmp_path: Path) -> None:
+    offline = module("offline")
+    dataset, task = next(iter(offline.FIXTURES.items()))
+    asked = offline.plan({}, [0], [*offline.VARIANTS], [], 4)
+    assert [(d, m) for d, m, *_ in asked] == [(d, "rebrac+batch-256") for d in offline.FIXTURES]
+    found = offline.cell(dataset, "rebrac+batch-256", 0, task, 4, tmp_path)
+    assert found["method"] == "rebrac+batch-256" and found["settings"]["batch_size"] == 256 and found["settings"]["critic"]["layer_norm"]
+    assert list(offline.groups([found | {"method": "cql"}, found])) == [(dataset, "rebrac+batch-256"), (dataset, "cql")]
 
 
 def test_scores_are_those_of_the_tiers(module: Any) -> None:
