@@ -13,9 +13,10 @@ def check_horizon(max_episode_steps: int | None, horizon: int) -> None:
         raise ValueError(f"max_episode_steps {max_episode_steps} would cut episodes of {horizon} steps; leave it out")
 
 
-def box_action(action: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The action in float64. Raises ValueError for another shape, which would broadcast, and for numbers that are not finite."""
-    a = np.asarray(action, dtype=np.float64)
+def box_action(action: Any, shape: tuple[int, ...] | None, dtype: type | None = np.float64) -> np.ndarray:
+    """The action, in float64 or another dtype (None: its own). Raises ValueError for another shape, which would broadcast, and for numbers that are
+    not finite."""
+    a = np.asarray(action, dtype=dtype)
     if a.shape != shape or not np.isfinite(a).all():
         raise ValueError(f"expected an action of {shape} finite numbers, got {action!r}")
     return a

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,21 +202,21 @@ def load_checkpoint(run: Path, driver: Any) -> int:
     try:
         driver.load_state(*load_tensors(found[-1] / DRIVER))
     except CheckpointError as e:
-        raise CheckpointError(f"{e}{_whole_before(found)}") from e
+        raise CheckpointError(f"{e}{whole_before(found, lambda c: load_tensors(c / DRIVER))}") from e
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
         raise CheckpointError(f"{found[-1] / DRIVER} is not of this run, or of another version of markovia ({e!r}); train into another --out") from e
     return int(driver.iteration)
 
 
-def _whole_before(found: list[Path]) -> str:
-    """How to go on from the checkpoint before a damaged one; empty when there is none that is whole."""
-    from markovia.agents.checkpoint import CheckpointError, load_tensors
+def whole_before(found: list[Path], read: Callable[[Path], object]) -> str:
+    """How to go on from the checkpoint before a damaged one; empty when there is none that can be `read`."""
+    from markovia.agents.checkpoint import CheckpointError
 
     try:
-        load_tensors(found[-2] / DRIVER)
+        read(found[-2])
     except (CheckpointError, IndexError):
         return ""
-    return f"; {found[-2]} is whole: remove {found[-1]}, then go on with --resume"
+    return f"; {found[-2]} is whole: remove {found[-1]} to go on from it"
 
 
 def sweep(run: Path) -> None:

@@ -17,7 +17,20 @@ from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
 from markovia.loop import Callback, Loop, told_to_resume
 from markovia.report import sinks, tracker
-from markovia.rundir import CONFIG, DRIVER, Metrics, RunError, checkpoints, held, load_checkpoint, read_json, sweep, write_json, write_text
+from markovia.rundir import (
+    CONFIG,
+    DRIVER,
+    Metrics,
+    RunError,
+    checkpoints,
+    held,
+    load_checkpoint,
+    read_json,
+    sweep,
+    whole_before,
+    write_json,
+    write_text,
+)
 from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
 
@@ -370,6 +383,7 @@ def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
 
     Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it, and ValueError for code that is not trusted.
     """
+    from markovia.agents.checkpoint import CheckpointError, read_agent
     from markovia.envs.untrusted import code_from_file
 
     run = Path(run)
@@ -381,6 +395,8 @@ def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
     try:
         with code_from_file(trust), _counted(config, str(run / CONFIG)):
             setup = _without_dataset(config, run, found[-1] / "agent") or _built(config, found[-1] / "agent")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{whole_before(found, lambda c: read_agent(c / 'agent'))}") from error
     except (ValueError, FileNotFoundError, ImportError, RunError):
         raise
     except Exception as error:  # what settings from a file do to a constructor is anybody's guess

@@ -302,9 +302,13 @@ def test_corrupted_checkpoint_is_refused(tmp_path):
     file = checkpoints(tmp_path / "run")[-1] / "driver.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     older, newest = checkpoints(tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"damaged.*; {older} is whole: remove {newest}, then go on with --resume"):
+    with pytest.raises(ValueError, match=rf"damaged.*; {older} is whole: remove {newest} to go on from it"):
         train(small(env), env, out=tmp_path / "run", resume=True, **QUIET)
     shutil.copytree(tmp_path / "run", tmp_path / "both")
+    load_run(tmp_path / "run")  # only the driver's part is damaged
+    (newest / "agent" / "agent.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"damaged.*; {older} is whole: remove {newest} to go on from it"):
+        load_run(tmp_path / "run")
     (checkpoints(tmp_path / "both")[0] / "driver.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"damaged(?!.*is whole)"):
         train(small(env), env, out=tmp_path / "both", resume=True, **QUIET)

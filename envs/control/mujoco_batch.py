@@ -28,6 +28,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from markovia.envs import machine
+from markovia.envs.checks import box_action
 from markovia.envs.control.vector import make_env
 from markovia.envs.names import nearest
 from markovia.envs.seeded import SeededVectorEnv
@@ -326,9 +327,7 @@ class MujocoVectorEnv(SeededVectorEnv):
         return observation, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        actions = np.asarray(actions)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: one row for each environment")
+        actions = box_action(actions, self.action_space.shape, None)
         if not self._started:
             raise ResetNeeded("step before reset: call envs.reset() first")
         self._ctrl[:] = actions

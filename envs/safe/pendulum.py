@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
+from markovia.envs.checks import box_action
 from markovia.envs.safe.cost import check_limit
 
 
@@ -42,5 +43,5 @@ class SafePendulumEnv(PendulumEnv):
         self.max_velocity, self.cost_limit = float(max_velocity), check_limit(cost_limit)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, reward, _, _, _ = super().step(action)
+        obs, reward, _, _, _ = super().step(box_action(action, self.action_space.shape, None))
         return obs, float(reward), False, False, {"cost": float(abs(self.state[1]) > self.max_velocity)}

@@ -44,6 +44,7 @@ def test_both_checkers_accept_it_without_a_warning(env_id):
 BOXES = [f"markovia/{name}-v0" for name in ("PointMass2D", "PointObstacle", "TwoGoals", "SafePointGoal", "SafePointCircle", "SafePointRun")]
 DISCRETE = [f"markovia/{name}-v0" for name in ("Tabular", "TabularCMDP", "TokenTree", "SafeGrid", "SafeTwoState", "Arithmetic")]
 BAD = [(i, a) for i in BOXES for a in ([0.5], 0.5, [0.5] * 3, [[0.5, 0.5]], [np.nan, 0.0], [0.0, -np.inf])]
+BAD += [("markovia/SafePendulum-v0", a) for a in (0.5, [0.5] * 2, [[0.5]], [np.nan], [np.inf])]
 BAD += [(i, a) for i in DISCRETE for a in (1.7, np.nan, np.inf, [1], np.array([0, 1]), "1", None, -1, 10**6)]
 
 
@@ -53,7 +54,8 @@ def test_a_wrong_action_is_not_taken(env_id, action):
     env.reset(seed=0), same.reset(seed=0)
     with pytest.raises(ValueError, match="expected"):
         env.step(action)
-    good = np.float32([0.5, -0.5]) if env_id in BOXES else np.array(1)  # an array without an axis is what networks give
+    shape = env.action_space.shape
+    good = np.float32([0.5, -0.5])[: shape[0]] if shape else np.array(1)  # an array without an axis is what networks give
     for a, b in zip(env.step(good), same.step(good), strict=True):
         assert_same(a, b)
 

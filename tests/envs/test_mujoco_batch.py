@@ -147,8 +147,10 @@ def test_wrong_calls_are_refused():
     venv = MujocoVectorEnv("Hopper-v5", 2)
     with pytest.raises(gym.error.ResetNeeded, match="reset"):
         venv.step(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"expected \(2, 3\)"):
-        venv.step(np.zeros(3))
+    venv.reset(seed=0)
+    for actions in (np.zeros(3), np.zeros((1, 3)), np.full((2, 3), np.nan)):
+        with pytest.raises(ValueError, match=r"expected an action of \(2, 3\) finite numbers"):
+            venv.step(actions)
     with pytest.raises(ValueError, match="3 seeds for 2"):
         venv.reset(seed=[1, 2, 3])
     with pytest.raises(ValueError, match="reset_mask"):
