@@ -16,13 +16,13 @@ Pendulum 3; 100k updates of bc 2, td3-bc 8, iql 11, rebrac 50 (its batch is 1024
 deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"num_env_steps": 300000}'` records sooner, with a weaker best policy as
 100, where nothing is recorded yet; medium-replay is training up to the medium policy, be it 55k steps, and where it took longer about 100k of them
 in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units, both cores busy: recording by 300k steps 68, 100k updates of bc and
-filtered-bc 3, td3-bc 12, mcep 16, iql 17, mcep/awac 22, awac 30, spot 36, rebrac 84,
-rebrac+batch-256 23. `--tiers medium-replay` leaves the other tiers' cells out.
+filtered-bc 3, td3-bc 12, mcep 16, iql 17, mcep/awac 22, awac 30, spot 36, rebrac 84, rebrac+batch-256 23.
+`--tiers medium-replay` leaves the other tiers' cells out.
 
 `--again 100` trains nothing: it takes the last policy of every cell in --out whose run folder lies under --runs through so many more episodes, and
 writes their mean score beside that of the ten, which vary much where a policy falls.
 
-`--methods rebrac+batch-256` runs ReBRAC with td3-bc's batch in place of its own, in a quarter of the time, as a row of its own.
+`--methods rebrac+batch-256` runs ReBRAC with td3-bc's batch in place of its own, in under a third of the time, as a row of its own.
 
 `--tasks` with nothing after it records nothing and runs the fixtures alone, 5 to 80 s a cell, decision-transformer 400.
 
