@@ -41,7 +41,7 @@ def cell(task: str, method: str, seed: int, steps: int | None, runs: Path) -> Ce
     """Train one cell to its end and measure it, and the start that all cells share."""
     from markovia.agents.language import LanguageAgent
     from markovia.claims.arithmetic import pass_rates
-    from markovia.runs import load_run
+    from markovia.loaded import load_run
 
     run = folder(runs, task, method, seed)
     found = train_cell(task, method, seed, run, _changes(method, steps), like=TASK)

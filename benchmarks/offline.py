@@ -221,8 +221,8 @@ def again(found: Cell, episodes: int, runs: Path) -> Cell:
     import numpy as np
     import torch
 
+    from markovia.loaded import load_run
     from markovia.rundir import read_json
-    from markovia.runs import load_run
 
     torch.set_num_threads(1)
     run = run_of(found["dataset"], found["method"], found["seed"], runs)

@@ -51,7 +51,8 @@ def human_run(
     95 % interval.
     """
     from markovia.agents.language import LanguageAgent
-    from markovia.runs import load_run, train
+    from markovia.loaded import load_run
+    from markovia.runs import train
 
     began = time.perf_counter()
     use_bf16 = has_bf16() if bf16 is None else bf16

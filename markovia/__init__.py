@@ -1,7 +1,7 @@
 """markovia: control, text and denoising as Gymnasium environments, trained through one agent interface.
 
 `import markovia` registers the environments by name only; torch and the heavy libraries load when they are used.
-`markovia.train` makes a run, `markovia.load_run` reads one back; both stand in `markovia.runs`.
+`markovia.train` makes a run (markovia/runs.py), `markovia.load_run` reads one back (markovia/loaded.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from markovia.runs import load_run as load_run
+    from markovia.loaded import load_run as load_run
     from markovia.runs import train as train
 
 __version__ = "0.1.0"
@@ -22,12 +22,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "envs" / "__init__.py").is_
     __path__.extend([str(_root), str(_root / "benchmarks")])
 
 _PACKAGES = ("envs", "agents", "algos", "claims")
-_RUNS = ("load_run", "train")
+_RUNS = {"load_run": "loaded", "train": "runs"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _RUNS:
-        return getattr(importlib.import_module("markovia.runs"), name)
+        return getattr(importlib.import_module(f"markovia.{_RUNS[name]}"), name)
     if name in _PACKAGES:
         return importlib.import_module(f"markovia.{name}")
     raise AttributeError(f"module 'markovia' has no attribute {name!r}")

@@ -115,7 +115,8 @@ def eval_command(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=1000, help="of the evaluation (default 1000, apart from training seeds)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    from markovia.runs import load_run, summary
+    from markovia.loaded import load_run
+    from markovia.summary import summary
 
     _at_least(1, "--episodes", args.episodes)
     _at_least(0, "--seed", args.seed)
@@ -180,8 +181,8 @@ def video_command(argv: list[str]) -> None:
     parser.add_argument("--episodes", type=int, default=1, help="episodes, or samples (default 1; 32 samples)")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args(argv)
+    from markovia.loaded import load_run
     from markovia.pictures import record_video
-    from markovia.runs import load_run
     from markovia.samples import write_samples
     from markovia.settings import from_json
 

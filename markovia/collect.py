@@ -262,7 +262,7 @@ class _Collection:
 
     def use_runs(self, medium_run: str | Path | None, expert_run: str | Path) -> dict[str, str]:
         """Take the newest checkpoints of two runs; their hashes. Raises RunError when one was trained on another environment."""
-        from markovia.runs import load_run
+        from markovia.loaded import load_run
 
         hashes = {}
         for name, run in (("medium", medium_run), ("expert", expert_run)):

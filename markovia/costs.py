@@ -22,7 +22,7 @@ def cost_of(run: str | Path, episodes: int = 10, seed: int = 1000) -> dict[str, 
 
     from markovia.algos.setup import evaluate_stepped
     from markovia.envs.control.vector import make_env
-    from markovia.runs import load_run
+    from markovia.loaded import load_run
 
     loaded = load_run(run)
     env_id, env_kwargs = loaded.config["env"], from_json(dict[str, Any], loaded.config["env_kwargs"])

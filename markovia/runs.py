@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markovia.asked import Asked
-from markovia.config_check import check_config, check_finite, largest
+from markovia.config_check import check_config, check_finite
 from markovia.envs import machine
 from markovia.envs.control.vector import env_spec
+from markovia.loaded import changes, counted, own_config
 from markovia.loop import Callback, Loop, told_to_resume
 from markovia.report import sinks, tracker
-from markovia.rundir import (
-    CONFIG,
-    DRIVER,
-    Metrics,
-    RunError,
-    checkpoints,
-    held,
-    load_checkpoint,
-    read_json,
-    sweep,
-    whole_before,
-    write_json,
-    write_text,
-)
-from markovia.settings import content_hash, differences, file_entry, from_json, is_pipeline, task_arguments, to_json
+from markovia.rundir import CONFIG, Metrics, RunError, checkpoints, held, load_checkpoint, sweep, write_json, write_text
+from markovia.settings import file_entry, is_pipeline, task_arguments, to_json
 from markovia.summary import summary
 
 if TYPE_CHECKING:
     from markovia.agents.interface import Agent
-    from markovia.algos.safe.guard import Guarded
     from markovia.algos.setup import Setup
     from markovia.algos.systems import Method
-
-# What may differ between the run that was stopped and the one that goes on.
-_NOT_COMPARED = ("versions", "commit", "python")
 
 
 @dataclass(frozen=True)
@@ -183,7 +166,7 @@ def train(
         tracker(track)
     with machine.over_memory(over_memory):
         # What is built lasts, so it adds up; what comes after works on data, and its tensors go as they came.
-        with _counted(config, "this run", "; --over-memory begins it all the same"):
+        with counted(config, "this run", "; --over-memory begins it all the same"):
             setup = asked.build()
         if prepare is not None:
             prepare(setup)
@@ -216,18 +199,6 @@ def _whole_number(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
     return int(value)
-
-
-@contextlib.contextmanager
-def _counted(config: dict[str, Any], name: str, mend: str = "") -> Iterator[None]:
-    """While what a configuration describes is built, its tensors are counted before they are made. Raises OverMemory that names the largest sizes."""
-    from markovia.agents.counted import Counted
-
-    try:
-        with Counted(f"what {name} describes"):
-            yield
-    except machine.OverMemory as error:
-        raise machine.OverMemory(f"{error} (the largest sizes are {largest(config)}){mend}") from None
 
 
 def _begin(run: Path, config: dict[str, Any], setup: Setup, driver: Any, writes: bool, told: bool) -> Metrics:
@@ -290,25 +261,6 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} can't be used here ({str(e).splitlines()[0]}); 'cpu' always can, 'cuda' where there is a GPU") from e
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two configurations, as far as a run's numbers depend on it; empty when nothing does."""
-    old, new = ({k: v for k, v in c.items() if k not in _NOT_COMPARED} for c in (before, now))
-    return "; ".join(differences(old, new)[:4])
-
-
-def _own_config(run: Path) -> dict[str, Any]:
-    """config.json of a run. Raises RunError when its newest checkpoint was written under another configuration."""
-    config = check_config(read_json(run / CONFIG), run / CONFIG)
-    for written in (checkpoint / CONFIG for checkpoint in checkpoints(run)[-1:]):
-        changed = _changes(check_config(read_json(written), written), config) if written.is_file() else ""
-        if changed:
-            raise RunError(
-                f"{run / CONFIG} was edited or belongs to another run: the newest checkpoint was written with other settings ({changed}); "
-                f"put {written} in its place, or train into another --out"
-            )
-    return config
-
-
 def _check_asked(config: dict[str, Any]) -> None:
     """Raises RunError for a new run that could not be read back, and OverMemory."""
     try:
@@ -329,7 +281,7 @@ def _check_folder(run: Path, config: dict[str, Any], resume: bool) -> None:
         if any(not p.name.startswith(".tmp-") for p in run.iterdir()):
             raise RunError(f"{run} is not the folder of a markovia run (no config.json); choose another --out")
         return
-    changed = _changes(_own_config(run), config)
+    changed = changes(own_config(run), config)
     if changed:
         raise RunError(f"{run} was started with other settings, so it can't be resumed with these ({changed}); choose another --out")
     Metrics(run).read()
@@ -344,114 +296,3 @@ def _open_folder(run: Path, config: dict[str, Any]) -> None:
         raise RunError(f"{run} can't be written ({e.strerror or e}); make it writable, then go on with --resume") from e
     if not (run / CONFIG).exists():
         write_json(run / CONFIG, config)
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run read back: its configuration, and task and agent as they stood at its newest checkpoint."""
-
-    run: Path
-    config: dict[str, Any]
-    agent: Agent
-    evaluate: Callable[..., dict[str, Any]]  # (agent, episodes, seed) -> raw "returns" and what else the kind of task tells
-    task: Any  # the sequence task of text and denoising runs, None for stepped kinds
-
-    def shielded(self) -> Guarded:
-        """The agent behind the shield that it was trained with (`acs/ppo`): a policy whose `predict` moves unsafe actions.
-
-        Raises ValueError for a run without a shield, CheckpointError where its networks are not in the checkpoint.
-        """
-        from markovia.agents.checkpoint import CheckpointError, load_tensors
-        from markovia.algos.safe.guard import Guard, Guarded
-        from markovia.algos.systems import Method
-        from markovia.algos.trainer import part
-
-        constraint: Any = getattr(from_json(Method, self.config["settings"]), "constraint", None)
-        if getattr(constraint, "shield", None) is None:
-            raise ValueError(f"{self.run} was trained without a shield; its agent is all there is (acs/ppo trains one, or --constraint.shield.*)")
-        guard, path = Guard(constraint, self.agent, self.config["seed"]), checkpoints(self.run)[-1] / DRIVER
-        tensors, meta = load_tensors(path)
-        try:
-            guard.load_state(part(tensors, "guard."), meta["guard"])
-        except (KeyError, RuntimeError, TypeError) as e:
-            raise CheckpointError(f"{path} does not hold the shield of this run ({e!r}); it is of another version of markovia") from e
-        return Guarded(guard)
-
-
-def load_run(run: str | Path, trust: Sequence[str] = ()) -> LoadedRun:
-    """Rebuild a run's task and agent. `trust` names modules whose code config.json may name, beside markovia's own and $MARKOVIA_TRUST_CODE.
-
-    Raises RunError when the folder is no run, has no checkpoint yet or another configuration than it, and ValueError for code that is not trusted.
-    """
-    from markovia.agents.checkpoint import CheckpointError, read_agent
-    from markovia.envs.untrusted import code_from_file
-
-    run = Path(run)
-    config = _own_config(run)
-    found = checkpoints(run)
-    if not found:
-        raise RunError(f"{run} has no checkpoint yet; train on with --resume")
-    _compare_files(config, run)
-    try:
-        with code_from_file(trust), _counted(config, str(run / CONFIG)):
-            setup = _without_dataset(config, run, found[-1] / "agent") or _built(config, found[-1] / "agent")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{whole_before(found, lambda c: read_agent(c / 'agent'))}") from error
-    except (ValueError, FileNotFoundError, ImportError, RunError):
-        raise
-    except Exception as error:  # what settings from a file do to a constructor is anybody's guess
-        raise RunError(f"{run / CONFIG} can't be built ({error!r}); it was damaged, or written by another version of markovia") from error
-    return LoadedRun(run, config, setup.agent, setup.evaluate, setup.task)
-
-
-def _compare_files(config: dict[str, Any], run: Path) -> None:
-    """Raises RunError where a text file of the run is not there; warns where it has changed since, because then nobody knows what was held out."""
-    told = dict(config.get("read", {}))
-    if "sha256" in config.get("data", {}):
-        told[config["data"]["path"]] = config["data"]["sha256"]
-    for path, was in told.items():
-        if not Path(path).exists():
-            raise RunError(f"{run} was trained on {path}, which is not there: put it back, or be in the folder that the run was started in")
-        if content_hash(path) != was:
-            warnings.warn(f"{path} has changed since {run} was trained on it: what it holds out now may have been trained on", stacklevel=3)
-
-
-def _without_dataset(config: dict[str, Any], run: Path, agent: Path) -> Setup | None:
-    """A policy that learnt from a dataset, which is not read again: its checkpoint and the run's reference returns are all that evaluation takes.
-
-    None for other runs, and for those from before the references were kept.
-    """
-    if config.get("dataset") is None:
-        return None
-    from markovia.agents.checkpoint import load_agent
-    from markovia.algos.offline.setup import REFERENCE, read_reference, scored
-    from markovia.algos.setup import Setup
-
-    if not (run / REFERENCE).is_file():
-        return None
-    env_spec(config["env"])
-    evaluate = scored(config["env"], from_json(dict[str, Any], config["env_kwargs"]), read_reference(run / REFERENCE))
-    return Setup("control", load_agent(agent), None, evaluate)
-
-
-def _built(config: dict[str, Any], agent: Path) -> Setup:
-    """What `train` built of a configuration, with the weights of a checkpoint's agent."""
-    from markovia.agents.checkpoint import read_agent
-    from markovia.algos.setup import build
-    from markovia.algos.systems import Method
-
-    if config["env"] is not None:
-        env_spec(config["env"])
-    weights = read_agent(agent)[1]
-    setup = build(
-        config["env"],
-        from_json(Method, config["settings"]),
-        config["seed"],
-        env_kwargs=from_json(dict[str, Any], config["env_kwargs"]),
-        agent_options=from_json(dict[str, Any], config["agent_options"]),
-        device="cpu",
-        data=from_json(dict[str, Any], config["data"]) if "data" in config else None,
-        dataset=config.get("dataset"),
-    )
-    setup.agent.load_state(weights)
-    return setup

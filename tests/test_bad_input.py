@@ -28,8 +28,9 @@ from markovia.agents.checkpoint import CheckpointError
 from markovia.algos.presets import configure, override
 from markovia.envs.denoising import tasks as denoising_tasks
 from markovia.envs.text.tasks import TextTask, arithmetic
+from markovia.loaded import load_run
 from markovia.rundir import Metrics, RunError, checkpoints
-from markovia.runs import load_run, train
+from markovia.runs import train
 
 torch.set_num_threads(1)
 VECTOR = spaces.Box(-1.0, 1.0, (2,), np.float32)

@@ -17,8 +17,9 @@ from markovia.envs.denoising.env import DenoisingTask
 from markovia.envs.denoising.kernel import GaussianKernel
 from markovia.envs.denoising.networks import LinearDenoiser
 from markovia.envs.denoising.tasks import make_task
+from markovia.loaded import load_run
 from markovia.rundir import Metrics, RunError
-from markovia.runs import load_run, train
+from markovia.runs import train
 from markovia.settings import pipeline_arguments
 
 pytest.importorskip("diffusers")

@@ -11,7 +11,8 @@ from markovia import cli
 from markovia.agents.checkpoint import CheckpointError
 from markovia.algos.presets import configure, override
 from markovia.costs import cost_of
-from markovia.runs import load_run, train
+from markovia.loaded import load_run
+from markovia.runs import train
 
 ONE_ITERATION = {"eval_episodes": 0, "progress": False, "compile": False, "callbacks": [lambda info: False]}
 

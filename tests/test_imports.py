@@ -34,9 +34,9 @@ def test_agents_and_methods_bring_torch_but_neither_its_compiler_nor_language_mo
 
 def test_runs_are_made_and_read_by_names_of_the_package_that_load_when_they_are_used():
     import markovia
-    from markovia import runs
+    from markovia import loaded, runs
 
-    assert markovia.load_run is runs.load_run and markovia.train is runs.train
+    assert markovia.load_run is loaded.load_run and markovia.train is runs.train
     assert {"load_run", "train"} <= set(dir(markovia))
     _, modules = imported("markovia; from markovia import load_run, train")
     assert not modules & ({"torch._dynamo", "torch._inductor"} | set(HEAVY) - {"torch", "scipy"})

@@ -11,8 +11,9 @@ from markovia.algos.presets import override
 from markovia.algos.setup import build
 from markovia.cli import run
 from markovia.envs.untrusted import TRUST
+from markovia.loaded import load_run
 from markovia.rundir import Metrics, RunError, checkpoints
-from markovia.runs import load_run, train
+from markovia.runs import train
 
 torch.set_num_threads(1)
 CLOCK = {"seconds", "steps_per_second"}

@@ -19,9 +19,10 @@ import torch
 
 from markovia.agents.checkpoint import load_tensors
 from markovia.algos.presets import configure, override
+from markovia.loaded import load_run
 from markovia.pictures import curve
 from markovia.rundir import Metrics, RunError, checkpoints, held
-from markovia.runs import load_run, train
+from markovia.runs import train
 from markovia.settings import differences, from_json, to_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ import torch
 
 from markovia import cli
 from markovia.algos.presets import configure, override
-from markovia.runs import load_run, train
+from markovia.loaded import load_run
+from markovia.runs import train
 from markovia.seeds import train_seeds
 
 torch.set_num_threads(1)

@@ -9,7 +9,8 @@ from markovia.algos.presets import configure, override
 from markovia.chat import Conversation, talk
 from markovia.cli import run
 from markovia.envs.text.tokens import CharTokenizer
-from markovia.runs import load_run, train
+from markovia.loaded import load_run
+from markovia.runs import train
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -24,8 +24,8 @@ from markovia.algos.sharding import local
 from markovia.algos.systems import find
 from markovia.envs.text.tasks import TextTask
 from markovia.envs.text.tokens import CharTokenizer
+from markovia.loaded import load_run
 from markovia.rundir import Metrics, checkpoints
-from markovia.runs import load_run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,7 +31,8 @@ from markovia.envs.offline.d4rl import write_d4rl
 from markovia.envs.offline.scores import reference
 from markovia.envs.offline.transforms import Transform
 from markovia.envs.offline.transitions import About, Transitions
-from markovia.runs import load_run, train
+from markovia.loaded import load_run
+from markovia.runs import train
 
 torch.set_num_threads(1)
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)

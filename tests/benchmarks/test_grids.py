@@ -230,14 +230,14 @@ def test_results_of_another_recording_are_refused(module: Any) -> None:
 
 
 def test_more_episodes_of_a_trained_policy_stand_beside_the_ten(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline, runs = module("offline"), importlib.import_module("markovia.runs")
+    offline, loaded = module("offline"), importlib.import_module("markovia.loaded")
     seen: list[tuple[Any, ...]] = []
 
     def evaluate(*asked: Any) -> dict[str, Any]:
         seen.append(asked)
         return {"returns": [30.0, 70.0, 50.0]}
 
-    monkeypatch.setattr(runs, "load_run", lambda run: SimpleNamespace(agent=run.parent.name, evaluate=evaluate))
+    monkeypatch.setattr(loaded, "load_run", lambda run: SimpleNamespace(agent=run.parent.name, evaluate=evaluate))
     rows = [a_cell("ns/hopper/medium-v0", m, 0, 40.0) | {"scale": {"minimum": 10.0, "maximum": 110.0}} for m in ("bc", "iql")]
     folders = [offline.run_of(r["dataset"], r["method"], 0, tmp_path) for r in rows]
     for path, row in zip(folders, rows, strict=True):

@@ -138,8 +138,8 @@ def _read_run(folder: Path) -> None:
     from markovia.algos.offline.setup import read_reference
     from markovia.chat import newest_agent
     from markovia.envs.offline.transforms import Transform
+    from markovia.loaded import load_run
     from markovia.rundir import Metrics, read_json
-    from markovia.runs import load_run
 
     run = folder / "run"
     for read in (

@@ -22,8 +22,9 @@ from markovia.envs import machine
 from markovia.envs.exact.cmdp import CMDP
 from markovia.envs.exact.tabular import TabularMDP
 from markovia.envs.machine import OverMemory, fits, over_memory
+from markovia.loaded import load_run
 from markovia.rundir import RunError
-from markovia.runs import load_run, train
+from markovia.runs import train
 
 torch.set_num_threads(1)
 GB = 10**9

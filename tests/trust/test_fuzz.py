@@ -24,8 +24,9 @@ from markovia.envs import untrusted
 from markovia.envs.text.preference_rows import records
 from markovia.envs.text.rewards import resolve
 from markovia.envs.untrusted import code_from_file, magic_of_pickle, read_json
+from markovia.loaded import load_run
 from markovia.rundir import RunError
-from markovia.runs import load_run, train
+from markovia.runs import train
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent

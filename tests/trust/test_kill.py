@@ -16,8 +16,9 @@ import torch
 
 from markovia.agents.checkpoint import load_tensors, save_tensors
 from markovia.algos.presets import configure, override
+from markovia.loaded import load_run
 from markovia.rundir import Metrics, RunError, checkpoints, save_checkpoint, sweep
-from markovia.runs import load_run, train
+from markovia.runs import train
 
 torch.set_num_threads(1)
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
