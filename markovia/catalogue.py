@@ -11,6 +11,7 @@ from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
+from markovia.envs.machine import keep_freed_memory
 from markovia.rundir import write_text
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def run_claims(ids: list[str], speed: str = "all", results: Path | None = None) 
         if i not in claims:
             raise ValueError(f"unknown claim {i!r}{nearest(i, claims)} (`markovia claims --list` lists all)")
     finished = _finished(path)
+    keep_freed_memory()  # claims step their drivers themselves, outside the loop of a run, which does it too
     chosen = ids or [i for i, c in claims.items() if speed in ("all", c.speed) and i not in finished]
     for i in chosen:
         began = time.monotonic()

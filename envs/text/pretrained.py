@@ -80,7 +80,8 @@ def _build_smollm2_model(folder: Path) -> None:
     loaded = tf.AutoModelForCausalLM.from_pretrained(_gguf_folder(), gguf_file=_GGUF, dtype=torch.float32)
     # The loaded model remembers that it was quantised and refuses to be saved; a fresh one with the same weights does not.
     config = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    fresh = tf.LlamaForCausalLM(tf.LlamaConfig.from_dict(config))
+    with torch.random.fork_rng(devices=[]):  # the run that finds the cache empty goes on drawing what every later one draws
+        fresh = tf.LlamaForCausalLM(tf.LlamaConfig.from_dict(config))
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """Language agents on a tiny random Llama and on the shipped arithmetic model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,3 +341,21 @@ def test_smollm2_first_pass_and_reference():
     assert (logp - rollout.logp_old).abs().max() < 1e-4
     assert torch.equal(agent.reference().evaluate(rollout, ["logp"]).logp, logp)  # adapters start at zero
     assert task.score(rollout).abs().max() <= 1.0
+
+
+def test_unpacking_a_model_for_the_cache_draws_nothing(tmp_path, monkeypatch):
+    """A run that finds the cache empty goes on with the random numbers of one that finds the model there."""
+    import transformers
+
+    from markovia.envs.text import pretrained
+
+    quantised = SimpleNamespace(from_pretrained=lambda *args, **options: tiny_model(seed=3))
+    own = {name: getattr(transformers, name) for name in ("LlamaConfig", "LlamaForCausalLM")}
+    monkeypatch.setattr(pretrained, "_transformers", lambda: SimpleNamespace(AutoModelForCausalLM=quantised, **own))
+    monkeypatch.setattr(pretrained, "_gguf_folder", lambda: "")
+    weights = tiny_model(seed=3).state_dict()
+    before = torch.get_rng_state()  # the stand-in seeds itself, so loading it leads here again
+    pretrained._build_smollm2_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert made.keys() == weights.keys() and all(torch.equal(made[k], v) for k, v in weights.items())
