@@ -6,7 +6,8 @@ come the fixtures, and OTHERS on the first set. The first cells of all are MAIN 
 offline methods beat cloning. Each cell is an ordinary run folder under --runs with the presets of the command line and --steps updates on recorded
 sets; what is in the results already is not run again. Recordings of two machines differ, because training does: results of another recording of a
 set are refused, and a grid of one's own set wants --out and --runs of its own. offline_second.json is such a grid, of a second
-recording of Hopper and one of HalfCheetah, and offline_pendulum.json another, of Pendulum's medium-replay with `--steps 20000`, its presets' number.
+recording of Hopper and one of HalfCheetah; offline_pendulum.json and offline_pendulum_second.json are of two recordings of Pendulum's medium-replay,
+with `--steps 20000`, its presets' number.
 
 A score is 0 at the mean return of the random tier and 100 at that of the expert tier. benchmarks/results/offline.json holds every cell: returns of 10
 greedy episodes after training (last) and at each checkpoint (the best of them is told apart). offline.md is the table; `--table` makes it anew.
@@ -17,6 +18,8 @@ deciding cells take 3.5 hours of a core, MAIN on all nine sets 30. `--recipe '{"
 100, where nothing is recorded yet; medium-replay is training up to the medium policy, be it 55k steps, and where it took longer about 100k of them
 in whole episodes drawn evenly. On a Xeon at 2.5 GHz without matrix units, both cores busy: recording by 300k steps 68, 100k updates of bc and
 filtered-bc 3, td3-bc 12, mcep 16, iql 17, mcep/awac 22, awac 30, spot 36, rebrac 84, rebrac+batch-256 23.
+20k updates on Pendulum, on an EPYC with AVX2 alone: bc and filtered-bc 1, td3-bc 3, iql 4, awac 7, decision-transformer 39, cql and cql/cal-ql 75;
+recording it 2.
 `--tiers medium-replay` leaves the other tiers' cells out.
 
 `--again 100` trains nothing: it takes the last policy of every cell in --out whose run folder lies under --runs through so many more episodes, and
