@@ -166,15 +166,17 @@ def test_every_method_can_be_shown(capsys):
 
 
 def test_claims_are_kept_and_resumed(tmp_path, capsys, monkeypatch):
-    from markovia import claims
+    from markovia import catalogue, claims
 
+    memory = []
+    monkeypatch.setattr(catalogue, "keep_freed_memory", lambda: memory.append("kept"))
     monkeypatch.setattr(claims, "CLAIMS", {"a": claims.Claim(f"{__name__}:holding"), "b": claims.Claim(f"{__name__}:failing")})
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or type(sys)(__name__))
     monkeypatch.setattr(sys.modules[__name__], "holding", lambda: {"measured": 1.0, "bound": 0.5, "holds": True}, raising=False)
     monkeypatch.setattr(sys.modules[__name__], "failing", lambda: {"measured": 0.1, "bound": 0.5, "holds": False}, raising=False)
     results = str(tmp_path / "claims.jsonl")
     code, out, _ = finish(["claims", "a", "--results", results, "--json"], capsys)
-    assert code == 0 and json.loads(out)["holds"] is True
+    assert code == 0 and json.loads(out)["holds"] is True and memory == ["kept"]
     assert [line.split("  ")[2] for line in finish(["claims", "--list", "--results", results], capsys)[1].splitlines()] == ["holds", "not run"]
     code, out, err = finish(["claims", "--results", results, "--json"], capsys)  # only b is left
     assert code == 1 and json.loads(out)["id"] == "b" and "do not hold: b" in err
